@@ -1,0 +1,227 @@
+"""What the MTA has said so far, as frozen values.
+
+Everything that SMTP's grammar names (addresses, header fields, macros, HELO) is `str`, decoded
+as UTF-8 with surrogateescape so that any byte survives the way there and back; content is
+`bytes`. A stage that knows more gets another type, not an optional field that is filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from functools import cached_property
+from typing import overload
+
+from sharded_milter.protocol.text import to_wire
+
+
+class Macros(Mapping[str, str]):
+    """The MTA's macros by name, spelled as the MTA does: `i`, `{auth_authen}`.
+
+    A name of one character is found with and without braces, as libmilter's getsymval does.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        self._values = dict(pairs)
+
+    def __getitem__(self, name: str) -> str:
+        try:
+            return self._values[name]
+        except KeyError:
+            return self._values[other_spelling(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Macros({self._values!r})"
+
+
+def other_spelling(name: str) -> str:
+    """`{x}` for `x` and `x` for `{x}`; longer names have one spelling only."""
+    if len(name) == 1:
+        return "{" + name + "}"
+    return name[1] if len(name) == 3 and name[0] == "{" and name[2] == "}" else name
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An envelope address.
+
+    `str()` is the bare address without angle brackets (`""` for the null sender), `raw` the
+    client's own spelling, `esmtp` the parameters that came with it (`SIZE=100`).
+    """
+
+    raw: str
+    esmtp: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = self.raw.strip()
+        return text[1:-1] if text.startswith("<") and text.endswith(">") else text
+
+    @property
+    def local(self) -> str:
+        """What stands before the last `@`; the whole where there is none."""
+        local, at, domain = str(self).rpartition("@")
+        return local if at else domain
+
+    @property
+    def domain(self) -> str:
+        """What stands behind the last `@`; empty where there is none."""
+        _, at, domain = str(self).rpartition("@")
+        return domain if at else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One header field. `value` keeps its folding (bare LF and blanks), as the MTA sent it.
+
+    `space` is the blank behind the colon, which is no part of the value: `" "` or `""`.
+    """
+
+    name: str
+    value: str
+    space: str = " "
+
+    def __bytes__(self) -> bytes:
+        """The field as RFC 5322 writes it, with CRLF at every line end."""
+        text = to_wire(f"{self.name}:{self.space}{self.value}")
+        return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") + b"\r\n"
+
+
+class Headers(Sequence[Header]):
+    """The header fields in the order of the message; looking a name up ignores its case.
+
+    `headers["subject"]` is the first such value (KeyError if there is none),
+    `headers.get("subject")` the same or None, `headers.get_all("received")` all of them,
+    `headers[0]` the first field whatever its name.
+    """
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: Iterable[Header] = ()) -> None:
+        self._fields = tuple(fields)
+
+    @overload
+    def __getitem__(self, key: str) -> str: ...
+    @overload
+    def __getitem__(self, key: int) -> Header: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[Header]: ...
+    def __getitem__(self, key: str | int | slice) -> str | Header | Sequence[Header]:
+        if not isinstance(key, str):
+            return self._fields[key]
+        value = self.get(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, str):
+            return self.get(key) is not None
+        return key in self._fields
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Headers) and self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+    def __repr__(self) -> str:
+        return f"Headers({list(self._fields)!r})"
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """The value of the first field of that name."""
+        return next(iter(self.get_all(name)), default)
+
+    def get_all(self, name: str) -> list[str]:
+        """The values of all fields of that name, in order."""
+        wanted = name.lower()
+        return [header.value for header in self._fields if header.name.lower() == wanted]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The client.
+
+    `hostname` is its verified name, or its address in brackets. `family` is `"inet"`, `"inet6"`,
+    `"unix"` or `"unknown"`; `address` is the IP address or the path, empty when unknown; `port`
+    is 0 when unknown. `helo` is the client's greeting, empty before it.
+    """
+
+    hostname: str
+    family: str = "unknown"
+    address: str = ""
+    port: int = 0
+    helo: str = ""
+    macros: Macros = field(default_factory=Macros, compare=False)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Who sends to whom. `recipients` are those accepted so far."""
+
+    connection: Connection
+    sender: Address
+    recipients: tuple[Address, ...] = ()
+    macros: Macros = field(default_factory=Macros, compare=False)
+
+    @property
+    def queue_id(self) -> str:
+        """The MTA's queue id (macro `i`); empty as long as it has none."""
+        return self.macros.get("i", "")
+
+
+@dataclass(frozen=True)
+class Message:
+    """A whole mail: envelope, header fields, body. `bytes(message)` is the RFC 5322 message."""
+
+    envelope: Envelope
+    headers: Headers
+    body: bytes
+
+    def __bytes__(self) -> bytes:
+        return self._raw
+
+    @cached_property
+    def _raw(self) -> bytes:
+        return b"".join([*map(bytes, self.headers), b"\r\n", self.body])
+
+    @property
+    def connection(self) -> Connection:
+        return self.envelope.connection
+
+    @property
+    def sender(self) -> Address:
+        return self.envelope.sender
+
+    @property
+    def recipients(self) -> tuple[Address, ...]:
+        return self.envelope.recipients
+
+    @property
+    def macros(self) -> Macros:
+        return self.envelope.macros
+
+    @property
+    def queue_id(self) -> str:
+        return self.envelope.queue_id
+
+    @property
+    def size(self) -> int:
+        """The length of `bytes(message)`."""
+        return len(self._raw)
+
+    def parsed(self) -> EmailMessage:
+        """The message as the standard library's EmailMessage, parsed anew at each call."""
+        return message_from_bytes(self._raw, policy=policy.SMTP)

@@ -1,0 +1,1 @@
+"""The programs: `sharded-milter`, the daemon, and `sharded-milterctl`, everything else."""

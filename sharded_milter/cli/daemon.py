@@ -1,0 +1,135 @@
+"""`sharded-milter`: the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from sharded_milter import __version__
+from sharded_milter.cli.programs import run
+from sharded_milter.dialects.loader import split_spec
+from sharded_milter.errors import UsageError
+from sharded_milter.master.sockets import Listener, listen, parse_listen
+from sharded_milter.ops import config, logs
+
+NAME = "sharded-milter"
+SCANNER = "sharded_milter.workers.scanner.milter:milter"
+SCANNER_RULES = "SHARDED_MILTER_SCANNER_RULES"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@config.with_options
+@click.version_option(__version__, prog_name=NAME)
+def daemon(**values: Any) -> int:
+    """Serve MILTER to Postfix or Sendmail with one worker process per CPU.
+
+    MILTER is PACKAGE.MODULE:NAME or FILE.py:NAME. Without one the bundled content scanner runs.
+    Every option is also a key of the --config file and a SHARDED_MILTER_* variable.
+    """
+    return serve(config.settings_from(values))
+
+
+def serve(settings: config.Settings) -> int:
+    """Runs the service until it is told to stop; returns the exit code.
+
+    Raises StartError when it cannot start.
+    """
+    spec = milter_spec(settings)
+    logs.begin(settings.log_level)
+    addresses = [parse_listen(text) for text in settings.listen]
+    with contextlib.ExitStack() as stack:
+        listeners: list[Listener] = []
+        for address in addresses:
+            listener = listen(address, settings.socket_mode, settings.socket_group)
+            stack.callback(listener.close)
+            listeners.append(listener)
+        return _Run(settings, spec, listeners).run()
+
+
+def milter_spec(settings: config.Settings) -> str:
+    """What the workers load; UsageError when it is malformed."""
+    if len(settings.milters) > 1:
+        raise UsageError(f"{len(settings.milters)} milters given, one can be served")
+    spec = settings.milters[0] if settings.milters else SCANNER
+    split_spec(spec)
+    if settings.milters and settings.scanner_rules:
+        raise UsageError(f"--scanner-rules is for the scanner, but the milter is {spec}")
+    return spec
+
+
+class _Run:
+    """One run of the reactor."""
+
+    def __init__(self, settings: config.Settings, spec: str, listeners: Sequence[Listener]) -> None:
+        # Twisted is imported here: until now every mistake was answered without waiting for it.
+        from twisted.internet import reactor
+        from twisted.logger import Logger
+
+        from sharded_milter.master.pool import Pool
+        from sharded_milter.master.service import Service
+        from sharded_milter.master.shard import worker_environment
+
+        extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
+        env = worker_environment(os.environ, extra)
+        pool = Pool(spec, settings.workers, settings.limits, reactor, env)
+        self._settings = settings
+        self._reactor: Any = reactor
+        self._log = Logger()
+        self._service = Service(listeners, pool, settings.limits, settings.on_error, reactor)
+        self._failure: BaseException | None = None
+
+    def run(self) -> int:
+        """Returns the exit code; raises what kept the service from starting."""
+        self._reactor.callWhenRunning(self._start)
+        self._reactor.run()
+        if self._failure is not None:
+            raise self._failure
+        return os.EX_OK
+
+    def _start(self) -> None:
+        for number, quick in (
+            (signal.SIGTERM, False),
+            (signal.SIGINT, True),
+            (signal.SIGQUIT, True),
+        ):
+            signal.signal(
+                number, lambda *_, quick=quick: self._reactor.callFromThread(self._stop, quick)
+            )
+        started = self._service.start()
+        started.addCallbacks(lambda _: self._ready(), self._failed)
+
+    def _ready(self) -> None:
+        from sharded_milter.master.service import main_cf_line
+
+        self._log.info(
+            "ready with {n} workers; main.cf: {line}",
+            n=self._settings.workers,
+            line=main_cf_line(self._service.listeners),
+        )
+        fd = self._settings.ready_fd
+        if fd is not None:
+            try:
+                os.write(fd, b"\n")
+                os.close(fd)
+            except OSError as error:
+                self._log.warn("--ready-fd {fd}: {why}", fd=fd, why=error.strerror)
+
+    def _failed(self, failure: Any) -> None:
+        self._failure = failure.value
+        self._stop(True)
+
+    def _stop(self, quick: bool) -> None:
+        stopped = self._service.stop(quick=quick)
+        if not hasattr(self, "_ending"):
+            self._ending = stopped
+            stopped.addCallback(lambda _: self._reactor.stop())
+
+
+def main() -> None:
+    """The console script."""
+    run(daemon, NAME)

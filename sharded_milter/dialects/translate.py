@@ -1,0 +1,125 @@
+"""From an author's verdict to the packets that say it to the MTA.
+
+Where Postfix and Sendmail understand a packet differently, the packet is chosen that means the
+same to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from sharded_milter.api import verdicts
+from sharded_milter.api.verdicts import Action, Verdict
+from sharded_milter.protocol import replies
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.protocol.stages import Protocol
+from sharded_milter.protocol.wire import MAX_CHUNK
+
+# An index that no header has: both MTAs put the field at the end. Above 2**31 - 1 Sendmail sees
+# a negative number, and puts it at the top.
+LAST = 0x7FFFFFFF
+
+
+def to_replies(verdict: Verdict, protocol: Protocol) -> bytes:
+    """The packets of a checked verdict: actions first, the final reply last."""
+    match verdict:
+        case None:
+            packets: Iterable[Packet] = [replies.Continue()]
+        case verdicts.Accept(actions=actions):
+            packets = [*action_packets(actions, protocol), replies.Accept()]
+        case verdicts.Discard():
+            packets = [replies.Discard()]
+        case verdicts.Reject(text, code, xcode) | verdicts.TempFail(text, code, xcode):
+            packets = [replies.ReplyCode(replies.reply_text(code, xcode, text))]
+    return b"".join(packet.encode() for packet in packets)
+
+
+def action_packets(actions: Iterable[Action], protocol: Protocol) -> Iterator[Packet]:
+    """The packets of an author's actions.
+
+    Indexes mean the header as the author saw it. Changes go first, then deletions from the
+    highest index down, because Postfix counts anew after each and Sendmail does not; then what
+    is added. The others keep their order among themselves.
+    """
+    space = " " if protocol & Protocol.HDR_LEADSPC else ""
+    for action in sorted(actions, key=_rank):
+        yield from _PACKETS[type(action)](action, space)
+
+
+def _rank(action: Action) -> tuple[int, int]:
+    match action:
+        case verdicts.ChangeHeader():
+            return 0, 0
+        case verdicts.DeleteHeader(index=index):
+            return 1, -index
+        case _:
+            return 2, 0
+
+
+def _value(text: str, space: str) -> str:
+    # A CR would stay in the message: both MTAs fold at the bare LF.
+    return space + text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _bracketed(address: str) -> str:
+    return address if address.startswith("<") else f"<{address}>"
+
+
+def _parameters(esmtp: tuple[str, ...]) -> tuple[str, ...]:
+    return (" ".join(esmtp),) if esmtp else ()
+
+
+def _add_header(action: verdicts.AddHeader, space: str) -> Iterator[Packet]:
+    # ADDHEADER would put it before the first field of that name in Sendmail.
+    yield replies.InsertHeader(LAST, action.name, _value(action.value, space))
+
+
+def _insert_header(action: verdicts.InsertHeader, space: str) -> Iterator[Packet]:
+    yield replies.InsertHeader(action.index, action.name, _value(action.value, space))
+
+
+def _change_header(action: verdicts.ChangeHeader, space: str) -> Iterator[Packet]:
+    yield replies.ChangeHeader(action.index, action.name, _value(action.value, space))
+
+
+def _delete_header(action: verdicts.DeleteHeader, space: str) -> Iterator[Packet]:
+    yield replies.ChangeHeader(action.index, action.name, "")
+
+
+def _add_recipient(action: verdicts.AddRecipient, space: str) -> Iterator[Packet]:
+    address = _bracketed(action.address)
+    if action.esmtp:
+        yield replies.AddRecipientPar(address, _parameters(action.esmtp))
+    else:
+        yield replies.AddRecipient(address)
+
+
+def _delete_recipient(action: verdicts.DeleteRecipient, space: str) -> Iterator[Packet]:
+    yield replies.DeleteRecipient(_bracketed(action.address))
+
+
+def _change_sender(action: verdicts.ChangeSender, space: str) -> Iterator[Packet]:
+    yield replies.ChangeSender(_bracketed(action.address), _parameters(action.esmtp))
+
+
+def _replace_body(action: verdicts.ReplaceBody, space: str) -> Iterator[Packet]:
+    for start in range(0, len(action.body) or 1, MAX_CHUNK):
+        yield replies.ReplaceBody(action.body[start : start + MAX_CHUNK])
+
+
+def _quarantine(action: verdicts.Quarantine, space: str) -> Iterator[Packet]:
+    yield replies.Quarantine(action.reason)
+
+
+_PACKETS: dict[type[Action], Callable[[Any, str], Iterator[Packet]]] = {
+    verdicts.AddHeader: _add_header,
+    verdicts.InsertHeader: _insert_header,
+    verdicts.ChangeHeader: _change_header,
+    verdicts.DeleteHeader: _delete_header,
+    verdicts.AddRecipient: _add_recipient,
+    verdicts.DeleteRecipient: _delete_recipient,
+    verdicts.ChangeSender: _change_sender,
+    verdicts.ReplaceBody: _replace_body,
+    verdicts.Quarantine: _quarantine,
+}

@@ -1,0 +1,129 @@
+"""What master and workers say to each other: AMP commands over one UNIX socket per worker.
+
+A job carries a transcript and its answer carries reply packets, both in the milter protocol's
+own bytes. AMP limits a value to 65,535 bytes, so a `Blob` is inline while small and a descriptor
+of anonymous memory when large.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from contextlib import suppress
+from typing import Any
+
+from twisted.protocols import amp
+
+# Up to here the bytes go into the AMP box: copying them twice costs less than a descriptor and a
+# mapping. AMP's own limit is 65,535.
+MAX_INLINE = 48 * 1024
+
+# The longest text (a traceback, a name) that is sent as a plain AMP value.
+MAX_TEXT = 60_000
+
+_INLINE, _DESCRIPTOR = b"=", b"@"
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Memory:
+    """Anonymous memory that grows at its end and is passed on by descriptor.
+
+    This process's descriptor is closed with the object; the memory is freed when every process
+    that got a descriptor has closed it, however it ends.
+    """
+
+    __slots__ = ("fd", "size")
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("sharded-milter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.size = 0
+
+    def append(self, data: bytes | bytearray) -> None:
+        """Writes all of `data` behind what is there."""
+        view = memoryview(data)
+        while view:
+            written = os.write(self.fd, view)
+            self.size += written
+            view = view[written:]
+
+    def seal(self) -> None:
+        """From now on nobody can change it, and so nobody needs to copy it."""
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+
+    def __del__(self) -> None:
+        # Whoever passes it on keeps the object until the other side has answered: a descriptor
+        # waits in the socket's queue, and must not be closed or reused meanwhile.
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class Blob(amp.Argument):
+    """An AMP argument of any length.
+
+    The sender gives `bytes` of at most MAX_INLINE, or a `Memory` that it keeps until the other
+    side has answered. The receiver gets bytes, or a read-only view of the memory.
+    """
+
+    def toBox(self, name: bytes, strings: Any, objects: Any, proto: Any) -> None:
+        value = objects.pop(name.decode())
+        if isinstance(value, Memory):
+            ordinal = proto._sendFileDescriptor(value.fd)
+            strings[name] = _DESCRIPTOR + b"%d %d" % (ordinal, value.size)
+        else:
+            strings[name] = _INLINE + value
+
+    def fromBox(self, name: bytes, strings: Any, objects: Any, proto: Any) -> None:
+        value = strings.pop(name)
+        if value.startswith(_INLINE):
+            objects[name.decode()] = value[1:]
+            return
+        ordinal, size = map(int, value[1:].split())
+        fd = proto._getDescriptor(ordinal)
+        try:
+            objects[name.decode()] = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+        finally:
+            os.close(fd)
+
+
+def release(value: bytes | memoryview) -> None:
+    """Unmaps a received blob, if nobody keeps a view of it."""
+    if isinstance(value, memoryview):
+        mapping = value.obj
+        value.release()
+        with suppress(BufferError):  # the milter keeps a piece: it lives as long as that
+            mapping.close()  # type: ignore[attr-defined]  # it is the mmap of fromBox
+
+
+class Ask(amp.Command):
+    """Master to worker: answer this transcript at this stage.
+
+    `stage` is the letter of the stage. The answer is reply packets, or, when the milter's code
+    raised, one line that says what; the worker has logged the traceback then.
+    """
+
+    arguments = [  # noqa: RUF012
+        (b"stage", amp.String()),
+        (b"connection", Blob()),
+        (b"message", Blob()),
+    ]
+    response = [(b"replies", Blob()), (b"error", amp.String())]  # noqa: RUF012
+
+
+class Ready(amp.Command):
+    """Worker to master: the milter is imported; this is its manifest."""
+
+    arguments = [  # noqa: RUF012
+        (b"name", amp.String()),
+        (b"negotiation", amp.String()),
+        (b"light", amp.String()),
+        (b"shard_by", amp.String()),
+    ]
+    response = []  # noqa: RUF012
+
+
+class LoadFailed(amp.Command):
+    """Worker to master: the milter cannot be imported, for this reason."""
+
+    arguments = [(b"reason", amp.String()), (b"details", amp.String())]  # noqa: RUF012
+    response = []  # noqa: RUF012

@@ -1,0 +1,40 @@
+"""Every number that bounds the master, with its reason. Times are seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The operator's limits; the defaults are those of the command line."""
+
+    # Postfix waits 30 s for the answer to a command (milter_command_timeout).
+    command_deadline: float = 20.0
+    # Postfix waits 300 s for the answer to the content (milter_content_timeout), Sendmail 5 min
+    # in all from end of message to the verdict (T=E:5m), whatever progress is reported.
+    eom_deadline: float = 240.0
+    # How long a job may wait for a worker. Part of the deadline, which leaves the other half for
+    # the work itself.
+    queue_wait: float = 120.0
+    # Jobs that may wait. Each is a message in memory whose MTA waits too; a hundred times the
+    # workers of a large machine is more than queue_wait lets any of them reach.
+    max_queue: int = 10_000
+    # A job whose worker died goes to another one so often; two deaths are the message's fault.
+    retries: int = 1
+    # Importing a milter may load a model of gigabytes.
+    worker_start_timeout: float = 60.0
+    # A worker that has ended badly is started again after this long, doubled each time.
+    respawn_first: float = 0.1
+    respawn_longest: float = 30.0
+    # libmilter's default. An idle SMTP client is an idle milter connection, so this must not be
+    # shorter than the MTA's own timeouts.
+    idle_timeout: float = 7210.0
+    # What sessions get to reach their end on TERM.
+    graceful_timeout: float = 30.0
+    # Sendmail gives up 10 s after the last sign of life (T=R:10s).
+    progress_interval: float = 5.0
+    # Bytes of commands that wait behind a running job before reading pauses; two body chunks.
+    max_waiting: int = 131_072
+    # The largest message that is kept; Postfix's message_size_limit is 10,240,000 by default.
+    max_message_size: int = 100 * 1024 * 1024

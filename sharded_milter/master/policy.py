@@ -1,0 +1,37 @@
+"""What the MTA hears when a milter gives no verdict. Every failure is an explicit verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sharded_milter.errors import JobFailed, Overloaded
+from sharded_milter.protocol.replies import Continue, Reject, ReplyCode, TempFail, reply_text
+from sharded_milter.protocol.stages import Stage
+
+ON_ERROR = ("tempfail", "accept", "reject")
+
+# The texts are the MTA's own: what went wrong is in our log, not on the wire. To accept is to go
+# on as if nothing had been said, so that later stages still have their say.
+_ANSWERS: Mapping[str, bytes] = {
+    "tempfail": TempFail().encode(),
+    "accept": Continue().encode(),
+    "reject": Reject().encode(),
+}
+
+BUSY = ReplyCode(reply_text(451, "4.3.2", "Content filter is busy, please try again")).encode()
+TOO_LARGE = ReplyCode(
+    reply_text(552, "5.3.4", "Message is larger than the content filter takes")
+).encode()
+STOPPING = ReplyCode(reply_text(451, "4.3.2", "Content filter is shutting down")).encode()
+
+
+def answer_for(error: BaseException | None, on_error: str, stage: Stage) -> bytes:
+    """The reply packets for a job that ended with `error` under the policy `--on-error`.
+
+    Overload is told as such and always temporary: the message was not looked at.
+    """
+    if isinstance(error, Overloaded):
+        return BUSY
+    if not isinstance(error, JobFailed) and stage is not Stage.EOM:
+        return _ANSWERS["tempfail"]
+    return _ANSWERS[on_error]

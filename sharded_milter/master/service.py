@@ -1,0 +1,98 @@
+"""The service: sockets, pool and connections under one roof, from start to the last QUIT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory
+from twisted.logger import Logger
+
+from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.pool import Pool
+from sharded_milter.master.sockets import Listener
+from sharded_milter.protocol.negotiation import Manifest
+
+
+class Service:
+    """Serves MTAs on open sockets with the workers of a pool. No state lives outside it."""
+
+    log = Logger()
+
+    def __init__(
+        self, listeners: Sequence[Listener], pool: Pool, limits: Limits, on_error: str, reactor: Any
+    ) -> None:
+        self.listeners = listeners
+        self.pool = pool
+        self.limits = limits
+        self.on_error = on_error
+        self.reactor = reactor
+        self.manifest = Manifest("not loaded")
+        self.connections: set[MilterConnection] = set()
+        self._ports: list[Any] = []
+        self._stopping = False
+        self._emptied = False
+        self._grace: Any = None
+        self.stopped: Deferred[None] = Deferred()
+
+    def start(self) -> Deferred[None]:
+        """Fires when the workers are ready and MTAs are served; fails as Pool.start does."""
+        return self.pool.start().addCallback(self._serve)
+
+    def _serve(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        factory = Factory.forProtocol(lambda: MilterConnection(self))
+        factory.noisy = False
+        for listener in self.listeners:
+            listener.socket.setblocking(False)
+            family = listener.socket.family
+            port = self.reactor.adoptStreamPort(listener.socket.fileno(), family, factory)
+            self._ports.append(port)
+            self.log.info("listening on {spec}", spec=listener.address.spec)
+
+    def connected(self, connection: MilterConnection) -> None:
+        """An MTA is there."""
+        self.connections.add(connection)
+
+    def disconnected(self, connection: MilterConnection) -> None:
+        """An MTA has left."""
+        self.connections.discard(connection)
+        self._check_stopped()
+
+    def stop(self, *, quick: bool = False) -> Deferred[None]:
+        """Takes no more connections; fires when all is over.
+
+        Sessions get `graceful_timeout` to reach their end, or none at all when `quick`, which
+        may also be asked for later. Whoever then still waits for an answer is told to try again.
+        """
+        if not self._stopping:
+            self._stopping = True
+            for port in self._ports:
+                port.stopListening()
+            for listener in self.listeners:
+                listener.close()
+            self.log.info("stopping, {n} connections are open", n=len(self.connections))
+            self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
+        if quick and self._grace.active():
+            self._grace.reset(0)
+        self._check_stopped()
+        return self.stopped
+
+    def _finish(self) -> None:
+        for connection in list(self.connections):
+            connection.finish()
+
+    def _check_stopped(self) -> None:
+        if self._stopping and not self.connections and not self._emptied:
+            self._emptied = True
+            if self._grace.active():
+                self._grace.cancel()
+            self.pool.stop().chainDeferred(self.stopped)
+
+
+def main_cf_line(listeners: Sequence[Listener]) -> str:
+    """The line for Postfix's main.cf that names these sockets."""
+    names = (listener.address.for_postfix(listener.port) for listener in listeners)
+    return f"smtpd_milters = {', '.join(names)}"

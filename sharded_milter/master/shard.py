@@ -1,0 +1,313 @@
+"""A shard: one worker process with its slot number, from start to exit.
+
+    starting ──READY──▶ idle ⇄ busy ──▶ draining ──▶ gone
+        └──────────┴──────┴──── killed ──────────────▶ gone
+
+Built on ampoule's starter, connector and child. The AMP connection runs over one inherited UNIX
+socket pair instead of two pipes, so that descriptors can be passed; a death is what
+`processExited` says, not a closed pipe, which a grandchild may hold open.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from enum import Enum
+from typing import Any, Protocol
+
+import psutil
+from ampoule import commands as ampoule_commands
+from ampoule.main import AMPConnector, ProcessStarter
+from twisted.internet import error
+from twisted.internet.protocol import Factory, connectionDone
+from twisted.logger import Logger
+from twisted.protocols import amp
+from twisted.python.failure import Failure
+
+from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
+from sharded_milter.jobs import Ask, LoadFailed, Memory, Ready, release
+from sharded_milter.protocol.negotiation import Manifest
+from sharded_milter.protocol.stages import STAGES, Stage
+from sharded_milter.protocol.text import to_text
+
+# The worker must not find the operator's secrets in its environment, nor be steered by it.
+PASSED_ENVIRONMENT = (
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LD_LIBRARY_PATH",
+    "LOGNAME",
+    "PATH",
+    "PYTHONPATH",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TMPDIR",
+    "TZ",
+    "USER",
+    "VIRTUAL_ENV",
+)
+
+# A worker whose socket is closed but that lives on is of no use; it gets this long to exit.
+EXIT_GRACE = 5.0
+
+# The longest piece of a line of output that is kept while its end has not come.
+MAX_LOG_LINE = 8192
+
+_CHANNEL = 3
+_BOOTSTRAP = "import sys; from sharded_milter.workers.bootstrap import main; main({}, sys.argv[1])"
+
+
+class State(Enum):
+    """Where a shard is in its life."""
+
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+    DRAINING = "draining"
+    KILLED = "killed"
+    GONE = "gone"
+
+
+class Events(Protocol):
+    """What a shard tells its owner."""
+
+    def shard_ready(self, shard: Shard) -> None: ...
+    def shard_idle(self, shard: Shard) -> None: ...
+    def shard_gone(self, shard: Shard) -> None: ...
+
+
+class Shard:
+    """One worker process; the owner hears of everything through `events`."""
+
+    log = Logger()
+
+    def __init__(self, slot: int, spec: str, reactor: Any, events: Events, env: dict[str, str]):
+        self.slot = slot
+        self.spec = spec
+        self.state = State.STARTING
+        self.manifest: Manifest | None = None
+        self.load_error: MilterLoadError | None = None
+        self.killed_for = ""  # why, when it was us
+        self.exit_reason = ""
+        self.label = ""  # what it works on, for its log lines
+        self.process: Any = None
+        self._reactor = reactor
+        self._events = events
+        self._env = env
+        self._amp: Any = None
+
+    def __repr__(self) -> str:
+        return f"shard {self.slot} (pid {self.pid})"
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None after its exit."""
+        pid: int | None = getattr(self.process, "pid", None)
+        return pid
+
+    def start(self) -> None:
+        """Spawns the process; raises OSError when the system refuses."""
+        starter = _Starter(
+            bootstrap=_BOOTSTRAP.format(os.getpid()), args=(self.spec,), env=self._env
+        )
+        starter.connectorFactory = lambda protocol: _Connector(protocol, self)
+        self._amp = _Parent(self)
+        starter.start(self, self._amp, self._reactor)
+
+    def ask(self, stage: Stage, connection: bytes, message: bytes | Memory) -> Any:
+        """A Deferred of the reply packets.
+
+        Fails with CallbackFailed when the milter raised, with WorkerLost when the worker died.
+        The shard must be idle; it is idle again when the worker has answered, whoever waits.
+        """
+        self.state = State.BUSY
+        answer = self._amp.callRemote(
+            Ask, stage=stage.value, connection=connection, message=message
+        )
+        answer.addCallbacks(self._answered, self._lost)
+        return answer
+
+    def _answered(self, answer: dict[str, Any]) -> bytes:
+        replies = bytes(answer["replies"])
+        release(answer["replies"])
+        self.label = ""
+        if self.state is State.BUSY:
+            self.state = State.IDLE
+            self._events.shard_idle(self)
+        elif self.state is State.DRAINING:
+            self._shut_down()
+        if answer["error"]:
+            raise CallbackFailed(to_text(answer["error"]))
+        return replies
+
+    def _lost(self, failure: Failure) -> None:
+        raise WorkerLost(self.exit_reason or str(failure.value)) from failure.value
+
+    def drain(self) -> None:
+        """Takes no more jobs; exits when the present one is answered."""
+        if self.state is State.BUSY:
+            self.state = State.DRAINING
+        elif self.state in (State.STARTING, State.IDLE):
+            self.state = State.DRAINING
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        done = self._amp.callRemote(ampoule_commands.Shutdown)
+        done.addCallbacks(lambda _: self._amp.transport.loseConnection(), lambda _: None)
+
+    def kill(self, reason: str) -> None:
+        """Ends the process and all its descendants at once."""
+        if self.state is State.GONE or self.pid is None:
+            return
+        self.state = State.KILLED
+        self.killed_for = self.killed_for or reason
+        try:
+            family = psutil.Process(self.pid).children(recursive=True)
+        except psutil.Error:
+            family = []
+        self.signal(signal.SIGKILL)
+        for process in family:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+
+    def signal(self, number: int) -> None:
+        """Sends a signal, unless the process is gone."""
+        try:
+            self.process.signalProcess(number)
+        except error.ProcessExitedAlready:
+            return
+
+    def ready(self, manifest: Manifest) -> None:
+        """The worker has imported the milter."""
+        if self.state is State.STARTING:
+            self.manifest = manifest
+            self.state = State.IDLE
+            self._events.shard_ready(self)
+
+    def output(self, line: bytes) -> None:
+        """A line that the worker wrote."""
+        about = f" {self.label}" if self.label else ""
+        self.log.info("[{slot}{about}] {line}", slot=self.slot, about=about, line=to_text(line))
+
+    def exited(self, status: Failure) -> None:
+        """The process is reaped."""
+        self.exit_reason = self.killed_for or _exit_reason(status)
+        self.state = State.GONE
+        self._amp.process_gone(Failure(WorkerLost(self.exit_reason)))
+        self._events.shard_gone(self)
+
+
+def _exit_reason(status: Failure) -> str:
+    value = status.value
+    number = getattr(value, "signal", None)
+    if number:
+        hint = ", perhaps out of memory" if number == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(number).name}{hint}"
+    return f"exited with code {getattr(value, 'exitCode', 0) or 0}"
+
+
+class _Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
+    """Spawns with a socket pair, a clean environment, and no module search in the cwd."""
+
+    def start(self, shard: Shard, protocol: _Parent, reactor: Any) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            connector = self.connectorFactory(protocol)
+            shard.process = reactor.spawnProcess(
+                connector,
+                sys.executable,
+                [sys.executable, "-P", "-c", self.bootstrap, *self.args],
+                env=self.env,
+                childFDs={0: "w", 1: "r", 2: "r", _CHANNEL: theirs.fileno()},
+            )
+            factory = Factory()
+            factory.buildProtocol = lambda addr: protocol  # type: ignore[method-assign]
+            reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
+
+
+class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
+    """The process's own side: its output and its exit. AMP rides on the socket."""
+
+    def __init__(self, protocol: _Parent, shard: Shard) -> None:
+        super().__init__(protocol, shard.slot)
+        self._shard = shard
+        self._pieces: dict[int, bytes] = {}
+
+    def connectionMade(self) -> None:
+        self.transport.closeStdin()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        *lines, rest = (self._pieces.get(childFD, b"") + data).split(b"\n")
+        if len(rest) > MAX_LOG_LINE:
+            lines, rest = [*lines, rest], b""
+        self._pieces[childFD] = rest
+        for line in lines:
+            self._shard.output(line[:MAX_LOG_LINE])
+
+    def processExited(self, reason: Failure) -> None:
+        for rest in filter(None, self._pieces.values()):
+            self._shard.output(rest)
+        self._pieces.clear()
+        self._shard.exited(reason)
+
+    def processEnded(self, reason: Failure) -> None:
+        """Comes when the pipes are closed too; nobody waits for that."""
+
+
+class _Parent(amp.AMP):
+    """The master's end of the AMP connection to one worker."""
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__()
+        self._shard = shard
+        self._impatience: Callable[[], None] | None = None
+
+    @Ready.responder
+    def ready(
+        self, name: bytes, negotiation: bytes, light: bytes, shard_by: bytes
+    ) -> dict[str, Any]:
+        manifest = Manifest.from_packet(
+            to_text(name),
+            negotiation,
+            frozenset(STAGES[letter] for letter in light),
+            to_text(shard_by),
+        )
+        self._shard.ready(manifest)
+        return {}
+
+    @LoadFailed.responder
+    def load_failed(self, reason: bytes, details: bytes) -> dict[str, Any]:
+        self._shard.load_error = MilterLoadError(to_text(reason), to_text(details))
+        self._shard.drain()
+        return {}
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The socket is closed: the exit that follows says why, so calls fail only then."""
+        shard = self._shard
+        if shard.state is not State.GONE:
+            call = shard._reactor.callLater(EXIT_GRACE, shard.kill, "its socket was closed")
+            self._impatience = call.cancel
+
+    def process_gone(self, reason: Failure) -> None:
+        if self._impatience is not None:
+            with suppress(error.AlreadyCalled, error.AlreadyCancelled):
+                self._impatience()
+            self._impatience = None
+        super().connectionLost(reason)
+        transport: Any = self.transport
+        if transport is not None:
+            transport.abortConnection()
+
+
+def worker_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
+    """What a worker finds in its environment: an allow-list of the master's, and `extra`."""
+    kept = {name: environ[name] for name in PASSED_ENVIRONMENT if name in environ}
+    return {**kept, "PYTHONUNBUFFERED": "1", **extra}

@@ -1,0 +1,207 @@
+"""The configuration: one table of options, each also a key in the file and a variable.
+
+Defaults < file < environment < command line. The file is TOML; a key is the option's name
+without its dashes (`eom-deadline = 60`), and one of a table is joined to the table's name
+(`[scanner] rules = "/etc/rules"` is `--scanner-rules`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from sharded_milter.errors import ConfigError
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.policy import ON_ERROR
+from sharded_milter.ops.cpus import usable_cpus
+from sharded_milter.ops.logs import LEVELS
+
+ENVIRONMENT_PREFIX = "SHARDED_MILTER"
+DEFAULT_LISTEN = "inet:8890@127.0.0.1"
+DEFAULT_SOCKET_MODE = "660"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything an operator can say, checked."""
+
+    milters: tuple[str, ...]
+    listen: tuple[str, ...]
+    workers: int
+    scanner_rules: str | None
+    socket_mode: int
+    socket_group: str
+    on_error: str
+    log_level: str
+    ready_fd: int | None
+    limits: Limits
+
+
+class OctalMode(click.ParamType[int]):
+    """File permissions, as chmod takes them."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            mode = int(str(value), 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            self.fail(f"{value!r} is not an octal mode from 0 to 777", param, ctx)
+        return mode
+
+
+_SECONDS = click.FloatRange(min=0, min_open=True)
+_COUNT = click.IntRange(min=1)
+
+# The limits that an operator may set, with what they mean.
+_LIMITS: Mapping[str, tuple[Any, str]] = {
+    "command_deadline": (_SECONDS, "Seconds for the answer to a command before the content."),
+    "eom_deadline": (_SECONDS, "Seconds for the answer to a whole message."),
+    "queue_wait": (_SECONDS, "Seconds that a message may wait for a worker."),
+    "max_queue": (click.IntRange(min=0), "How many messages may wait for a worker."),
+    "retries": (click.IntRange(min=0), "How often a message goes on when its worker died."),
+    "worker_start_timeout": (_SECONDS, "Seconds for a worker to import the milter."),
+    "idle_timeout": (_SECONDS, "Seconds after which a silent MTA connection is closed."),
+    "graceful_timeout": (_SECONDS, "Seconds for open sessions to end on TERM."),
+    "progress_interval": (_SECONDS, "Seconds between signs of life to a waiting MTA."),
+    "max_message_size": (_COUNT, "Bytes of the largest message that is scanned; more gets a 552."),
+}
+
+
+def _limit_option(name: str) -> Callable[[F], F]:
+    kind, text = _LIMITS[name]
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        default=getattr(Limits, name),
+        show_default=True,
+        help=text,
+    )
+
+
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("milters", metavar="[MILTER]...", nargs=-1),
+    click.option(
+        "--listen",
+        multiple=True,
+        default=(DEFAULT_LISTEN,),
+        show_default=True,
+        metavar="SOCKET",
+        help="inet:PORT@HOST, inet:HOST:PORT or unix:/PATH; may be given several times.",
+    ),
+    click.option(
+        "--workers",
+        type=_COUNT,
+        default=usable_cpus,
+        show_default="the CPUs it may use",
+        help="Worker processes.",
+    ),
+    click.option(
+        "--scanner-rules",
+        metavar="DIR",
+        type=click.Path(),
+        help="A directory of YARA rules (*.yar) for the content scanner, beside its own.",
+    ),
+    click.option(
+        "--socket-mode",
+        type=OctalMode(),
+        default=DEFAULT_SOCKET_MODE,
+        show_default=True,
+        help="Permissions of a UNIX socket.",
+    ),
+    click.option(
+        "--socket-group", default="", metavar="GROUP", help="Group of a UNIX socket: postfix."
+    ),
+    click.option(
+        "--on-error",
+        type=click.Choice(ON_ERROR),
+        default="tempfail",
+        show_default=True,
+        help="What the MTA hears when a milter fails on a message.",
+    ),
+    *map(_limit_option, _LIMITS),
+    click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True),
+    click.option(
+        "--ready-fd",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Write a newline to this descriptor when the service is ready.",
+    ),
+    click.option(
+        "--config",
+        type=click.Path(),
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=lambda context, _, path: _use_file(context, path),
+        help="A TOML file with any of these options.",
+    ),
+)
+
+
+def with_options(command: F) -> F:
+    """Decorates a click command so that it is called with all options."""
+    return reduce(lambda decorated, option: option(decorated), reversed(OPTIONS), command)
+
+
+def settings_from(values: Mapping[str, Any]) -> Settings:
+    """The settings of the values that a command `with_options` got."""
+    limits = Limits(
+        **{field.name: values[field.name] for field in fields(Limits) if field.name in values}
+    )
+    rest = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
+    return Settings(limits=limits, **rest)
+
+
+def _use_file(context: click.Context, path: str | None) -> None:
+    if path is None:
+        return
+    known = {param.name for param in context.command.params if param.name}
+    context.default_map = read_file(path, known)
+    context.meta[__name__] = path
+
+
+def read_file(path: str, known: set[str]) -> dict[str, Any]:
+    """The options in a TOML file by parameter name.
+
+    Raises ConfigError, naming the file and the key, for what cannot be read or is not `known`.
+    """
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"configuration file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from None
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        for inner, setting in nested:
+            name = "_".join(filter(None, (key, inner))).replace("-", "_")
+            if name not in known:
+                raise ConfigError(
+                    f"configuration file {path}: unknown key {'.'.join(filter(None, (key, inner)))}"
+                )
+            many = name in ("listen", "milters") and isinstance(setting, str)
+            values[name] = (setting,) if many else setting
+    return values
+
+
+def origin_of(error: click.UsageError) -> str:
+    """Where a bad value came from: a file's name, `environment`, or empty for the command line."""
+    if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
+        return ""
+    source = error.ctx.get_parameter_source(error.param.name or "")
+    if source is ParameterSource.DEFAULT_MAP:
+        return f"configuration file {error.ctx.meta[__name__]}"
+    return "environment" if source is ParameterSource.ENVIRONMENT else ""

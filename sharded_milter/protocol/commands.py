@@ -1,0 +1,230 @@
+"""The commands: packets from the MTA (SMFIC).
+
+A command holds exactly what the wire held, so that parsing and encoding are inverse; what it
+means to an author (brackets, `IPv6:` prefixes, macro look-up) is the business of the dialects.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from itertools import chain
+from typing import ClassVar, Self
+
+from sharded_milter.errors import RemoteProtocolError
+from sharded_milter.protocol.packets import INT_BYTES, Packet, parse_packet
+from sharded_milter.protocol.text import join_strings, split_strings, to_text, to_wire
+
+# Families of a CONNECT; only the first two and a path bring a port and an address along.
+FAMILIES_WITH_ADDRESS = ("4", "6", "L")
+PORT_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiate(Packet):
+    """Option negotiation (SMFIC_OPTNEG), the same letter and shape in both directions.
+
+    `symlists` are pairs of a stage's number and its macro names; only a reply carries them.
+    """
+
+    letter: ClassVar[bytes] = b"O"
+    version: int
+    actions: int
+    protocol: int
+    symlists: tuple[tuple[int, str], ...] = ()
+
+    def payload(self) -> bytes:
+        words = (self.version, self.actions, self.protocol)
+        return b"".join(word.to_bytes(INT_BYTES, "big") for word in words) + b"".join(
+            number.to_bytes(INT_BYTES, "big") + join_strings((names,))
+            for number, names in self.symlists
+        )
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        """A reply of ours, symbol lists included."""
+        words = cls.offer(payload)
+        symlists = []
+        rest = payload[3 * INT_BYTES :]
+        while rest:
+            names, nul, after = rest[INT_BYTES:].partition(b"\0")
+            if not nul:
+                raise RemoteProtocolError(f"symbol list without its final NUL: {rest[:80]!r}")
+            symlists.append((int.from_bytes(rest[:INT_BYTES], "big"), to_text(names)))
+            rest = after
+        return cls(words.version, words.actions, words.protocol, tuple(symlists))
+
+    @classmethod
+    def offer(cls, payload: bytes) -> Self:
+        """An MTA's offer; whatever follows the three words is ignored, as libmilter does."""
+        if len(payload) < 3 * INT_BYTES:
+            raise RemoteProtocolError(f"option negotiation of {len(payload)} bytes needs 12")
+        version, actions, protocol = struct.unpack_from(">III", payload)
+        return cls(version, actions, protocol)
+
+
+@dataclass(frozen=True, slots=True)
+class Macro(Packet):
+    """Macros (SMFIC_MACRO) for the command whose letter is `stage`; never answered."""
+
+    letter: ClassVar[bytes] = b"D"
+    stage: str
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def payload(self) -> bytes:
+        return to_wire(self.stage) + join_strings(tuple(chain.from_iterable(self.pairs)))
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        if not payload:
+            raise RemoteProtocolError("macro packet without the letter of its stage")
+        strings = split_strings(payload[1:])
+        if len(strings) % 2:
+            raise RemoteProtocolError(f"macro {strings[-1]!r} has no value")
+        return cls(to_text(payload[:1]), tuple(zip(strings[::2], strings[1::2], strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Connect(Packet):
+    """A client connected (SMFIC_CONNECT).
+
+    `family` is `4`, `6`, `L` (a path) or `U` (unknown, nothing follows); `address` is the MTA's
+    own text, which need not be an address (Postfix may send `unknown`).
+    """
+
+    letter: ClassVar[bytes] = b"C"
+    hostname: str
+    family: str
+    port: int = 0
+    address: str = ""
+
+    def payload(self) -> bytes:
+        head = join_strings((self.hostname,)) + to_wire(self.family)
+        if self.family not in FAMILIES_WITH_ADDRESS:
+            return head
+        return head + self.port.to_bytes(PORT_BYTES, "big") + join_strings((self.address,))
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        hostname, nul, rest = payload.partition(b"\0")
+        if not nul or not rest:
+            raise RemoteProtocolError(f"connect without hostname and family: {payload[:80]!r}")
+        family = to_text(rest[:1])
+        if family not in FAMILIES_WITH_ADDRESS:
+            return cls(to_text(hostname), family)
+        address = split_strings(rest[1 + PORT_BYTES :])
+        if len(address) != 1:
+            raise RemoteProtocolError(f"connect without one address: {payload[:80]!r}")
+        port = int.from_bytes(rest[1 : 1 + PORT_BYTES], "big")
+        return cls(to_text(hostname), family, port, address[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Helo(Packet):
+    """The client's greeting (SMFIC_HELO), its argument as the client wrote it."""
+
+    letter: ClassVar[bytes] = b"H"
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mail(Packet):
+    """The envelope sender (SMFIC_MAIL) in the client's spelling, and its ESMTP parameters."""
+
+    letter: ClassVar[bytes] = b"M"
+    sender: str
+    esmtp: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rcpt(Packet):
+    """An envelope recipient (SMFIC_RCPT) in the client's spelling, and its ESMTP parameters."""
+
+    letter: ClassVar[bytes] = b"R"
+    recipient: str
+    esmtp: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Data(Packet):
+    """The client said DATA (SMFIC_DATA)."""
+
+    letter: ClassVar[bytes] = b"T"
+
+
+@dataclass(frozen=True, slots=True)
+class Header(Packet):
+    """A header field (SMFIC_HEADER), folded with bare LF as the MTA sends it."""
+
+    letter: ClassVar[bytes] = b"L"
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Eoh(Packet):
+    """End of headers (SMFIC_EOH)."""
+
+    letter: ClassVar[bytes] = b"N"
+
+
+@dataclass(frozen=True, slots=True)
+class Body(Packet):
+    """A piece of the body (SMFIC_BODY), CRLF line ends, cut anywhere."""
+
+    letter: ClassVar[bytes] = b"B"
+    chunk: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Eom(Packet):
+    """End of message (SMFIC_BODYEOB); may carry the last piece of the body."""
+
+    letter: ClassVar[bytes] = b"E"
+    chunk: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Abort(Packet):
+    """The message is dropped (SMFIC_ABORT), the connection stays; never answered."""
+
+    letter: ClassVar[bytes] = b"A"
+
+
+@dataclass(frozen=True, slots=True)
+class Quit(Packet):
+    """The MTA leaves (SMFIC_QUIT); never answered."""
+
+    letter: ClassVar[bytes] = b"Q"
+
+
+@dataclass(frozen=True, slots=True)
+class QuitNc(Packet):
+    """The client left, another follows on this socket (SMFIC_QUIT_NC); never answered."""
+
+    letter: ClassVar[bytes] = b"K"
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown(Packet):
+    """An SMTP command that the MTA does not know (SMFIC_UNKNOWN)."""
+
+    letter: ClassVar[bytes] = b"U"
+    command: str
+
+
+COMMANDS: dict[int, type[Packet]] = {
+    kind.letter[0]: kind
+    for kind in (
+        Negotiate, Macro, Connect, Helo, Mail, Rcpt, Data, Header, Eoh, Body, Eom, Abort, Quit,
+        QuitNc, Unknown,
+    )
+}  # fmt: skip
+
+
+def parse_command(packet: bytes) -> Packet:
+    """The command in a whole packet.
+
+    Raises RemoteProtocolError for a letter that is no command's, or a malformed payload.
+    """
+    return parse_packet(COMMANDS, packet)

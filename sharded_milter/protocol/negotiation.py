@@ -1,0 +1,179 @@
+"""Option negotiation: what the MTA offers, what the milters want, what we answer.
+
+The law: never a bit that was not offered. What a milter wants and the MTA cannot do is done
+here instead: a stage that cannot be suppressed, or that cannot go unanswered, gets our CONTINUE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import reduce
+from operator import and_, or_
+
+from sharded_milter.errors import RemoteProtocolError
+from sharded_milter.protocol.commands import Negotiate
+from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
+
+VERSION = 6
+LOWEST_VERSION = 2
+
+# What an offer of 0 stands for: libmilter's V1_ACTS and V1_PROT.
+DEFAULT_ACTIONS = 0xF
+DEFAULT_PROTOCOL = 0x3F
+
+# Every bit that version 6 defines; the rest is libmilter-internal (SMFI_INTERNAL) or unborn.
+KNOWN_ACTIONS = 0x1FF
+KNOWN_PROTOCOL = 0x1FFFFF
+
+# Bits beside NO and NR that a milter can ask for; the MTA does them only if all is agreed.
+OPTIONS = Protocol.SKIP | Protocol.RCPT_REJ | Protocol.HDR_LEADSPC
+
+SUPPRESS_ALL = reduce(or_, (stage.suppress for stage in Stage))
+NO_REPLY_ALL = reduce(or_, (stage.no_reply for stage in Stage))
+
+# The macros that Postfix and Sendmail send unasked. A list of ours replaces theirs, so a milter
+# that asks for one more macro would lose these if we did not repeat them.
+DEFAULT_MACROS: Mapping[Stage, str] = {
+    Stage.CONNECT: "j _ {daemon_name} {daemon_addr} {if_name} {if_addr} v",
+    Stage.HELO: "{tls_version} {cipher} {cipher_bits} {cert_subject} {cert_issuer}",
+    Stage.MAIL: "i {auth_type} {auth_authen} {auth_ssf} {auth_author} {mail_addr} {mail_host}"
+    " {mail_mailer}",
+    Stage.RCPT: "i {rcpt_addr} {rcpt_host} {rcpt_mailer}",
+    Stage.DATA: "i",
+    Stage.EOH: "i",
+    Stage.EOM: "i {msg_id}",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the master knows of a milter: plain data, carried as an option negotiation packet.
+
+    `protocol` has the NO bits of the stages it needs nothing of, the NR bits of those it wants
+    to see but has no say in, and its OPTIONS. `macros` are asked for on top of the usual ones.
+    """
+
+    name: str
+    actions: Actions = NO_ACTIONS
+    protocol: Protocol = NO_PROTOCOL
+    macros: tuple[tuple[Stage, tuple[str, ...]], ...] = ()
+    light: frozenset[Stage] = frozenset()
+    shard_by: str = ""
+
+    def answers(self, stage: Stage) -> bool:
+        """Whether the milter gives verdicts at the stage."""
+        return not self.protocol & (stage.suppress | stage.no_reply)
+
+    def to_packet(self) -> bytes:
+        """The negotiable part, for the way from the worker to the master."""
+        numbers = ((stage.symlist, names) for stage, names in self.macros)
+        lists = ((number, " ".join(names)) for number, names in numbers if number is not None)
+        return Negotiate(VERSION, self.actions, self.protocol, tuple(lists)).encode()
+
+    @classmethod
+    def from_packet(
+        cls, name: str, payload: bytes, light: frozenset[Stage], shard_by: str
+    ) -> Manifest:
+        """The manifest whose negotiable part is the payload of `to_packet`."""
+        words = Negotiate.parse(payload)
+        by_number = {stage.symlist: stage for stage in Stage}
+        macros = tuple((by_number[number], tuple(text.split())) for number, text in words.symlists)
+        actions, protocol = Actions(words.actions), Protocol(words.protocol)
+        return cls(name, actions, protocol, macros, light, shard_by)
+
+
+class Handling(Enum):
+    """What becomes of a command that a milter could answer."""
+
+    ASK = "ask"  # a milter answers
+    CONTINUE = "continue"  # the MTA waits, no milter cares: we answer
+    SILENT = "silent"  # agreed that nobody answers
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was negotiated on one connection."""
+
+    reply: Negotiate
+    handling: Mapping[int, Handling]  # by the letter of the stage
+    recorded: frozenset[int]  # letters of the stages that some milter needs to see
+
+    @property
+    def actions(self) -> Actions:
+        return Actions(self.reply.actions)
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol(self.reply.protocol)
+
+
+def negotiate(offer: Negotiate, manifests: Iterable[Manifest]) -> Agreement:
+    """What we answer to an offer so that each of the milters gets at least what it wants.
+
+    Raises RemoteProtocolError for a version below 2.
+    """
+    if offer.version < LOWEST_VERSION:
+        raise RemoteProtocolError(f"milter protocol version {offer.version} is below 2")
+    manifests = list(manifests)
+    offered_actions = (offer.actions or DEFAULT_ACTIONS) & KNOWN_ACTIONS
+    offered = Protocol((offer.protocol or DEFAULT_PROTOCOL) & KNOWN_PROTOCOL)
+    wanted = merged_protocol(manifest.protocol for manifest in manifests)
+    agreed = wanted & offered
+    actions = reduce(or_, (manifest.actions for manifest in manifests), NO_ACTIONS)
+    symlists = merged_macros(manifests) if offered_actions & Actions.SETSYMLIST else ()
+    if symlists:
+        actions |= Actions.SETSYMLIST
+    reply = Negotiate(min(VERSION, offer.version), actions & offered_actions, agreed, symlists)
+    return Agreement(
+        reply,
+        {stage.code: _handling(stage, wanted, agreed) for stage in Stage},
+        frozenset(stage.code for stage in Stage if not wanted & stage.suppress),
+    )
+
+
+def merged_protocol(wanted: Iterable[Protocol]) -> Protocol:
+    """The protocol word that serves all: suppressed is what all suppress.
+
+    A stage goes unanswered when nobody answers it; an option is taken when all take it, except
+    that rejected recipients are sent when one milter wants them.
+    """
+    words = [word | _implied_no_reply(word) for word in wanted]
+    common = reduce(and_, words, SUPPRESS_ALL | NO_REPLY_ALL | OPTIONS)
+    anyone = reduce(or_, words, NO_PROTOCOL) & Protocol.RCPT_REJ
+    return Protocol(_without_redundant_no_reply(common & ~Protocol.RCPT_REJ) | anyone)
+
+
+def merged_macros(manifests: Iterable[Manifest]) -> tuple[tuple[int, str], ...]:
+    """The symbol lists that give every milter its macros besides the usual ones."""
+    lists: dict[Stage, dict[str, None]] = {}
+    for manifest in manifests:
+        for stage, names in manifest.macros:
+            usual = dict.fromkeys(DEFAULT_MACROS[stage].split())
+            lists.setdefault(stage, usual).update(dict.fromkeys(names))
+    if not lists.keys().isdisjoint({Stage.EOM, Stage.EOH}):
+        # Sendmail honours the list of end of message only if end of headers is listed too, and
+        # sends no macro at all at end of message if only end of headers is.
+        for stage in (Stage.EOM, Stage.EOH):
+            lists.setdefault(stage, dict.fromkeys(DEFAULT_MACROS[stage].split()))
+    numbered = {stage.symlist: " ".join(names) for stage, names in lists.items()}
+    return tuple(sorted((n, names) for n, names in numbered.items() if n is not None))
+
+
+def _implied_no_reply(word: Protocol) -> Protocol:
+    """A milter that does not even need a stage does not answer it either."""
+    bits = (stage.no_reply for stage in Stage if word & stage.suppress)
+    return reduce(or_, bits, NO_PROTOCOL)
+
+
+def _without_redundant_no_reply(word: Protocol) -> Protocol:
+    return word & ~_implied_no_reply(word)
+
+
+def _handling(stage: Stage, wanted: Protocol, agreed: Protocol) -> Handling:
+    if agreed & stage.no_reply:
+        return Handling.SILENT
+    if wanted & (stage.suppress | stage.no_reply):
+        return Handling.CONTINUE
+    return Handling.ASK

@@ -1,0 +1,350 @@
+"""The session: where a conversation stands, and what a command or a verdict does to it.
+
+The law: which command is legal when, and what follows from it, is one constant table,
+TRANSITIONS. A missing cell is a protocol error of the MTA. What follows from our verdicts is a
+second one, AFTER_VERDICT; what becomes of macros a third, MACROS. No other code asks for the
+state.
+
+The state is the MTA's position in a message. MTAs leave out the stages that were suppressed, so
+a jump forward is legal when what it passes over was suppressed (`Cell.passes`); DATA, HEADER,
+EOH and BODY may be missing from any message. The tables follow what Postfix and Sendmail were
+seen to do, which is more than libmilter allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
+from sharded_milter.protocol.commands import Macro, Negotiate
+from sharded_milter.protocol.negotiation import Agreement, Handling
+from sharded_milter.protocol.replies import (
+    LEGAL,
+    Accept,
+    Discard,
+    Reject,
+    ReplaceBody,
+    ReplyCode,
+    TempFail,
+    parse_reply,
+)
+from sharded_milter.protocol.stages import NO_PROTOCOL, STAGES, Protocol, Stage
+from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, PAYLOAD, packets
+
+
+class State(Enum):
+    """Where the MTA is."""
+
+    START = auto()  # nothing was said
+    NEGOTIATED = auto()  # options are agreed, no client yet
+    CONNECTED = auto()  # a client is there, no message
+    MAIL = auto()  # a sender was named
+    RCPT = auto()  # a recipient was named
+    DATA = auto()  # the client said DATA
+    HEADER = auto()  # header fields come
+    BODY = auto()  # the body comes
+    DECIDED = auto()  # the message has its verdict before its end
+    CLOSED = auto()  # the MTA has left
+
+
+class Keep(Enum):
+    """Where in the transcript a packet is kept."""
+
+    NO = auto()
+    SLOT = auto()  # in the place of its kind in the connection's part, over the one before
+    APPEND = auto()  # at the end of the message's part
+    BEGIN = auto()  # as the first of a new message's part
+
+
+class Leaves(Enum):
+    """What the MTA leaves behind with a command."""
+
+    NOTHING = auto()
+    MESSAGE = auto()  # the message in hand is dropped
+    CLIENT = auto()  # the client is gone, another may follow on this connection
+    US = auto()  # the connection is over
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a command does."""
+
+    after: State
+    keep: Keep = Keep.NO
+    leaves: Leaves = Leaves.NOTHING
+    passes: Protocol = NO_PROTOCOL  # stages passed over, which must have been suppressed
+    asked: bool = True  # whether a milter may be asked; if not, the answer is CONTINUE
+
+
+def _codes(row: Mapping[bytes, Cell]) -> Mapping[int, Cell]:
+    return {letter[0]: cell for letter, cell in row.items()}
+
+
+def _content(passes: Protocol = NO_PROTOCOL) -> dict[bytes, Cell]:
+    """The content of a message begins or goes on."""
+    return {
+        b"L": Cell(State.HEADER, Keep.APPEND, passes=passes),
+        b"N": Cell(State.BODY, Keep.APPEND, passes=passes),
+        b"B": Cell(State.BODY, Keep.APPEND, passes=passes),
+        b"E": Cell(State.CONNECTED, Keep.APPEND, passes=passes),
+    }
+
+
+def _no_message(stay: State, passes: Protocol = NO_PROTOCOL) -> dict[bytes, Cell]:
+    """No message is open: one may begin, with whatever its first stage is that is sent."""
+    to_rcpt = passes | Protocol.NO_MAIL
+    return {
+        b"H": Cell(State.CONNECTED, Keep.SLOT, passes=passes),
+        b"M": Cell(State.MAIL, Keep.APPEND, passes=passes),
+        b"R": Cell(State.RCPT, Keep.APPEND, passes=to_rcpt),
+        b"T": Cell(State.DATA, Keep.APPEND, passes=to_rcpt | Protocol.NO_RCPT),
+        **_content(to_rcpt | Protocol.NO_RCPT),
+        b"U": Cell(stay),
+        # Postfix sends ABORT after every message, also after those that it delivered.
+        b"A": Cell(stay, leaves=Leaves.MESSAGE),
+        b"Q": Cell(State.CLOSED, leaves=Leaves.US),
+        b"K": Cell(State.NEGOTIATED, leaves=Leaves.CLIENT),
+    }
+
+
+def _message(stay: State) -> dict[bytes, Cell]:
+    """A message is open.
+
+    HELO ends it (Postfix sends its ABORT only afterwards), and so does MAIL (Sendmail sends no
+    ABORT when MAIL went unanswered).
+    """
+    return {
+        b"H": Cell(State.CONNECTED, Keep.SLOT, Leaves.MESSAGE),
+        b"M": Cell(State.MAIL, Keep.BEGIN, Leaves.MESSAGE),
+        b"U": Cell(stay),
+        b"A": Cell(State.CONNECTED, leaves=Leaves.MESSAGE),
+        b"Q": Cell(State.CLOSED, leaves=Leaves.US),
+        b"K": Cell(State.NEGOTIATED, leaves=Leaves.CLIENT),
+    }
+
+
+_RCPT = {b"R": Cell(State.RCPT, Keep.APPEND)}
+_DATA = {b"T": Cell(State.DATA, Keep.APPEND)}
+
+TRANSITIONS: Mapping[State, Mapping[int, Cell]] = {
+    State.START: _codes({b"O": Cell(State.NEGOTIATED), b"Q": Cell(State.CLOSED, leaves=Leaves.US)}),
+    State.NEGOTIATED: _codes(
+        {
+            **_no_message(State.NEGOTIATED, Protocol.NO_CONNECT),
+            b"C": Cell(State.CONNECTED, Keep.SLOT),
+        }
+    ),
+    State.CONNECTED: _codes(_no_message(State.CONNECTED)),
+    State.MAIL: _codes(
+        {
+            **_message(State.MAIL),
+            **_RCPT,
+            b"T": Cell(State.DATA, Keep.APPEND, passes=Protocol.NO_RCPT),
+            **_content(Protocol.NO_RCPT),
+        }
+    ),
+    State.RCPT: _codes({**_message(State.RCPT), **_RCPT, **_DATA, **_content()}),
+    # A refused DATA leaves the envelope open: recipients and DATA may come again.
+    State.DATA: _codes({**_message(State.DATA), **_RCPT, **_DATA, **_content()}),
+    State.HEADER: _codes({**_message(State.HEADER), **_content()}),
+    State.BODY: _codes(
+        {
+            **_message(State.BODY),
+            b"B": Cell(State.BODY, Keep.APPEND),
+            b"E": Cell(State.CONNECTED, Keep.APPEND),
+        }
+    ),
+    # No MTA goes on with a decided message; one that does is humoured.
+    State.DECIDED: _codes(
+        {
+            **_message(State.DECIDED),
+            **dict.fromkeys((b"R", b"T", b"L", b"N", b"B"), Cell(State.DECIDED, asked=False)),
+            b"E": Cell(State.CONNECTED, leaves=Leaves.MESSAGE, asked=False),
+        }
+    ),
+    State.CLOSED: {},
+}
+
+# Macros come before their command, or without it where the command is suppressed or the MTA
+# itself refused it. Those of MAIL begin a message. Letters that are missing here (Postfix sends
+# L, B and U) tell nothing that the others do not, and are dropped, as libmilter does.
+MACROS: Mapping[int, Keep] = {
+    b"C"[0]: Keep.SLOT,
+    b"H"[0]: Keep.SLOT,
+    b"M"[0]: Keep.BEGIN,
+    b"R"[0]: Keep.APPEND,
+    b"T"[0]: Keep.APPEND,
+    b"N"[0]: Keep.APPEND,
+    b"E"[0]: Keep.APPEND,
+}
+_WITH_MESSAGE = frozenset(State) - {
+    State.START,
+    State.NEGOTIATED,
+    State.CONNECTED,
+    State.CLOSED,
+}
+
+_REFUSALS = frozenset(kind.letter[0] for kind in (Reject, TempFail, ReplyCode))
+_ENDINGS = frozenset(kind.letter[0] for kind in (Accept, Discard))
+
+# The state after a verdict other than CONTINUE and SKIP; a missing cell leaves it as it is.
+AFTER_VERDICT: Mapping[Stage, Mapping[int, State]] = {
+    Stage.MAIL: {
+        **dict.fromkeys(_REFUSALS, State.CONNECTED),
+        **dict.fromkeys(_ENDINGS, State.DECIDED),
+    },
+    # A refusal is of this recipient, or of this DATA command, and the message lives on.
+    Stage.RCPT: dict.fromkeys(_ENDINGS, State.DECIDED),
+    Stage.DATA: dict.fromkeys(_ENDINGS, State.DECIDED),
+    **dict.fromkeys(
+        (Stage.HEADER, Stage.EOH, Stage.BODY),
+        dict.fromkeys(_REFUSALS | _ENDINGS, State.DECIDED),
+    ),
+}
+
+
+# Stands behind a refused RCPT or DATA in the transcript, whatever words the refusal had.
+REFUSED = Reject().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is to be done about a packet, in this order: `leaves`, `keep`, `handling`."""
+
+    stage: Stage | None = None  # set where the MTA may wait for an answer
+    handling: Handling = Handling.SILENT
+    keep: Keep = Keep.NO
+    leaves: Leaves = Leaves.NOTHING
+    offer: Negotiate | None = None  # the MTA offers options and waits for ours
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a verdict means for the transcript."""
+
+    final: int  # the letter of the final reply
+    mark: bytes  # what is kept behind a refused command, for whoever reads the transcript on
+    ended: bool  # the message is over; its part of the transcript is of no more use
+
+
+class Session:
+    """One MTA connection's place in the protocol; no I/O."""
+
+    __slots__ = ("_agreement", "state")
+
+    def __init__(self) -> None:
+        self.state = State.START
+        self._agreement: Agreement | None = None
+
+    @property
+    def agreement(self) -> Agreement:
+        """What was negotiated; LocalProtocolError before that."""
+        if self._agreement is None:
+            raise LocalProtocolError("nothing is negotiated yet")
+        return self._agreement
+
+    def agree(self, agreement: Agreement) -> None:
+        """Option negotiation ended with this."""
+        self._agreement = agreement
+
+    def receive(self, packet: bytes) -> Step:
+        """What a whole packet of the MTA asks for; moves on to the state after it.
+
+        Raises RemoteProtocolError when the packet cannot come here.
+        """
+        code = packet[LETTER]
+        if code == Macro.letter[0]:
+            return self._receive_macro(packet)
+        cell = TRANSITIONS[self.state].get(code)
+        if cell is None:
+            raise RemoteProtocolError(f"{_name(code)} in state {self.state.name}")
+        if self._agreement is None:
+            offer = Negotiate.offer(packet[PAYLOAD:]) if code == Negotiate.letter[0] else None
+            self.state = cell.after
+            return Step(leaves=cell.leaves, offer=offer)
+        passed_over = cell.passes & ~self._agreement.protocol
+        if passed_over:
+            raise RemoteProtocolError(
+                f"{_name(code)} in state {self.state.name} without {passed_over.name}"
+            )
+        self.state = cell.after
+        stage = STAGES.get(code)
+        if stage is None:
+            return Step(leaves=cell.leaves)
+        handling = self._agreement.handling[code]
+        if handling is Handling.ASK and not cell.asked:
+            handling = Handling.CONTINUE
+        keep = cell.keep if code in self._agreement.recorded else Keep.NO
+        return Step(stage, handling, keep, cell.leaves)
+
+    def _receive_macro(self, packet: bytes) -> Step:
+        if self._agreement is None:
+            raise RemoteProtocolError(f"macros in state {self.state.name}")
+        if len(packet) <= PAYLOAD:
+            raise RemoteProtocolError("macro packet without the letter of its stage")
+        keep = MACROS.get(packet[PAYLOAD], Keep.NO)
+        if keep is Keep.BEGIN and self.state in _WITH_MESSAGE:
+            self.state = State.CONNECTED
+            return Step(keep=keep, leaves=Leaves.MESSAGE)
+        return Step(keep=keep)
+
+    def decide(self, stage: Stage, replies: bytes) -> Decision:
+        """Checks what is about to be sent as the answer at `stage`; moves on to the state after.
+
+        `replies` are whole packets, any number of intermediate ones and one final. Raises
+        LocalProtocolError, and changes nothing, when they must not reach the MTA.
+        """
+        final = check_replies(stage, replies, self.agreement)
+        after = AFTER_VERDICT.get(stage, {}).get(final)
+        if after is not None:
+            self.state = after
+        refused = stage in (Stage.RCPT, Stage.DATA) and final in _REFUSALS
+        return Decision(final, REFUSED if refused else b"", after is not None or stage is Stage.EOM)
+
+
+def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
+    """The letter of the one final reply that closes `replies`.
+
+    Raises LocalProtocolError when a reply is unknown, malformed, not legal at the stage, not
+    covered by a negotiated action, out of order, or when the final one is missing.
+    """
+    final = before = None
+    body = ReplaceBody.letter[0]
+    replaced = False
+    try:
+        for code, start, end in packets(replies):
+            if final is not None:
+                raise LocalProtocolError(f"reply {_name(code)} after the final one at {stage.word}")
+            if code not in LEGAL:
+                raise LocalProtocolError(f"reply {_name(code)} does not exist")
+            _check_reply(code, replies[start:end], stage, agreement)
+            if code == body and replaced and before != body:
+                raise LocalProtocolError("the new body is interrupted by another reply")
+            replaced = replaced or code == body
+            final = code if LEGAL[code].final else None
+            before = code
+    except RemoteProtocolError as error:
+        raise LocalProtocolError(f"malformed reply at {stage.word}: {error}") from error
+    if final is None:
+        raise LocalProtocolError(f"no final reply at {stage.word}")
+    return final
+
+
+def _check_reply(code: int, payload: bytes, stage: Stage, agreement: Agreement) -> None:
+    legal = LEGAL[code]
+    if stage not in legal.stages:
+        raise LocalProtocolError(f"reply {_name(code)} is not legal at {stage.word}")
+    if legal.action & ~agreement.actions:
+        raise LocalProtocolError(f"action {legal.action.name} was not negotiated")
+    if code == b"s"[0] and not agreement.protocol & Protocol.SKIP:
+        raise LocalProtocolError("SKIP was not negotiated")
+    if len(payload) > MAX_CHUNK:
+        raise LocalProtocolError(f"reply {_name(code)} of {len(payload)} bytes exceeds {MAX_CHUNK}")
+    if code != ReplaceBody.letter[0]:
+        parse_reply((1 + len(payload)).to_bytes(4, "big") + bytes((code,)) + payload)
+
+
+def _name(code: int) -> str:
+    return repr(bytes((code,)))[1:]

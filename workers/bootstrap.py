@@ -1,0 +1,60 @@
+"""The start of a worker process, before any of the author's code is imported.
+
+`python -P -c 'from sharded_milter.workers.bootstrap import main; main(...)'` with the socket to
+the master as descriptor 3.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+
+# The master's end of the socket pair is on the other side of this descriptor.
+CHANNEL = 3
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(master: int, spec: str) -> None:
+    """Serves the milter `spec` to the process `master` until that ends or says so."""
+    _die_with(master)
+    # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to
+    # the whole group.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+    # The asyncio reactor, so that coroutines of authors can use both asyncio and Twisted.
+    from twisted.internet import asyncioreactor
+
+    asyncioreactor.install()
+    from twisted.internet import reactor
+    from twisted.internet.protocol import Factory
+    from twisted.logger import FilteringLogObserver, LogLevel, LogLevelFilterPredicate
+    from twisted.logger import globalLogBeginner, textFileLogObserver
+
+    predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
+    observer = FilteringLogObserver(textFileLogObserver(sys.stderr), [predicate])
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+
+    from .child import Child
+
+    os.set_inheritable(CHANNEL, False)  # not for the milter's own children
+    os.set_blocking(CHANNEL, False)
+    factory = Factory.forProtocol(lambda: Child(spec))
+    reactor.adoptStreamConnection(CHANNEL, socket.AF_UNIX, factory)  # type: ignore[attr-defined]
+    os.close(CHANNEL)
+    reactor.run(installSignalHandlers=False)  # type: ignore[attr-defined]
+
+
+def _die_with(master: int) -> None:
+    """No worker outlives its master, however that ends; Linux only, elsewhere EOF must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != master:  # it died before the line above
+        os._exit(os.EX_TEMPFAIL)

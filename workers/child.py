@@ -1,0 +1,97 @@
+"""The worker's end of the AMP connection: a job in, reply packets out.
+
+The law: nothing is ever raised through AMP, which would take the worker down with the next job.
+Whatever a milter's code does, an answer goes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections.abc import Awaitable
+from typing import Any
+
+from ampoule.child import AMPChild
+from twisted.internet import defer
+
+from ..dialects.loader import Dialect, load
+from ..errors import MilterError, MilterLoadError
+from ..jobs import MAX_INLINE, MAX_TEXT, Ask, LoadFailed, Memory, Ready, release
+from ..protocol.stages import STAGES
+from ..protocol.text import to_wire
+from ..protocol.wire import PAYLOAD
+from .coroutines import bridged
+
+
+class Child(AMPChild):
+    """Loads one milter when the master is there, then answers jobs with it."""
+
+    def __init__(self, spec: str) -> None:
+        super().__init__()
+        self._spec = spec
+        self._dialect: Dialect | None = None
+        self._reply: Memory | None = None  # kept until the next job shows that it was received
+
+    def connectionMade(self) -> None:
+        """Imports the milter and tells the master how that went."""
+        super().connectionMade()
+        try:
+            self._dialect = load(self._spec)
+        except (MilterError, MemoryError) as error:
+            details = error.details if isinstance(error, MilterLoadError) else ""
+            self._tell(LoadFailed, reason=to_wire(str(error)), details=to_wire(details)[-MAX_TEXT:])
+            return
+        manifest = self._dialect.manifest
+        self._tell(
+            Ready,
+            name=to_wire(manifest.name),
+            negotiation=manifest.to_packet()[PAYLOAD:],
+            light=b"".join(stage.value for stage in manifest.light),
+            shard_by=to_wire(manifest.shard_by),
+        )
+
+    def _tell(self, command: Any, **arguments: bytes) -> None:
+        # A master that does not answer is gone; connectionLost ends this process then.
+        self.callRemote(command, **arguments).addErrback(lambda _: None)
+
+    @Ask.responder
+    def ask(
+        self, stage: bytes, connection: bytes | memoryview, message: bytes | memoryview
+    ) -> defer.Deferred[dict[str, Any]]:
+        """Answers one job; fires when the milter has, at once unless it is a coroutine."""
+        self._reply = None
+        assert self._dialect is not None  # the master asks nobody who is not READY
+        answer = defer.maybeDeferred(self._dialect.answer, STAGES[stage[0]], connection, message)
+        answer.addCallback(_awaited)
+        answer.addCallbacks(self._answered, self._failed)
+        answer.addBoth(_released, connection, message)
+        return answer
+
+    def _answered(self, replies: bytes) -> dict[str, Any]:
+        if len(replies) <= MAX_INLINE:
+            return {"replies": replies, "error": b""}
+        self._reply = Memory()
+        self._reply.append(replies)
+        self._reply.seal()
+        return {"replies": self._reply, "error": b""}
+
+    def _failed(self, failure: Any) -> dict[str, Any]:
+        error = failure.value
+        traceback.print_exception(type(error), error, failure.getTracebackObject())
+        sys.stderr.flush()
+        summary = traceback.format_exception_only(error)[-1].strip()
+        return {"replies": b"", "error": to_wire(summary)[:MAX_TEXT] or b"error"}
+
+
+def _awaited(answer: bytes | Awaitable[bytes]) -> Any:
+    if isinstance(answer, bytes):
+        return answer
+    task = asyncio.get_event_loop().create_task(bridged(answer))
+    return defer.Deferred.fromFuture(task)
+
+
+def _released(result: Any, *blobs: bytes | memoryview) -> Any:
+    for blob in blobs:
+        release(blob)
+    return result
