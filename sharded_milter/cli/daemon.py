@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -14,7 +12,7 @@ from sharded_milter import __version__
 from sharded_milter.cli.programs import run
 from sharded_milter.dialects.loader import split_spec
 from sharded_milter.errors import UsageError
-from sharded_milter.master.sockets import Listener, listen, parse_listen
+from sharded_milter.master.sockets import Address, open_port, parse_listen
 from sharded_milter.ops import config, logs
 
 NAME = "sharded-milter"
@@ -41,14 +39,7 @@ def serve(settings: config.Settings) -> int:
     """
     spec = milter_spec(settings)
     logs.begin(settings.log_level)
-    addresses = [parse_listen(text) for text in settings.listen]
-    with contextlib.ExitStack() as stack:
-        listeners: list[Listener] = []
-        for address in addresses:
-            listener = listen(address, settings.socket_mode, settings.socket_group)
-            stack.callback(listener.close)
-            listeners.append(listener)
-        return _Run(settings, spec, listeners).run()
+    return _Run(settings, spec, [parse_listen(text) for text in settings.listen]).run()
 
 
 def milter_spec(settings: config.Settings) -> str:
@@ -65,7 +56,7 @@ def milter_spec(settings: config.Settings) -> str:
 class _Run:
     """One run of the reactor."""
 
-    def __init__(self, settings: config.Settings, spec: str, listeners: Sequence[Listener]) -> None:
+    def __init__(self, settings: config.Settings, spec: str, addresses: list[Address]) -> None:
         # Twisted is imported here: until now every mistake was answered without waiting for it.
         from twisted.internet import reactor
         from twisted.logger import Logger
@@ -80,7 +71,8 @@ class _Run:
         self._settings = settings
         self._reactor: Any = reactor
         self._log = Logger()
-        self._service = Service(listeners, pool, settings.limits, settings.on_error, reactor)
+        self._addresses = addresses
+        self._service = Service(self._open_ports, pool, settings.limits, settings.on_error, reactor)
         self._failure: BaseException | None = None
 
     def run(self) -> int:
@@ -103,13 +95,19 @@ class _Run:
         started = self._service.start()
         started.addCallbacks(lambda _: self._ready(), self._failed)
 
-    def _ready(self) -> None:
-        from sharded_milter.master.service import main_cf_line
+    def _open_ports(self, factory: Any) -> list[Any]:
+        mode, group = self._settings.socket_mode, self._settings.socket_group
+        return [open_port(a, mode, group, factory, self._reactor) for a in self._addresses]
 
+    def _ready(self) -> None:
+        names = [
+            address.for_postfix(getattr(port.getHost(), "port", 0))
+            for address, port in zip(self._addresses, self._service.ports, strict=True)
+        ]
         self._log.info(
-            "ready with {n} workers; main.cf: {line}",
+            "ready with {n} workers; main.cf: smtpd_milters = {names}",
             n=self._settings.workers,
-            line=main_cf_line(self._service.listeners),
+            names=", ".join(names),
         )
         fd = self._settings.ready_fd
         if fd is not None:

@@ -18,7 +18,7 @@ from sharded_milter.errors import MilterLoadError, StartError, UsageError
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
-
+# Frames of this package are left out of an author's traceback.
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 

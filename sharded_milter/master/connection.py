@@ -28,10 +28,18 @@ from sharded_milter.protocol.negotiation import Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Progress
 from sharded_milter.protocol.session import Keep, Leaves, Session, State, Step
 from sharded_milter.protocol.stages import Stage
-from sharded_milter.protocol.wire import LETTER, Framer
+from sharded_milter.protocol.wire import LETTER, Framer, packets
 
 _CONTINUE = Continue().encode()
 _PROGRESS = Progress().encode()
+# How log lines call a final reply; one in our own words goes by its code.
+VERDICT_NAMES = {
+    "a": "accept",
+    "c": "continue",
+    "d": "discard",
+    "r": "reject",
+    "t": "tempfail",
+}
 _LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
 
 
@@ -217,7 +225,11 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             return
         self._job = None
         self._rest()
-        self._write(self._decided(job.stage, replies))
+        about, size = self._about(), self._transcript.size
+        answer = self._decided(job.stage, replies)
+        self._write(answer)
+        if job.stage is Stage.EOM:
+            self._log_message(job, about, size, answer)
         try:
             self._advance()
         except RemoteProtocolError as error:
@@ -237,6 +249,24 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         if decision.ended:
             self._message_over()
         return replies
+
+    def _log_message(self, job: Job, about: str, size: int, answer: bytes) -> None:
+        """One line for every message: what it was, what became of it, what it cost."""
+        replies = list(packets(answer))
+        final, start, _ = replies[-1]
+        verdict = VERDICT_NAMES.get(chr(final)) or answer[start : start + 3].decode()
+        now = self._home.reactor.seconds()
+        self.log.info(
+            "{about} size={size} verdict={verdict} actions={actions} shard={shard}"
+            " queue_ms={queued:.1f} scan_ms={scanned:.1f}",
+            about=about,
+            size=size,
+            verdict=verdict,
+            actions=len(replies) - 1,
+            shard=job.slot,
+            queued=1000 * (job.started - job.submitted),
+            scanned=1000 * (now - job.started),
+        )
 
     def _cancel(self) -> None:
         """Nobody wants the answer of the job that is out."""

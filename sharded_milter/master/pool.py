@@ -44,10 +44,12 @@ class Job:
     message: bytes | Memory
     about: Callable[[], str]  # what log lines call it
     result: Deferred[bytes] = field(default_factory=Deferred)
-    deadline: float = 0.0
     attempts: int = 0
     shard: Shard | None = None
     timer: Any = None
+    submitted: float = 0.0
+    started: float = 0.0  # when the worker that answered got it
+    slot: int = 0  # whose worker answered; 0 for none
 
 
 @dataclass
@@ -189,7 +191,7 @@ class Pool:
         now = self._reactor.seconds()
         eom = job.stage is Stage.EOM
         limit = self._limits.eom_deadline if eom else self._limits.command_deadline
-        job.deadline = now + limit
+        job.submitted = now
         job.timer = self._reactor.callLater(limit, self._expire, job, limit)
         self._queue(job)
         return job.result
@@ -217,6 +219,8 @@ class Pool:
 
     def _run(self, job: Job, shard: Shard) -> None:
         job.shard = shard
+        job.slot = shard.slot
+        job.started = self._reactor.seconds()
         job.attempts += 1
         shard.label = job.about()
         answer = shard.ask(job.stage, job.connection, job.message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -12,26 +12,34 @@ from twisted.logger import Logger
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pool import Pool
-from sharded_milter.master.sockets import Listener
 from sharded_milter.protocol.negotiation import Manifest
 
 
 class Service:
-    """Serves MTAs on open sockets with the workers of a pool. No state lives outside it."""
+    """Serves MTAs with the workers of a pool. No state lives outside it.
+
+    `open_ports` is called when the workers are ready, with the factory of connections; what it
+    returns is closed on `stop`.
+    """
 
     log = Logger()
 
     def __init__(
-        self, listeners: Sequence[Listener], pool: Pool, limits: Limits, on_error: str, reactor: Any
+        self,
+        open_ports: Callable[[Factory], list[Any]],
+        pool: Pool,
+        limits: Limits,
+        on_error: str,
+        reactor: Any,
     ) -> None:
-        self.listeners = listeners
         self.pool = pool
         self.limits = limits
         self.on_error = on_error
         self.reactor = reactor
         self.manifest = Manifest("not loaded")
         self.connections: set[MilterConnection] = set()
-        self._ports: list[Any] = []
+        self.ports: list[Any] = []
+        self._open_ports = open_ports
         self._stopping = False
         self._emptied = False
         self._grace: Any = None
@@ -43,14 +51,10 @@ class Service:
 
     def _serve(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        factory = Factory.forProtocol(lambda: MilterConnection(self))
+        factory: Any = Factory()
+        factory.buildProtocol = lambda _: MilterConnection(self)
         factory.noisy = False
-        for listener in self.listeners:
-            listener.socket.setblocking(False)
-            family = listener.socket.family
-            port = self.reactor.adoptStreamPort(listener.socket.fileno(), family, factory)
-            self._ports.append(port)
-            self.log.info("listening on {spec}", spec=listener.address.spec)
+        self.ports = self._open_ports(factory)
 
     def connected(self, connection: MilterConnection) -> None:
         """An MTA is there."""
@@ -69,10 +73,8 @@ class Service:
         """
         if not self._stopping:
             self._stopping = True
-            for port in self._ports:
+            for port in self.ports:
                 port.stopListening()
-            for listener in self.listeners:
-                listener.close()
             self.log.info("stopping, {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
         if quick and self._grace.active():
@@ -90,9 +92,3 @@ class Service:
             if self._grace.active():
                 self._grace.cancel()
             self.pool.stop().chainDeferred(self.stopped)
-
-
-def main_cf_line(listeners: Sequence[Listener]) -> str:
-    """The line for Postfix's main.cf that names these sockets."""
-    names = (listener.address.for_postfix(listener.port) for listener in listeners)
-    return f"smtpd_milters = {', '.join(names)}"

@@ -94,7 +94,7 @@ class Shard:
         self.load_error: MilterLoadError | None = None
         self.killed_for = ""  # why, when it was us
         self.exit_reason = ""
-        self.label = ""  # what it works on, for its log lines
+        self.label = ""  # what it works on, or did last, for its log lines
         self.process: Any = None
         self._reactor = reactor
         self._events = events
@@ -135,7 +135,6 @@ class Shard:
     def _answered(self, answer: dict[str, Any]) -> bytes:
         replies = bytes(answer["replies"])
         release(answer["replies"])
-        self.label = ""
         if self.state is State.BUSY:
             self.state = State.IDLE
             self._events.shard_idle(self)

@@ -16,8 +16,11 @@ import os
 import re
 import socket
 import stat
-from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import Factory
 
 from sharded_milter.errors import (
     ConfigError,
@@ -74,103 +77,61 @@ def parse_listen(spec: str) -> Address:
     )
 
 
-class Listener:
-    """An open listening socket; `close` also removes the path of a UNIX socket."""
+def open_port(address: Address, mode: int, group: str, factory: Factory, reactor: Any) -> Any:
+    """Listens; returns Twisted's port, whose `stopListening` also removes a UNIX socket's path.
 
-    def __init__(self, address: Address, sock: socket.socket) -> None:
-        self.address = address
-        self.socket = sock
-        self._inode = os.stat(address.path).st_ino if address.path else 0
-
-    @property
-    def port(self) -> int:
-        """The TCP port that is really bound; 0 for a path."""
-        return 0 if self.address.path else int(self.socket.getsockname()[1])
-
-    def close(self) -> None:
-        """Closes the socket and removes its path, unless somebody else has taken that."""
-        self.socket.close()
-        if self.address.path:
-            with suppress(FileNotFoundError):
-                if os.stat(self.address.path).st_ino == self._inode:
-                    os.unlink(self.address.path)
-
-
-def listen(address: Address, mode: int, group: str) -> Listener:
-    """Opens the socket; a UNIX socket that nobody serves any more is taken over.
-
-    `mode` and `group` are those of a UNIX socket, an empty group leaves it as it is. Raises
-    SocketTaken, NotPermitted, ConfigError or SystemRefused, naming the socket and the reason.
+    A UNIX socket that nobody serves any more is taken over. `mode` and `group` are those of a
+    UNIX socket, an empty group leaves it as it is. Raises SocketTaken, NotPermitted, ConfigError
+    or SystemRefused, naming the socket and the reason.
     """
     try:
         if address.path:
-            return Listener(address, _listen_unix(address.path, mode, group))
-        return Listener(address, _listen_tcp(address))
+            return _open_unix(address.path, mode, group, factory, reactor)
+        return reactor.listenTCP(address.port, factory, BACKLOG, _interface(address))
+    except CannotListenError as error:
+        reason = error.socketError
+        refusal = reason if isinstance(reason, OSError) else OSError(str(reason))
+        raise _explained(address, refusal) from None
     except OSError as error:
-        raise _explained(address, error) from error
+        raise _explained(address, error) from None
 
 
-def _listen_tcp(address: Address) -> socket.socket:
-    flags = socket.AI_PASSIVE
+def _interface(address: Address) -> str:
+    """The first IP address of the host: Twisted chooses the family by it."""
     try:
-        found = socket.getaddrinfo(
-            address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM, flags=flags
-        )
+        found = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {address.spec}: host {address.host!r}: {error}"
-        ) from error
-    family, kind, protocol, _, where = found[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        ) from None
+    return str(found[0][4][0])
 
 
-def _listen_unix(path: str, mode: int, group: str) -> socket.socket:
+def _open_unix(path: str, mode: int, group: str, factory: Factory, reactor: Any) -> Any:
     gid = _group_id(group) if group else -1
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if os.path.lexists(path):
+        _take_over(path)
+    old_umask = os.umask(0o177)  # nobody connects before the mode is set
     try:
-        old_umask = os.umask(0o177)  # nobody connects before mode and group are set
-        try:
-            _bind_unix(sock, path)
-        finally:
-            os.umask(old_umask)
-        if gid != -1:
-            os.chown(path, -1, gid)
-        os.chmod(path, mode)
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        port = reactor.listenUNIX(path, factory, BACKLOG, mode)
+    finally:
+        os.umask(old_umask)
+    if gid != -1:
+        os.chown(path, -1, gid)
+    return port
 
 
-def _bind_unix(sock: socket.socket, path: str) -> None:
-    try:
-        sock.bind(path)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE or not _is_stale(path):
-            raise
-        os.unlink(path)
-        sock.bind(path)
-
-
-def _is_stale(path: str) -> bool:
-    """Whether the path is a socket that its server left behind without removing it."""
+def _take_over(path: str) -> None:
+    """Removes the socket that a server left behind; SocketTaken when one still listens."""
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         raise ConfigError(f"cannot listen on unix:{path}: it exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            return True
-    return False
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _group_id(group: str) -> int:

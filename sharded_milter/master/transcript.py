@@ -10,27 +10,27 @@ from __future__ import annotations
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.jobs import MAX_INLINE, Memory
 from sharded_milter.protocol.commands import Macro
-from sharded_milter.protocol.text import to_text
-from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
+from sharded_milter.protocol.wire import LETTER, PAYLOAD
 
 # What fits into one AMP box needs no memory of its own.
 SPOOL_ABOVE = MAX_INLINE
 
 _MACRO = Macro.letter[0]
 _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
-_QUEUE_ID = "i"
+QUEUE_ID = ("i", "{i}")
 
 
 class Transcript:
     """The packets of one connection."""
 
-    __slots__ = ("_head", "_memory", "_recent", "_slots")
+    __slots__ = ("_head", "_macros", "_memory", "_recent", "_slots")
 
     def __init__(self) -> None:
         self._slots: dict[bytes, bytes] = {}
         self._head: bytes | None = b""
         self._recent = bytearray()  # the message's part, or what of it is not in _memory yet
         self._memory: Memory | None = None
+        self._macros: dict[int, bytes] = {}  # the message's latest by stage, for queue_id
 
     @property
     def size(self) -> int:
@@ -64,6 +64,8 @@ class Transcript:
 
     def append(self, packet: bytes) -> None:
         """Adds a packet to the message's part."""
+        if packet[LETTER] == _MACRO:
+            self._macros[packet[PAYLOAD]] = packet
         self._recent += packet
         if len(self._recent) > SPOOL_ABOVE:
             if self._memory is None:
@@ -78,6 +80,7 @@ class Transcript:
         """Forgets the message; memory that a job still has stays alive with the job."""
         self._recent.clear()
         self._memory = None
+        self._macros.clear()
 
     def clear_client(self) -> None:
         """Forgets client and message; the negotiated options stay."""
@@ -86,15 +89,9 @@ class Transcript:
         self._head = None
 
     def queue_id(self) -> str:
-        """The MTA's queue id, or empty; searched for when asked, for log lines only."""
-        found = ""
-        for code, start, end in packets(bytes(self._recent)) if self._memory is None else ():
-            if code == _MACRO:
-                pairs = dict(Macro.parse(bytes(self._recent[start:end])).pairs)
-                found = pairs.get(_QUEUE_ID, found)
-        return found
-
-
-def printable(raw: bytes, limit: int = 200) -> str:
-    """Wire bytes for a log line."""
-    return ascii(to_text(raw[:limit]))[1:-1]
+        """The MTA's queue id, or empty; looked up when asked, for log lines only."""
+        for packet in reversed(self._macros.values()):
+            for name, value in Macro.parse(packet[PAYLOAD:]).pairs:
+                if name in QUEUE_ID:
+                    return value
+        return ""

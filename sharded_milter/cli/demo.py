@@ -1,0 +1,187 @@
+"""`sharded-milterctl demo`: a server, sample mail through the real protocol, a table."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sharded_milter.errors import StartError
+from sharded_milter.ops.cpus import usable_cpus
+from sharded_milter.protocol import replies
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.testing.mta import Mail, MtaClient, Outcome
+from sharded_milter.testing.samples import Sample, samples
+
+RESULT_HEADER = "X-Scan-Result"
+
+# A server on this machine that has not ended by then hangs.
+STOP_SECONDS = 30.0
+
+_SUMMARY = re.compile(r"qid=(?P<qid>\S+) .*shard=(?P<shard>\d+)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample that went through."""
+
+    sample: Sample
+    queue_id: str
+    outcome: Outcome
+
+    @property
+    def result(self) -> str:
+        """What became of it, in the words of `Sample.expected`."""
+        match self.outcome.verdict:
+            case replies.ReplyCode() | replies.Reject():
+                return "rejected"
+            case replies.Accept() | replies.Continue():
+                return _scan_result(self.outcome) or "not scanned"
+        return type(self.outcome.verdict).__name__.lower()
+
+    @property
+    def right(self) -> bool:
+        """Whether it is what was expected."""
+        return self.result == self.sample.expected
+
+
+def _scan_result(outcome: Outcome) -> str:
+    for action in outcome.actions:
+        if isinstance(action, replies.InsertHeader) and action.name == RESULT_HEADER:
+            return action.value.strip().partition(";")[0]
+    return ""
+
+
+@click.command()
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=usable_cpus, help="Worker processes."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True,
+              help="How often every sample is sent.")  # fmt: skip
+def demo(workers: int, rounds: int) -> int:
+    """Start the content scanner on a private socket and send sample mail through it.
+
+    Exit code 0 if every verdict is the expected one, 1 if not.
+    """
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="sharded-milter-demo-") as folder:
+        with _server(Path(folder), workers) as path:
+            rows, seconds = _send_all(console, path, rounds, connections=2 * workers)
+        shards = _shards((Path(folder) / "log").read_text())
+    first_round = rows[: len(samples())]
+    console.print(_table(first_round, shards))
+    wrong = [row for row in rows if not row.right]
+    console.print(
+        f"{len(rows)} messages in {seconds:.1f} s with {workers} workers:"
+        f" {len(rows) / seconds:.0f} messages/s; {len(wrong)} unexpected verdicts"
+    )
+    return 1 if wrong else 0
+
+
+@contextmanager
+def _server(folder: Path, workers: int) -> Iterator[str]:
+    """A running daemon's socket; StartError with its own words when it does not start."""
+    socket_path, log = folder / "milter.sock", folder / "log"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-P", "-m", "sharded_milter", "--listen", f"unix:{socket_path}"]
+    command += ["--workers", str(workers), "--ready-fd", str(writer)]
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, pass_fds=(writer,), stderr=output, stdin=subprocess.DEVNULL
+        )
+    os.close(writer)
+    try:
+        with open(reader, "rb") as ready:
+            started = ready.read(1)
+        if not started:
+            server.wait(STOP_SECONDS)
+            raise StartError((log.read_text().splitlines() or ["the server ended"])[-1])
+        yield str(socket_path)
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+        server.wait(STOP_SECONDS)
+
+
+def _send_all(
+    console: Console, path: str, rounds: int, connections: int
+) -> tuple[list[Row], float]:
+    """Every sample `rounds` times over that many connections, and how long it took."""
+    chosen = samples()
+    work = [(n, sample) for n, sample in enumerate(chosen * rounds)]
+    started = time.perf_counter()
+    with (
+        Progress(console=console, transient=True) as progress,
+        ThreadPoolExecutor(connections) as pool,
+    ):
+        task = progress.add_task("Sending sample mail", total=len(work))
+        shares = [work[n::connections] for n in range(connections)]
+        results = [
+            row
+            for rows in pool.map(
+                lambda share: _send(path, share, lambda: progress.advance(task)), shares
+            )
+            for row in rows
+        ]
+    seconds = time.perf_counter() - started
+    return sorted(results, key=lambda row: int(row.queue_id[4:])), seconds
+
+
+def _send(path: str, share: Sequence[tuple[int, Sample]], advance: Callable[[], None]) -> list[Row]:
+    rows = []
+    with MtaClient.to_path(path) as mta:
+        for number, sample in share:
+            queue_id = f"DEMO{number}"
+            rows.append(Row(sample, queue_id, mta.deliver(Mail(sample.raw, queue_id=queue_id))))
+            advance()
+    return rows
+
+
+def _shards(log: str) -> dict[str, str]:
+    """The shard that scanned each message, from the server's log."""
+    return {found["qid"]: found["shard"] for found in _SUMMARY.finditer(log)}
+
+
+def _table(rows: Sequence[Row], shards: dict[str, str]) -> Table:
+    table = Table("message", "size", "verdict", "actions", "ms", "shard", "right")
+    for row in rows:
+        table.add_row(
+            row.sample.name,
+            f"{len(row.sample.raw):,}",
+            _verdict_text(row.outcome),
+            "\n".join(map(_action_text, row.outcome.actions)),
+            f"{row.outcome.seconds * 1000:.1f}",
+            shards.get(row.queue_id, "?"),
+            "yes" if row.right else f"no: {row.sample.expected}",
+        )
+    return table
+
+
+def _verdict_text(outcome: Outcome) -> str:
+    verdict = outcome.verdict
+    if isinstance(verdict, replies.ReplyCode):
+        return verdict.text
+    return type(verdict).__name__.lower()
+
+
+def _action_text(action: Packet) -> str:
+    match action:
+        case replies.InsertHeader(name=name, value=value):
+            return f"{name}:{value.partition(';')[0]}"
+        case replies.Quarantine():
+            return "quarantine"
+    return type(action).__name__
