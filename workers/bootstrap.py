@@ -35,8 +35,13 @@ def main(master: int, spec: str) -> None:
     asyncioreactor.install()
     from twisted.internet import reactor
     from twisted.internet.protocol import Factory
-    from twisted.logger import FilteringLogObserver, LogLevel, LogLevelFilterPredicate
-    from twisted.logger import globalLogBeginner, textFileLogObserver
+    from twisted.logger import (
+        FilteringLogObserver,
+        LogLevel,
+        LogLevelFilterPredicate,
+        globalLogBeginner,
+        textFileLogObserver,
+    )
 
     predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
     observer = FilteringLogObserver(textFileLogObserver(sys.stderr), [predicate])

@@ -1,0 +1,76 @@
+"""From the bytes of a message to a report: walk, open, match, stop at the first reject.
+
+Never raises for what a message holds. What could not be looked at is itself a finding.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .archives import expand
+from .limits import DEFAULTS, Budget, Limits, OutOfTime
+from .mime import MESSAGE, walk
+from .parts import Part
+from .rules import Finding, Rules, Severity
+
+_RESULTS = {
+    None: "clean",
+    Severity.TAG: "tagged",
+    Severity.QUARANTINE: "quarantined",
+    Severity.REJECT: "rejected",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found: findings severest first, each rule once; how many parts; how long it took."""
+
+    findings: tuple[Finding, ...]
+    parts: int
+    milliseconds: int
+
+    @property
+    def severity(self) -> Severity | None:
+        """The severest finding's severity; `None` if nothing was found."""
+        return self.findings[0].severity if self.findings else None
+
+    @property
+    def result(self) -> str:
+        """`clean`, `tagged`, `quarantined` or `rejected`."""
+        return _RESULTS[self.severity]
+
+
+def scan(
+    raw: bytes,
+    rules: Rules,
+    limits: Limits = DEFAULTS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Report:
+    """Match every part of the RFC 5322 message `raw`, down to the members of its archives."""
+    started = clock()
+    budget = Budget(limits, clock)
+    found: dict[str, Severity] = {}
+    parts = 0
+    try:
+        for number, part in enumerate(_pieces(raw, budget)):
+            parts = number
+            matched = rules.match(part, budget.part_seconds())
+            found.update((finding.rule, finding.severity) for finding in matched)
+            if Severity.REJECT in found.values():
+                break  # nothing is severer
+            budget.check_time()
+    except OutOfTime:
+        found.update((finding.rule, finding.severity) for finding in rules.timed_out())
+    severest_first = sorted(found.items(), key=lambda item: -item[1])
+    return Report(
+        findings=tuple(Finding(rule, severity) for rule, severity in severest_first),
+        parts=parts,
+        milliseconds=round((clock() - started) * 1000),
+    )
+
+
+def _pieces(raw: bytes, budget: Budget) -> Iterator[Part]:
+    """The message as it came, number 0, for what no MIME reader would show; then all its parts."""
+    yield Part("", MESSAGE, raw)
+    for leaf in walk(raw, budget):
+        yield from expand(leaf, budget)

@@ -1,0 +1,127 @@
+"""The members of a zip: its directory says what there is, only its streams say what that holds."""
+
+import bz2
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .limits import LimitReached
+from .parts import Mark
+from .streams import Archive, Member, Stream, unpack
+
+ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+# Signature, flags, method, packed size, size, lengths of name and extra field.
+_LOCAL_HEADER = struct.Struct("<4s2xHH8xLLHH")
+_ZIP_END = 22 + 0xFFFF  # the end record and the longest comment behind it
+_ENCRYPTED = 0x2041  # bit 0: this member; bit 6: strong; bit 13: the directory, too
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A member and where its bytes start. `size` is a claim; only stored members need it."""
+
+    name: str
+    encrypted: bool
+    method: int
+    size: int
+    start: int
+
+
+def ends_as_zip(data: bytes) -> bool:
+    """Whether a zip hangs behind something else, as in a self-extracting program."""
+    if b"PK\x05\x06" not in data[-_ZIP_END:]:
+        return False
+    try:
+        return zipfile.is_zipfile(io.BytesIO(data))
+    except zipfile.BadZipFile:  # it claims to span disks
+        return False
+
+
+def zip_members(archive: Archive) -> Iterator[Member]:
+    """Each member under its name, unpacked as far as it can be."""
+    # The stdlib keeps an object for each entry of the directory, however many it claims.
+    if archive.data.count(b"PK\x01\x02") > archive.budget.limits.members:
+        raise LimitReached(f"zip directory of more than {archive.budget.limits.members} entries")
+    empty = True
+    for entry in _directory(archive):
+        empty = False
+        yield entry.name, _read(archive, entry)
+    if empty:
+        for entry in _salvage(archive):
+            archive.marks.add(Mark.BROKEN)
+            yield entry.name, _read(archive, entry)
+
+
+def _directory(archive: Archive) -> Iterator[_Entry]:
+    """The entries that the central directory names, which is what people's programs show them."""
+    try:
+        listed = zipfile.ZipFile(io.BytesIO(archive.data)).infolist()
+    except Exception:  # BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError, ...
+        archive.marks.add(Mark.BROKEN)
+        return
+    for info in listed:
+        local = _local_entry(archive.data, info.header_offset)
+        if local is None:
+            archive.marks.add(Mark.BROKEN)
+            continue
+        encrypted = bool(info.flag_bits & _ENCRYPTED)
+        if encrypted != local.encrypted:  # one of two places lies; programs differ, so look inside
+            archive.marks.add(Mark.ENCRYPTED)
+        yield replace(
+            local,
+            name=info.filename,
+            encrypted=encrypted and local.encrypted,
+            method=info.compress_type,
+            size=max(info.compress_size, info.file_size),
+        )
+
+
+def _salvage(archive: Archive) -> Iterator[_Entry]:
+    """The entries that can be found without a directory, as programs that repair archives do."""
+    at = archive.data.find(b"PK\x03\x04")
+    while at != -1:
+        entry = _local_entry(archive.data, at)
+        if entry is not None:
+            yield entry
+        at = archive.data.find(b"PK\x03\x04", at + 4)
+
+
+def _local_entry(data: bytes, at: int) -> _Entry | None:
+    if at < 0 or at + _LOCAL_HEADER.size > len(data):
+        return None
+    signature, flags, method, packed, size, name_size, extra = _LOCAL_HEADER.unpack_from(data, at)
+    if signature != b"PK\x03\x04":
+        return None
+    name_at = at + _LOCAL_HEADER.size
+    return _Entry(
+        name=data[name_at : name_at + name_size].decode("utf-8", "replace"),
+        encrypted=bool(flags & _ENCRYPTED),
+        method=method,
+        size=max(packed, size),
+        start=name_at + name_size + extra,
+    )
+
+
+def _read(archive: Archive, entry: _Entry) -> bytes:
+    """What the entry holds; nothing, and a mark, if it needs a password or a method we have not."""
+    if entry.encrypted:
+        archive.marks.add(Mark.ENCRYPTED)
+        return b""
+    if entry.method == zipfile.ZIP_STORED:
+        stored = archive.data[entry.start : entry.start + entry.size]
+        archive.spend(len(stored))
+        return stored
+    stream: Stream
+    if entry.method == zipfile.ZIP_DEFLATED:
+        stream = zlib.decompressobj(-15)
+    elif entry.method == zipfile.ZIP_BZIP2:
+        stream = bz2.BZ2Decompressor()
+    else:
+        archive.marks.add(Mark.BROKEN)
+        return b""
+    out = io.BytesIO()
+    unpack(archive, stream, entry.start, out)
+    return out.getvalue()
