@@ -1,9 +1,9 @@
 """From the bytes of a message to its MIME leaves, decoded.
 
 The stdlib reads the header fields and their parameters; the tree is split here. Its own parser
-keeps an object for each entity and asks each open multipart about each line: 1 MB of empty lines in
-900 nested multiparts takes minutes, a little more nesting ends in RecursionError. Splitting by
-offsets costs one search of the bytes for each level and no copies; both limits are plain counters.
+asks each open multipart about each line: 100 KB of empty lines in 900 nested multiparts took it
+14 s. Splitting by offsets costs one search of the bytes for each level and no copies; both limits
+are plain counters.
 
 Where readers of mail disagree we look at more: parts after a closing delimiter are parts, base64
 goes on after its padding, a field is found behind lines that are no fields.
