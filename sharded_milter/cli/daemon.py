@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import Any
@@ -12,7 +13,7 @@ from sharded_milter import __version__
 from sharded_milter.cli.programs import run
 from sharded_milter.dialects.loader import split_spec
 from sharded_milter.errors import UsageError
-from sharded_milter.master.sockets import Address, open_port, parse_listen
+from sharded_milter.master.sockets import Listener, parse_listen
 from sharded_milter.ops import config, logs
 
 NAME = "sharded-milter"
@@ -39,7 +40,14 @@ def serve(settings: config.Settings) -> int:
     """
     spec = milter_spec(settings)
     logs.begin(settings.log_level)
-    return _Run(settings, spec, [parse_listen(text) for text in settings.listen]).run()
+    addresses = [parse_listen(text) for text in settings.listen]
+    with contextlib.ExitStack() as stack:
+        listeners = []
+        for address in addresses:
+            listener = Listener(address, settings.socket_mode, settings.socket_group)
+            stack.callback(listener.close)
+            listeners.append(listener)
+        return _Run(settings, spec, listeners).run()
 
 
 def milter_spec(settings: config.Settings) -> str:
@@ -56,7 +64,7 @@ def milter_spec(settings: config.Settings) -> str:
 class _Run:
     """One run of the reactor."""
 
-    def __init__(self, settings: config.Settings, spec: str, addresses: list[Address]) -> None:
+    def __init__(self, settings: config.Settings, spec: str, listeners: list[Listener]) -> None:
         # Twisted is imported here: until now every mistake was answered without waiting for it.
         from twisted.internet import reactor
         from twisted.logger import Logger
@@ -71,8 +79,7 @@ class _Run:
         self._settings = settings
         self._reactor: Any = reactor
         self._log = Logger()
-        self._addresses = addresses
-        self._service = Service(self._open_ports, pool, settings.limits, settings.on_error, reactor)
+        self._service = Service(listeners, pool, settings.limits, settings.on_error, reactor)
         self._failure: BaseException | None = None
 
     def run(self) -> int:
@@ -95,15 +102,9 @@ class _Run:
         started = self._service.start()
         started.addCallbacks(lambda _: self._ready(), self._failed)
 
-    def _open_ports(self, factory: Any) -> list[Any]:
-        mode, group = self._settings.socket_mode, self._settings.socket_group
-        return [open_port(a, mode, group, factory, self._reactor) for a in self._addresses]
-
     def _ready(self) -> None:
-        names = [
-            address.for_postfix(getattr(port.getHost(), "port", 0))
-            for address, port in zip(self._addresses, self._service.ports, strict=True)
-        ]
+        listeners = self._service.listeners
+        names = [listener.address.for_postfix(listener.port) for listener in listeners]
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
             n=self._settings.workers,

@@ -264,8 +264,8 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             verdict=verdict,
             actions=len(replies) - 1,
             shard=job.slot,
-            queued=1000 * (job.started - job.submitted),
-            scanned=1000 * (now - job.started),
+            queued=1000 * ((job.started or now) - job.submitted),
+            scanned=1000 * (now - (job.started or now)),
         )
 
     def _cancel(self) -> None:

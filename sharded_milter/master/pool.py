@@ -33,6 +33,9 @@ from sharded_milter.protocol.stages import Stage
 # A worker that has served this long was healthy: its end is no sign of a crash loop.
 HEALTHY_AFTER = 10.0
 
+# The share of a deadline after which a worker is asked where it hangs.
+SOFT_LIMIT = 0.8
+
 
 @dataclass(eq=False)
 class Job:
@@ -192,7 +195,7 @@ class Pool:
         eom = job.stage is Stage.EOM
         limit = self._limits.eom_deadline if eom else self._limits.command_deadline
         job.submitted = now
-        job.timer = self._reactor.callLater(limit, self._expire, job, limit)
+        job.timer = self._reactor.callLater(SOFT_LIMIT * limit, self._warn, job, limit)
         self._queue(job)
         return job.result
 
@@ -255,6 +258,18 @@ class Pool:
         timer, job.timer = job.timer, None
         if timer is not None and timer.active():
             timer.cancel()
+
+    def _warn(self, job: Job, limit: float) -> None:
+        """The soft limit: while it still hangs, the worker shows where."""
+        job.timer = self._reactor.callLater((1 - SOFT_LIMIT) * limit, self._expire, job, limit)
+        if job.shard is not None:
+            self.log.warn(
+                "{shard} has not answered {about} for {n:g} s; its stacks follow",
+                shard=job.shard,
+                about=job.about(),
+                n=self._reactor.seconds() - job.started,
+            )
+            job.shard.dump_stacks()
 
     def _expire(self, job: Job, limit: float) -> None:
         """The deadline: whoever has it is killed, and the MTA hears at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -12,21 +12,21 @@ from twisted.logger import Logger
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pool import Pool
+from sharded_milter.master.sockets import Listener
 from sharded_milter.protocol.negotiation import Manifest
 
 
 class Service:
     """Serves MTAs with the workers of a pool. No state lives outside it.
 
-    `open_ports` is called when the workers are ready, with the factory of connections; what it
-    returns is closed on `stop`.
+    The listeners are bound already; they are served once the workers are ready.
     """
 
     log = Logger()
 
     def __init__(
         self,
-        open_ports: Callable[[Factory], list[Any]],
+        listeners: Sequence[Listener],
         pool: Pool,
         limits: Limits,
         on_error: str,
@@ -38,8 +38,8 @@ class Service:
         self.reactor = reactor
         self.manifest = Manifest("not loaded")
         self.connections: set[MilterConnection] = set()
-        self.ports: list[Any] = []
-        self._open_ports = open_ports
+        self.listeners = listeners
+        self._serving = False
         self._stopping = False
         self._emptied = False
         self._grace: Any = None
@@ -54,7 +54,9 @@ class Service:
         factory: Any = Factory()
         factory.buildProtocol = lambda _: MilterConnection(self)
         factory.noisy = False
-        self.ports = self._open_ports(factory)
+        for listener in self.listeners:
+            listener.serve(factory, self.reactor)
+        self._serving = True
 
     def connected(self, connection: MilterConnection) -> None:
         """An MTA is there."""
@@ -73,9 +75,10 @@ class Service:
         """
         if not self._stopping:
             self._stopping = True
-            for port in self.ports:
-                port.stopListening()
-            self.log.info("stopping, {n} connections are open", n=len(self.connections))
+            for listener in self.listeners:
+                listener.close()
+            if self._serving:
+                self.log.info("stopping, {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
         if quick and self._grace.active():
             self._grace.reset(0)

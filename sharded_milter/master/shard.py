@@ -95,6 +95,7 @@ class Shard:
         self.killed_for = ""  # why, when it was us
         self.exit_reason = ""
         self.label = ""  # what it works on, or did last, for its log lines
+        self.pid = 0
         self.process: Any = None
         self._reactor = reactor
         self._events = events
@@ -104,12 +105,6 @@ class Shard:
     def __repr__(self) -> str:
         return f"shard {self.slot} (pid {self.pid})"
 
-    @property
-    def pid(self) -> int | None:
-        """The process id; None after its exit."""
-        pid: int | None = getattr(self.process, "pid", None)
-        return pid
-
     def start(self) -> None:
         """Spawns the process; raises OSError when the system refuses."""
         starter = _Starter(
@@ -118,6 +113,7 @@ class Shard:
         starter.connectorFactory = lambda protocol: _Connector(protocol, self)
         self._amp = _Parent(self)
         starter.start(self, self._amp, self._reactor)
+        self.pid = self.process.pid
 
     def ask(self, stage: Stage, connection: bytes, message: bytes | Memory) -> Any:
         """A Deferred of the reply packets.
@@ -161,7 +157,7 @@ class Shard:
 
     def kill(self, reason: str) -> None:
         """Ends the process and all its descendants at once."""
-        if self.state is State.GONE or self.pid is None:
+        if self.state is State.GONE:
             return
         self.state = State.KILLED
         self.killed_for = self.killed_for or reason
@@ -175,6 +171,10 @@ class Shard:
                 process.kill()
             except psutil.Error:
                 continue
+
+    def dump_stacks(self) -> None:
+        """Has the worker write the Python stacks of all its threads into the log."""
+        self.signal(signal.SIGUSR1)
 
     def signal(self, number: int) -> None:
         """Sends a signal, unless the process is gone."""

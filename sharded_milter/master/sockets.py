@@ -16,11 +16,14 @@ import os
 import re
 import socket
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.protocol import Factory
+from twisted.logger import Logger
+from zope.interface import implementer
 
 from sharded_milter.errors import (
     ConfigError,
@@ -34,6 +37,12 @@ from sharded_milter.errors import (
 # Connections that the kernel holds while the reactor is busy; the kernel's own limit
 # (net.core.somaxconn) is 4096 on Linux.
 BACKLOG = 1024
+
+# Connections taken in one turn of the reactor; established ones get their turn in between.
+ACCEPTS_PER_TURN = 100
+
+# Seconds without accepting when the system has no descriptor left.
+ACCEPT_PAUSE = 1.0
 
 _SENDMAIL = re.compile(r"(?P<kind>inet6?):(?P<port>\d+)(?:@(?P<host>[^@]+))?")
 _POSTFIX = re.compile(r"(?P<kind>inet6?):(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:@]+)):(?P<port>\d+)")
@@ -77,52 +86,140 @@ def parse_listen(spec: str) -> Address:
     )
 
 
-def open_port(address: Address, mode: int, group: str, factory: Factory, reactor: Any) -> Any:
-    """Listens; returns Twisted's port, whose `stopListening` also removes a UNIX socket's path.
+@implementer(IReadDescriptor)
+class Listener:
+    """A listening socket: bound first, so that a conflict is known early; served later.
 
-    A UNIX socket that nobody serves any more is taken over. `mode` and `group` are those of a
-    UNIX socket, an empty group leaves it as it is. Raises SocketTaken, NotPermitted, ConfigError
-    or SystemRefused, naming the socket and the reason.
+    Sockets are ours and not Twisted's ports, which bind and listen at once, open a UNIX socket
+    to the world for a moment, and remove its path even when it is another server's by then.
     """
-    try:
-        if address.path:
-            return _open_unix(address.path, mode, group, factory, reactor)
-        return reactor.listenTCP(address.port, factory, BACKLOG, _interface(address))
-    except CannotListenError as error:
-        reason = error.socketError
-        refusal = reason if isinstance(reason, OSError) else OSError(str(reason))
-        raise _explained(address, refusal) from None
-    except OSError as error:
-        raise _explained(address, error) from None
+
+    log = Logger()
+
+    def __init__(self, address: Address, mode: int, group: str) -> None:
+        """Binds. A UNIX socket that nobody serves any more is taken over.
+
+        `mode` and `group` are those of a UNIX socket, an empty group leaves it as it is. Raises
+        SocketTaken, NotPermitted, ConfigError or SystemRefused, naming the socket and the reason.
+        """
+        self.address = address
+        self._inode = 0
+        self._reactor: Any = None
+        self._factory: Any = None
+        try:
+            self._socket = (
+                _bound_unix(address.path, mode, group) if address.path else _bound(address)
+            )
+            if address.path:
+                self._inode = os.stat(address.path).st_ino
+        except OSError as error:
+            raise _explained(address, error) from None
+
+    @property
+    def port(self) -> int:
+        """The TCP port that is really bound; 0 for a path."""
+        return 0 if self.address.path else int(self._socket.getsockname()[1])
+
+    def serve(self, factory: Factory, reactor: Any) -> None:
+        """Listens, and gives every connection to a protocol of `factory`.
+
+        Raises SocketTaken when another server has taken the place since it was bound.
+        """
+        self._factory, self._reactor = factory, reactor
+        try:
+            if self._inode and os.stat(self.address.path).st_ino != self._inode:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            self._socket.listen(BACKLOG)
+        except OSError as error:
+            raise _explained(self.address, error) from None
+        self._socket.setblocking(False)
+        reactor.addReader(self)
+
+    def close(self) -> None:
+        """Stops listening and removes the path, unless somebody else has taken that."""
+        if self._reactor is not None:
+            self._reactor.removeReader(self)
+            self._reactor = None
+        self._socket.close()
+        if self._inode:
+            with suppress(FileNotFoundError):
+                if os.stat(self.address.path).st_ino == self._inode:
+                    os.unlink(self.address.path)
+            self._inode = 0
+
+    # What the reactor calls (IReadDescriptor)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def logPrefix(self) -> str:
+        return self.address.spec
+
+    def connectionLost(self, reason: object) -> None:
+        self.close()
+
+    def doRead(self) -> None:
+        """Takes connections until none is left, but not so many that others starve."""
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                connection, _peer = self._socket.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as error:
+                self._pause(error)
+                return
+            with connection:
+                connection.setblocking(False)
+                family = connection.family
+                self._reactor.adoptStreamConnection(connection.fileno(), family, self._factory)
+
+    def _pause(self, error: OSError) -> None:
+        """No descriptor is left: the kernel holds new connections until some are free."""
+        self.log.error("cannot accept on {spec}: {why}", spec=self.address.spec, why=error.strerror)
+        reactor = self._reactor
+        reactor.removeReader(self)
+        reactor.callLater(ACCEPT_PAUSE, lambda: self._reactor and self._reactor.addReader(self))
 
 
-def _interface(address: Address) -> str:
-    """The first IP address of the host: Twisted chooses the family by it."""
+def _bound(address: Address) -> socket.socket:
     try:
         found = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {address.spec}: host {address.host!r}: {error}"
         ) from None
-    return str(found[0][4][0])
+    family, kind, protocol, _, where = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
-def _open_unix(path: str, mode: int, group: str, factory: Factory, reactor: Any) -> Any:
+def _bound_unix(path: str, mode: int, group: str) -> socket.socket:
     gid = _group_id(group) if group else -1
     if os.path.lexists(path):
         _take_over(path)
-    old_umask = os.umask(0o177)  # nobody connects before the mode is set
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old_umask = os.umask(0o177)  # nobody connects before mode and group are set
     try:
-        port = reactor.listenUNIX(path, factory, BACKLOG, mode)
+        sock.bind(path)
+        if gid != -1:
+            os.chown(path, -1, gid)
+        os.chmod(path, mode)
+    except BaseException:
+        sock.close()
+        raise
     finally:
         os.umask(old_umask)
-    if gid != -1:
-        os.chown(path, -1, gid)
-    return port
+    return sock
 
 
 def _take_over(path: str) -> None:
-    """Removes the socket that a server left behind; SocketTaken when one still listens."""
+    """Removes the socket that a server left behind; refuses when one is still there."""
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         raise ConfigError(f"cannot listen on unix:{path}: it exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
