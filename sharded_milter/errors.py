@@ -9,6 +9,7 @@ MilterError
 │   ├── CallbackFailed     the author's code raised; the worker lives
 │   ├── WorkerLost         the worker died with the job
 │   ├── DeadlineExceeded   the worker was killed because the job took too long
+│   ├── Poisoned           the message has killed workers before and is not scanned again
 │   └── Overloaded         the job never ran: the queue was full or the wait too long
 └── StartError             the operator's fault or the system's; has an exit code of sysexits(3)
     ├── UsageError         64
@@ -59,6 +60,10 @@ class WorkerLost(JobFailed):
 
 class DeadlineExceeded(JobFailed):
     """The job was still running at its deadline; its worker was killed."""
+
+
+class Poisoned(JobFailed):
+    """The message's scan has killed workers before; it is answered without being scanned."""
 
 
 class Overloaded(JobFailed):

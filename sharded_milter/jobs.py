@@ -47,6 +47,10 @@ class Memory:
             self.size += written
             view = view[written:]
 
+    def view(self) -> memoryview:
+        """What is in it now, read-only."""
+        return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
+
     def seal(self) -> None:
         """From now on nobody can change it, and so nobody needs to copy it."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)

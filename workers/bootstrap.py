@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
+import resource
 import signal
 import socket
 import sys
+from collections.abc import Collection
 
 # The master's end of the socket pair is on the other side of this descriptor.
 CHANNEL = 3
@@ -19,9 +21,16 @@ CHANNEL = 3
 _PR_SET_PDEATHSIG = 1
 
 
-def main(master: int, spec: str) -> None:
-    """Serves the milter `spec` to the process `master` until that ends or says so."""
+def main(
+    master: int, spec: str, *, nice: int = 0, memory_limit: int = 0, cpus: Collection[int] = ()
+) -> None:
+    """Serves the milter `spec` to the process `master` until that ends or says so.
+
+    `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
+    `cpus` are those it may run on (none: any).
+    """
     _die_with(master)
+    _restrict(nice, memory_limit, cpus)
     # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to
     # the whole group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -55,6 +64,14 @@ def main(master: int, spec: str) -> None:
     reactor.adoptStreamConnection(CHANNEL, socket.AF_UNIX, factory)  # type: ignore[attr-defined]
     os.close(CHANNEL)
     reactor.run(installSignalHandlers=False)  # type: ignore[attr-defined]
+
+
+def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:
+    os.nice(nice)
+    if memory_limit:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+    if cpus:
+        os.sched_setaffinity(0, cpus)
 
 
 def _die_with(master: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import click
@@ -61,6 +62,27 @@ def milter_spec(settings: config.Settings) -> str:
     return spec
 
 
+def shard_starter(settings: config.Settings, spec: str, reactor: Any) -> Any:
+    """What the pool calls for a new worker process."""
+    from sharded_milter.master.shard import Shard, Workplace, worker_environment
+
+    extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
+    workplace = Workplace(
+        spec,
+        worker_environment(os.environ, extra),
+        settings.nice,
+        settings.worker_memory_limit,
+        settings.cpu_affinity,
+    )
+
+    def start(slot: int, events: Any) -> Shard:
+        shard = Shard(slot, workplace, reactor, events)
+        shard.start()
+        return shard
+
+    return start
+
+
 class _Run:
     """One run of the reactor."""
 
@@ -69,17 +91,22 @@ class _Run:
         from twisted.internet import reactor
         from twisted.logger import Logger
 
+        from sharded_milter.master.dispatch import Dispatch
+        from sharded_milter.master.poison import Keep
+        from sharded_milter.master.policy import Policy
         from sharded_milter.master.pool import Pool
         from sharded_milter.master.service import Service
-        from sharded_milter.master.shard import worker_environment
 
-        extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
-        env = worker_environment(os.environ, extra)
-        pool = Pool(spec, settings.workers, settings.limits, reactor, env)
+        limits = settings.limits
+        keep = Keep(Path(settings.keep_dir), settings.keep_quota) if settings.keep_dir else None
+        dispatch = Dispatch(limits, reactor, keep)
+        start_shard = shard_starter(settings, spec, reactor)
+        pool = Pool(start_shard, settings.workers, limits, dispatch, reactor)
+        policy = Policy(settings.on_error, settings.on_poison)
         self._settings = settings
         self._reactor: Any = reactor
         self._log = Logger()
-        self._service = Service(listeners, pool, settings.limits, settings.on_error, reactor)
+        self._service = Service(listeners, pool, dispatch, limits, policy, reactor)
         self._failure: BaseException | None = None
 
     def run(self) -> int:
@@ -91,14 +118,18 @@ class _Run:
         return os.EX_OK
 
     def _start(self) -> None:
-        for number, quick in (
-            (signal.SIGTERM, False),
-            (signal.SIGINT, True),
-            (signal.SIGQUIT, True),
-        ):
-            signal.signal(
-                number, lambda *_, quick=quick: self._reactor.callFromThread(self._stop, quick)
-            )
+        service = self._service
+        for number, act in {
+            signal.SIGTERM: lambda: self._stop(False),
+            signal.SIGINT: lambda: self._stop(True),
+            signal.SIGQUIT: lambda: self._stop(True),
+            signal.SIGHUP: service.pool.reload,
+            signal.SIGTTIN: lambda: service.pool.resize(1),
+            signal.SIGTTOU: lambda: service.pool.resize(-1),
+            signal.SIGUSR2: service.dump,
+        }.items():
+            # Between two turns of the reactor: a handler may interrupt anything.
+            signal.signal(number, lambda *_, act=act: self._reactor.callFromThread(act))
         started = self._service.start()
         started.addCallbacks(lambda _: self._ready(), self._failed)
 

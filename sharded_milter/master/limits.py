@@ -22,8 +22,17 @@ class Limits:
     max_queue: int = 10_000
     # A job whose worker died goes to another one so often; two deaths are the message's fault.
     retries: int = 1
+    # Shards that heavy jobs leave to light ones, so that RCPT is answered during large scans.
+    reserve: int = 0
+    # Whether a client's repeat of a message waits for the scan of the first that still runs.
+    join_retries: bool = False
     # Importing a milter may load a model of gigabytes.
     worker_start_timeout: float = 60.0
+    # A worker is replaced after so many answers, so many seconds, or above so many bytes of
+    # resident memory; 0 is never. Python milters that leak need one of them.
+    max_messages: int = 0
+    worker_lifetime: float = 0.0
+    worker_max_rss: int = 0
     # A worker that has ended badly is started again after this long, doubled each time.
     respawn_first: float = 0.1
     respawn_longest: float = 30.0
@@ -36,5 +45,9 @@ class Limits:
     progress_interval: float = 5.0
     # Bytes of commands that wait behind a running job before reading pauses; two body chunks.
     max_waiting: int = 131_072
+    # MTA connections at a time; more are told to come back. Each is a descriptor.
+    max_connections: int = 20_000
+    # Bytes of all messages that are not answered yet; above it new ones get a 452.
+    max_inflight_bytes: int = 1024 * 1024 * 1024
     # The largest message that is kept; Postfix's message_size_limit is 10,240,000 by default.
     max_message_size: int = 100 * 1024 * 1024

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from sharded_milter.errors import JobFailed, Overloaded
+from sharded_milter.errors import JobFailed, Overloaded, Poisoned
 from sharded_milter.protocol.replies import Continue, Reject, ReplyCode, TempFail, reply_text
 from sharded_milter.protocol.stages import Stage
 
-ON_ERROR = ("tempfail", "accept", "reject")
+CHOICES = ("tempfail", "accept", "reject")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The operator's choice, each one of CHOICES."""
+
+    on_error: str = "tempfail"
+    on_poison: str = "tempfail"
+
 
 # The texts are the MTA's own: what went wrong is in our log, not on the wire. To accept is to go
 # on as if nothing had been said, so that later stages still have their say.
@@ -22,16 +32,24 @@ BUSY = ReplyCode(reply_text(451, "4.3.2", "Content filter is busy, please try ag
 TOO_LARGE = ReplyCode(
     reply_text(552, "5.3.4", "Message is larger than the content filter takes")
 ).encode()
+NO_ROOM = ReplyCode(
+    reply_text(452, "4.3.1", "Content filter has too much mail in hand, please try again")
+).encode()
+RELOADED = ReplyCode(
+    reply_text(421, "4.3.2", "Content filter was reloaded, please connect again")
+).encode()
 STOPPING = ReplyCode(reply_text(451, "4.3.2", "Content filter is shutting down")).encode()
 
 
-def answer_for(error: BaseException | None, on_error: str, stage: Stage) -> bytes:
-    """The reply packets for a job that ended with `error` under the policy `--on-error`.
+def answer_for(error: BaseException | None, policy: Policy, stage: Stage) -> bytes:
+    """The reply packets for a job that ended with `error`.
 
     Overload is told as such and always temporary: the message was not looked at.
     """
     if isinstance(error, Overloaded):
         return BUSY
+    if isinstance(error, Poisoned):
+        return _ANSWERS[policy.on_poison]
     if not isinstance(error, JobFailed) and stage is not Stage.EOM:
         return _ANSWERS["tempfail"]
-    return _ANSWERS[on_error]
+    return _ANSWERS[policy.on_error]

@@ -1,92 +1,83 @@
-"""The pool: shards, the jobs they do, and what happens when one of them ends.
+"""The pool: which worker processes there are, and what replaces one that ends.
 
-It decides nothing about order (that is the schedule) and knows nothing of the protocol. A job
-that is submitted is answered exactly once, with replies or with a JobFailed.
+Every slot has at most one shard that serves and one successor that starts. Whatever the reason
+for a new process (the first start, a death, recycling, a reload), it is started as the slot's
+successor; once READY it takes the slot over and the old one drains. So start, respawn, recycle
+and reload are one act, and a worker that cannot start never costs one that serves.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from sharded_milter.errors import (
-    CallbackFailed,
-    ConfigError,
-    DeadlineExceeded,
-    MilterError,
-    Overloaded,
-    SystemRefused,
-    WorkerLost,
-)
-from sharded_milter.jobs import Memory
+from sharded_milter.errors import ConfigError, MilterError, SystemRefused
+from sharded_milter.master.dispatch import Dispatch
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.schedule import Schedule
-from sharded_milter.master.shard import Shard, State
+from sharded_milter.master.shard import Events, Shard, State
 from sharded_milter.protocol.negotiation import Manifest
-from sharded_milter.protocol.stages import Stage
 
 # A worker that has served this long was healthy: its end is no sign of a crash loop.
 HEALTHY_AFTER = 10.0
 
-# The share of a deadline after which a worker is asked where it hangs.
-SOFT_LIMIT = 0.8
+# How often ages are looked at, and how often memory: reading it costs a system call a worker.
+TICK = 1.0
+MEMORY_EVERY = 10
+
+# Recycling all workers at once would leave none warm: the count of messages is spread by this.
+JITTER = 0.1
+
+StartShard = Callable[[int, Events], Shard]
 
 
 @dataclass(eq=False)
-class Job:
-    """One transcript to be answered at one stage."""
-
-    stage: Stage
-    light: bool
-    connection: bytes
-    message: bytes | Memory
-    about: Callable[[], str]  # what log lines call it
-    result: Deferred[bytes] = field(default_factory=Deferred)
-    attempts: int = 0
-    shard: Shard | None = None
-    timer: Any = None
-    submitted: float = 0.0
-    started: float = 0.0  # when the worker that answered got it
-    slot: int = 0  # whose worker answered; 0 for none
-
-
-@dataclass
 class _Slot:
-    """A place in the pool and the luck that its workers have had."""
+    """A place in the pool."""
 
     number: int
-    shard: Shard | None = None
-    failures: int = 0
-    ready_at: float = 0.0
+    current: Shard | None = None  # it serves
+    successor: Shard | None = None  # it starts, or is READY and waits for the rest of a reload
+    failures: int = 0  # of starts, and of deaths soon after, in a row
+    pending: Any = None  # the delayed call that starts the next successor
+    served_since: float = 0.0
+    messages: int = 0  # after which the present worker is replaced
 
 
 class Pool:
-    """`size` workers that each serve the milter `spec`."""
+    """Keeps `size` shards at work; `start_shard` starts the process for a slot."""
 
     log = Logger()
 
-    def __init__(self, spec: str, size: int, limits: Limits, reactor: Any, env: dict[str, str]):
+    def __init__(
+        self, start_shard: StartShard, size: int, limits: Limits, dispatch: Dispatch, reactor: Any
+    ) -> None:
         self.manifest: Manifest | None = None
-        self._spec = spec
+        self._start_shard = start_shard
         self._limits = limits
+        self._dispatch = dispatch
         self._reactor = reactor
-        self._env = env
         self._slots = [_Slot(number) for number in range(1, size + 1)]
-        self._schedule: Schedule[Job, Shard] = Schedule(limits.max_queue, limits.queue_wait)
+        self._leaving: set[Shard] = set()
         self._started: Deferred[Manifest] = Deferred()
         self._stopped: Deferred[None] | None = None
+        self._reloading = False
+        self._reload_again = False
+        self._ticks = 0
+        self._tick_call: Any = None
 
     @property
     def shards(self) -> list[Shard]:
-        """The worker processes there are, in the order of their slots."""
-        return [slot.shard for slot in self._slots if slot.shard is not None]
+        """Every worker process there is, whatever it does."""
+        held = [shard for slot in self._slots for shard in (slot.current, slot.successor) if shard]
+        return [*held, *self._leaving]
 
-    # Starting and stopping
+    # What the operator wants
 
     def start(self) -> Deferred[Manifest]:
         """Fires with the manifest when every worker is READY.
@@ -98,21 +89,64 @@ class Pool:
                 self._spawn(slot)
         except OSError as error:
             self._start_failed(SystemRefused(f"cannot start a worker: {error.strerror}"))
+        self._tick_call = self._reactor.callLater(TICK, self._tick)
         return self._started
 
-    def _start_failed(self, error: MilterError) -> None:
-        if not self._started.called:
-            self._started.errback(Failure(error))
+    def reload(self) -> None:
+        """A new generation: every slot gets a successor, and they take over when all are READY.
+
+        If one of them cannot start, all of them are given up and the old ones go on. A reload
+        that is asked for during another, or during the start, is done after it, once.
+        """
+        if self._stopped is not None:
+            return
+        if self._reloading or not self._started.called:
+            self._reload_again = True
+            return
+        self._reloading = True
+        self.log.info("reloading the milter in {n} new workers", n=len(self._slots))
+        for slot in self._slots:
+            self._cancel_pending(slot)
+            if slot.successor is not None:  # it may have read the old code
+                self._give_up(slot, "a reload has begun")
+        try:
+            for slot in self._slots:
+                self._spawn(slot)
+        except OSError as error:
+            self._reload_failed(f"cannot start a worker: {error.strerror}")
+
+    def resize(self, change: int) -> None:
+        """One worker more, or one less; at least one stays."""
+        if self._stopped is not None or self._reloading:
+            return
+        if change > 0:
+            self._slots.append(_Slot(len(self._slots) + 1))
+            self._spawn_soon(self._slots[-1], 0.0)
+        elif len(self._slots) > 1:
+            slot = self._slots.pop()
+            self._cancel_pending(slot)
+            self._give_up(slot, "the pool shrinks")
+            self._retire(slot)
+        self.log.info("the pool has {n} workers now", n=len(self._slots))
+
+    def dump_stacks(self) -> None:
+        """All workers write their stacks into the log."""
+        for shard in self.shards:
+            shard.dump_stacks()
 
     def stop(self) -> Deferred[None]:
         """Fires when all workers have ended; what they still do is lost."""
         if self._stopped is None:
             self._stopped = Deferred()
+            for slot in self._slots:
+                self._cancel_pending(slot)
+            if self._tick_call is not None and self._tick_call.active():
+                self._tick_call.cancel()
             for shard in self.shards:
-                if shard.state in (State.STARTING, State.BUSY):
-                    shard.kill("the service stops")
-                else:
+                if shard.state is State.IDLE:
                     shard.drain()
+                else:
+                    shard.kill("the service stops")
             self._check_stopped()
         return self._stopped
 
@@ -120,10 +154,16 @@ class Pool:
         if self._stopped is not None and not self.shards and not self._stopped.called:
             self._stopped.callback(None)
 
+    def _start_failed(self, error: MilterError) -> None:
+        if not self._started.called:
+            self._started.errback(Failure(error))
+
+    # Successors
+
     def _spawn(self, slot: _Slot) -> None:
-        shard = Shard(slot.number, self._spec, self._reactor, self, self._env)
-        shard.start()
-        slot.shard = shard
+        """Starts the slot's successor; raises OSError when the system refuses."""
+        shard = self._start_shard(slot.number, self)
+        slot.successor = shard
         timeout = self._limits.worker_start_timeout
         self._reactor.callLater(timeout, self._check_ready, shard, timeout)
 
@@ -131,156 +171,178 @@ class Pool:
         if shard.state is State.STARTING:
             shard.kill(f"it was not ready within {timeout:g} s")
 
-    def _respawn(self, slot: _Slot) -> None:
-        if self._stopped is not None or slot.shard is not None:
-            return
+    def _spawn_soon(self, slot: _Slot, delay: float) -> None:
+        self._cancel_pending(slot)
+        slot.pending = self._reactor.callLater(delay, self._spawn_again, slot)
+
+    def _spawn_again(self, slot: _Slot) -> None:
+        slot.pending = None
+        if self._reloading:
+            return  # it has started a successor, or has ended in _reload_failed
         try:
             self._spawn(slot)
         except OSError as error:
             self.log.error("cannot start shard {n}: {why}", n=slot.number, why=error.strerror)
-            self._respawn_later(slot)
+            self._back_off(slot)
 
-    def _respawn_later(self, slot: _Slot) -> None:
+    def _back_off(self, slot: _Slot) -> None:
         delay = self._limits.respawn_first * 2**slot.failures
         slot.failures += 1
-        self._reactor.callLater(min(delay, self._limits.respawn_longest), self._respawn, slot)
+        self._spawn_soon(slot, min(delay, self._limits.respawn_longest))
+
+    def _cancel_pending(self, slot: _Slot) -> None:
+        pending, slot.pending = slot.pending, None
+        if pending is not None:
+            pending.cancel()
+
+    def _give_up(self, slot: _Slot, reason: str) -> None:
+        """The slot's successor is not wanted any more."""
+        shard, slot.successor = slot.successor, None
+        if shard is not None:
+            self._leaving.add(shard)
+            shard.kill(reason)
+
+    def _promote(self, slot: _Slot) -> None:
+        """The successor takes the slot over."""
+        shard = slot.successor
+        assert shard is not None  # it has just said READY
+        slot.successor = None
+        self._retire(slot)
+        slot.current = shard
+        slot.served_since = self._reactor.seconds()
+        most = self._limits.max_messages
+        slot.messages = most + random.randint(0, int(most * JITTER)) if most else 0
+        self._dispatch.schedule.idle(shard)
+        self._dispatch.assign()
+
+    def _retire(self, slot: _Slot) -> None:
+        """The slot's worker gets no more jobs, and ends when it has answered the present one."""
+        shard, slot.current = slot.current, None
+        if shard is not None:
+            self._dispatch.schedule.gone(shard)
+            self._leaving.add(shard)
+            shard.drain()
 
     # What shards tell
 
     def shard_ready(self, shard: Shard) -> None:
-        """The milter is imported: the shard gets work."""
-        self._slot_of(shard).ready_at = self._reactor.seconds()
-        assert shard.manifest is not None  # READY brought it
-        self.manifest = self.manifest or shard.manifest
-        self.log.info("shard {slot} is ready, pid {pid}", slot=shard.slot, pid=shard.pid)
-        everyone = all(slot.shard and slot.shard.manifest for slot in self._slots)
-        if everyone and not self._started.called:
+        """The milter is imported."""
+        slot = self._slot_of(shard)
+        if slot is None or slot.successor is not shard:
+            return
+        self.log.info("shard {n} is ready, pid {pid}", n=shard.slot, pid=shard.pid)
+        if self._reloading:
+            if all(s.successor and s.successor.manifest for s in self._slots):
+                self._reload_done()
+            return
+        if self.manifest is None:
+            self.manifest = shard.manifest
+        self._promote(slot)
+        if not self._started.called and all(slot.current for slot in self._slots):
+            assert self.manifest is not None  # the first READY brought it
             self._started.callback(self.manifest)
-        self.shard_idle(shard)
+            self._reload_next()
+
+    def _reload_done(self) -> None:
+        self._reloading = False
+        first = self._slots[0].successor
+        assert first is not None  # all are READY
+        self.manifest = first.manifest
+        for slot in self._slots:
+            self._promote(slot)
+        self.log.info("reloaded: {n} new workers serve", n=len(self._slots))
+        self._reload_next()
+
+    def _reload_failed(self, reason: str) -> None:
+        self._reloading = False
+        self._dispatch.counters["reloads_failed"] += 1
+        self.log.error("not reloaded, the old workers go on: {why}", why=reason)
+        for slot in self._slots:
+            self._give_up(slot, "the reload has failed")
+            if slot.current is None:
+                self._back_off(slot)
+        self._reload_next()
+
+    def _reload_next(self) -> None:
+        if self._reload_again:
+            self._reload_again = False
+            self.reload()
 
     def shard_idle(self, shard: Shard) -> None:
-        """The shard has answered."""
-        self._schedule.idle(shard)
-        self._assign()
+        """The shard has answered; it may have served long enough."""
+        slot = self._slot_of(shard)
+        if slot is not None and slot.messages and shard.answered >= slot.messages:
+            self._recycle(slot, f"it has answered {shard.answered} jobs")
+        self._dispatch.schedule.idle(shard)
+        self._dispatch.assign()
 
     def shard_gone(self, shard: Shard) -> None:
-        """The process is reaped: it is replaced, unless the service stops."""
-        self._schedule.gone(shard)
+        """The process is reaped: if it served, or should have, another is started."""
+        self._leaving.discard(shard)
         slot = self._slot_of(shard)
-        slot.shard = None
         if self._stopped is not None:
+            self._dispatch.schedule.gone(shard)
+            self._forget(slot, shard)
             self._check_stopped()
-            return
-        reason = str(shard.load_error or shard.exit_reason)
-        if not self._started.called:
-            self._start_failed(
-                shard.load_error or ConfigError(f"milter {self._spec}: its worker ended, {reason}")
-            )
-            return
-        details = f"\n{shard.load_error.details}" if shard.load_error else ""
-        self.log.error("shard {n} is gone: {why}", n=slot.number, why=reason + details)
-        served = self._reactor.seconds() - slot.ready_at if shard.manifest else 0.0
-        if served >= HEALTHY_AFTER:
+        elif slot is not None and slot.current is shard:
+            self._died(slot, shard)
+        elif slot is not None and slot.successor is shard:
+            self._not_started(slot, shard)
+
+    def _forget(self, slot: _Slot | None, shard: Shard) -> None:
+        if slot is not None and slot.current is shard:
+            slot.current = None
+        if slot is not None and slot.successor is shard:
+            slot.successor = None
+
+    def _died(self, slot: _Slot, shard: Shard) -> None:
+        self._dispatch.schedule.gone(shard)
+        self._dispatch.counters["worker_restarts"] += 1
+        slot.current = None
+        self.log.error("shard {n} is gone: {why}", n=slot.number, why=shard.exit_reason)
+        if self._reactor.seconds() - slot.served_since >= HEALTHY_AFTER:
             slot.failures = 0
-        self._respawn_later(slot)
+        if slot.successor is None and slot.pending is None and not self._reloading:
+            self._back_off(slot)
 
-    def _slot_of(self, shard: Shard) -> _Slot:
-        return self._slots[shard.slot - 1]
+    def _not_started(self, slot: _Slot, shard: Shard) -> None:
+        slot.successor = None
+        error = shard.load_error or ConfigError(f"its worker ended: {shard.exit_reason}")
+        if not self._started.called:
+            self._start_failed(error)
+            return
+        details = getattr(error, "details", "")
+        reason = f"{error}\n{details}".rstrip()
+        if self._reloading:
+            self._reload_failed(reason)
+            return
+        self.log.error("shard {n} has not started: {why}", n=slot.number, why=reason)
+        self._back_off(slot)
 
-    # Jobs
+    def _slot_of(self, shard: Shard) -> _Slot | None:
+        """The slot that the shard is part of; None when it is leaving."""
+        for slot in self._slots:
+            if shard in (slot.current, slot.successor):
+                return slot
+        return None
 
-    def submit(self, job: Job) -> Deferred[bytes]:
-        """Fires with the reply packets; fails with a JobFailed."""
+    # Recycling
+
+    def _recycle(self, slot: _Slot, reason: str) -> None:
+        if slot.successor is None and slot.pending is None and not self._reloading:
+            self._dispatch.counters["recycled"] += 1
+            self.log.info("shard {n} is replaced: {why}", n=slot.number, why=reason)
+            self._spawn_soon(slot, 0.0)
+
+    def _tick(self) -> None:
+        self._ticks += 1
+        self._tick_call = self._reactor.callLater(TICK, self._tick)
+        lifetime, most = self._limits.worker_lifetime, self._limits.worker_max_rss
         now = self._reactor.seconds()
-        eom = job.stage is Stage.EOM
-        limit = self._limits.eom_deadline if eom else self._limits.command_deadline
-        job.submitted = now
-        job.timer = self._reactor.callLater(SOFT_LIMIT * limit, self._warn, job, limit)
-        self._queue(job)
-        return job.result
-
-    def _queue(self, job: Job) -> None:
-        try:
-            self._schedule.submit(job, self._reactor.seconds())
-        except Overloaded:
-            self._fail(job, Failure())
-            return
-        self._assign()
-        if job.shard is None and not job.result.called:
-            self._reactor.callLater(self._limits.queue_wait, self._drop_overdue)
-
-    def cancel(self, job: Job) -> None:
-        """Nobody waits for the answer any more; a worker that is on it is left to finish."""
-        self._schedule.withdraw(job)
-        self._disarm(job)
-        job.result = Deferred()  # whatever comes is for nobody
-        job.result.addErrback(lambda _: None)
-
-    def _assign(self) -> None:
-        while (pair := self._schedule.next()) is not None:
-            self._run(*pair)
-
-    def _run(self, job: Job, shard: Shard) -> None:
-        job.shard = shard
-        job.slot = shard.slot
-        job.started = self._reactor.seconds()
-        job.attempts += 1
-        shard.label = job.about()
-        answer = shard.ask(job.stage, job.connection, job.message)
-        answer.addCallbacks(
-            lambda replies: self._succeed(job, replies), lambda failure: self._failed(job, failure)
-        )
-
-    def _failed(self, job: Job, failure: Failure) -> None:
-        shard, job.shard = job.shard, None
-        lost = failure.check(WorkerLost)
-        if lost and job.timer is not None and job.attempts <= self._limits.retries:
-            self.log.warn(
-                "{shard} died with {about}; another takes it", shard=shard, about=job.about()
-            )
-            self._queue(job)
-            return
-        if not failure.check(CallbackFailed, WorkerLost):
-            self.log.failure("a job failed in an unforeseen way", failure)
-        self._fail(job, failure)
-
-    def _succeed(self, job: Job, replies: bytes) -> None:
-        self._disarm(job)
-        if not job.result.called:
-            job.result.callback(replies)
-
-    def _fail(self, job: Job, failure: Failure) -> None:
-        self._disarm(job)
-        if not job.result.called:
-            job.result.errback(failure)
-
-    def _disarm(self, job: Job) -> None:
-        timer, job.timer = job.timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
-
-    def _warn(self, job: Job, limit: float) -> None:
-        """The soft limit: while it still hangs, the worker shows where."""
-        job.timer = self._reactor.callLater((1 - SOFT_LIMIT) * limit, self._expire, job, limit)
-        if job.shard is not None:
-            self.log.warn(
-                "{shard} has not answered {about} for {n:g} s; its stacks follow",
-                shard=job.shard,
-                about=job.about(),
-                n=self._reactor.seconds() - job.started,
-            )
-            job.shard.dump_stacks()
-
-    def _expire(self, job: Job, limit: float) -> None:
-        """The deadline: whoever has it is killed, and the MTA hears at once."""
-        if self._schedule.withdraw(job):
-            self._fail(job, Failure(Overloaded(f"no worker was free within {limit:g} s")))
-        elif job.shard is not None:
-            reason = f"{job.about()} was not answered within {limit:g} s"
-            job.shard.kill(reason)
-            self._fail(job, Failure(DeadlineExceeded(reason)))
-
-    def _drop_overdue(self) -> None:
-        for job in self._schedule.overdue(self._reactor.seconds()):
-            wait = self._limits.queue_wait
-            self._fail(job, Failure(Overloaded(f"no worker was free within {wait:g} s")))
+        for slot in self._slots:
+            if slot.current is None:
+                continue
+            if lifetime and now - slot.served_since >= lifetime:
+                self._recycle(slot, f"it has served for {lifetime:g} s")
+            elif most and self._ticks % MEMORY_EVERY == 0 and slot.current.rss() > most:
+                self._recycle(slot, f"it uses more than {most} bytes of memory")

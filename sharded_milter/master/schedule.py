@@ -6,14 +6,17 @@ cause.
 
 Order of jobs: light ones first, then later stages before earlier ones (a message that is half
 done blocks an MTA; one that has not begun does not), then the oldest.
-Order of shards: the one that has run longest first, so that caches stay warm and surplus idles.
+Place of jobs: one with a key runs on the shard that the key's rendezvous hash chooses among those
+there are; any other on the idle shard that has run longest, so that caches stay warm and surplus
+idles. Heavy jobs leave `reserve` shards to light ones.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
@@ -23,21 +26,30 @@ from sharded_milter.protocol.stages import Stage
 # How far a message has come when a stage asks; UNKNOWN belongs to no message.
 PROGRESS = {stage: place for place, stage in enumerate(Stage)} | {Stage.UNKNOWN: -1}
 
-# Withdrawn jobs stay in the heap until they come up; above this many it is built anew.
+# Withdrawn jobs stay in the heaps until they come up; above this many all are built anew.
 MAX_DEBRIS = 64
 
 
 class Schedulable(Protocol):
-    """What the schedule must know of a job."""
+    """What the schedule must know of a job; equal non-empty keys go to the same shard."""
 
     @property
     def stage(self) -> Stage: ...
     @property
     def light(self) -> bool: ...
+    @property
+    def key(self) -> bytes: ...
+
+
+class Place(Protocol):
+    """What the schedule must know of a shard: a successor in the same slot inherits its keys."""
+
+    @property
+    def slot(self) -> int: ...
 
 
 J = TypeVar("J", bound=Schedulable)
-S = TypeVar("S", bound=Hashable)
+S = TypeVar("S", bound=Place)
 
 
 @dataclass(order=True, slots=True)
@@ -53,18 +65,27 @@ class _Entry(Generic[J]):
 class Schedule(Generic[J, S]):
     """Queued jobs and idle shards; `now` is any clock that only runs forward, in seconds."""
 
-    def __init__(self, max_queue: int, queue_wait: float) -> None:
+    def __init__(self, max_queue: int, queue_wait: float, reserve: int = 0) -> None:
         self._max_queue = max_queue
         self._queue_wait = queue_wait
-        self._heap: list[_Entry[J]] = []
-        self._entries: dict[int, _Entry[J]] = {}  # by id(job), those still waiting
+        self._reserve = reserve
+        self._entries: dict[int, _Entry[J]] = {}  # by id(job): those that wait
+        self._common: list[_Entry[J]] = []  # a heap: jobs that any shard can do
+        self._homes: dict[int, list[_Entry[J]]] = {}  # heaps by slot: jobs with a key
+        self._debris = 0
         self._numbers = count()
-        self._ages: dict[S, int] = {}  # every shard that may get work, by the order of arrival
+        self._shards: dict[S, int] = {}  # every shard that may get work, by the order of arrival
         self._idle: set[S] = set()
+        self._heavy: set[S] = set()  # those that do a heavy job
 
     def __len__(self) -> int:
         """How many jobs wait."""
         return len(self._entries)
+
+    @property
+    def idle_shards(self) -> int:
+        """How many shards could take a job."""
+        return len(self._idle)
 
     def submit(self, job: J, now: float) -> None:
         """A job to be done; raises Overloaded when nobody is idle and the queue is full."""
@@ -73,7 +94,7 @@ class Schedule(Generic[J, S]):
         due = now + self._queue_wait
         entry = _Entry(not job.light, -PROGRESS[job.stage], next(self._numbers), job, due)
         self._entries[id(job)] = entry
-        heapq.heappush(self._heap, entry)
+        heapq.heappush(self._heap_of(job), entry)
 
     def withdraw(self, job: J) -> bool:
         """The job is no longer wanted; whether it was still waiting."""
@@ -81,32 +102,54 @@ class Schedule(Generic[J, S]):
         if entry is None:
             return False
         entry.taken = True
-        if len(self._heap) > 2 * len(self._entries) + MAX_DEBRIS:
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
+        self._debris += 1
+        if self._debris > len(self._entries) + MAX_DEBRIS:
+            self._rebuild()
         return True
 
     def idle(self, shard: S) -> None:
         """The shard, new or known, can take a job."""
-        self._ages.setdefault(shard, next(self._numbers))
         self._idle.add(shard)
+        self._heavy.discard(shard)
+        if shard not in self._shards:
+            self._shards[shard] = next(self._numbers)
+            self._rebuild()
 
     def gone(self, shard: S) -> None:
         """The shard takes no more jobs."""
-        self._ages.pop(shard, None)
         self._idle.discard(shard)
+        self._heavy.discard(shard)
+        if self._shards.pop(shard, None) is not None:
+            self._rebuild()
 
     def next(self) -> tuple[J, S] | None:
         """A job and the shard that does it now, which is busy from here on; None if none fits."""
-        while self._heap and self._heap[0].taken:
-            heapq.heappop(self._heap)
-        if not self._heap or not self._idle:
+        found = min(self._choices(), default=None, key=lambda choice: choice[0])
+        if found is None:
             return None
-        entry = heapq.heappop(self._heap)
+        entry, heap, shard = found
+        heapq.heappop(heap)
         del self._entries[id(entry.job)]
-        shard = min(self._idle, key=self._ages.__getitem__)
         self._idle.discard(shard)
+        if entry.heavy:
+            self._heavy.add(shard)
         return entry.job, shard
+
+    def _choices(self) -> Iterable[tuple[_Entry[J], list[_Entry[J]], S]]:
+        """The best job of each heap that an idle shard could take, with that shard."""
+        if not self._idle or not self._entries:
+            return
+        heavy_allowed = len(self._heavy) < max(1, len(self._shards) - self._reserve)
+        oldest = min(self._idle, key=self._shards.__getitem__)
+        places = [(self._common, oldest)]
+        if self._homes:
+            places += [(self._homes.get(shard.slot, []), shard) for shard in self._idle]
+        for heap, shard in places:
+            while heap and heap[0].taken:
+                heapq.heappop(heap)
+                self._debris -= 1
+            if heap and (heavy_allowed or not heap[0].heavy):
+                yield heap[0], heap, shard
 
     def overdue(self, now: float) -> list[J]:
         """The jobs that have waited too long; they are withdrawn."""
@@ -114,3 +157,20 @@ class Schedule(Generic[J, S]):
         for job in late:
             self.withdraw(job)
         return late
+
+    def _heap_of(self, job: J) -> list[_Entry[J]]:
+        if not job.key or not self._shards:
+            return self._common
+        home = max(self._shards, key=lambda shard: _weight(shard.slot, job.key))
+        return self._homes.setdefault(home.slot, [])
+
+    def _rebuild(self) -> None:
+        """Places every job anew: the shards are others now, or too many jobs were withdrawn."""
+        self._common, self._homes, self._debris = [], {}, 0
+        for entry in self._entries.values():
+            heapq.heappush(self._heap_of(entry.job), entry)
+
+
+def _weight(slot: int, key: bytes) -> bytes:
+    """Rendezvous hashing: each key ranks all slots; a slot that goes moves only its own keys."""
+    return blake2b(key, digest_size=8, salt=slot.to_bytes(8, "big")).digest()

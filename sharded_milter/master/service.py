@@ -10,10 +10,16 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
 from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.dispatch import Dispatch
+from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
+from sharded_milter.master.policy import Policy
 from sharded_milter.master.pool import Pool
 from sharded_milter.master.sockets import Listener
 from sharded_milter.protocol.negotiation import Manifest
+
+# Seconds for the last verdicts to leave the socket buffers of MTAs that read slowly.
+FLUSH_GRACE = 2.0
 
 
 class Service:
@@ -28,15 +34,17 @@ class Service:
         self,
         listeners: Sequence[Listener],
         pool: Pool,
+        dispatch: Dispatch,
         limits: Limits,
-        on_error: str,
+        policy: Policy,
         reactor: Any,
     ) -> None:
         self.pool = pool
         self.limits = limits
-        self.on_error = on_error
+        self.dispatch = dispatch
+        self.policy = policy
         self.reactor = reactor
-        self.manifest = Manifest("not loaded")
+        self.inflight = Inflight(limits.max_inflight_bytes)
         self.connections: set[MilterConnection] = set()
         self.listeners = listeners
         self._serving = False
@@ -49,8 +57,18 @@ class Service:
         """Fires when the workers are ready and MTAs are served; fails as Pool.start does."""
         return self.pool.start().addCallback(self._serve)
 
-    def _serve(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+    @property
+    def manifest(self) -> Manifest:
+        """That of the workers that serve now."""
+        assert self.pool.manifest is not None  # connections come after READY
+        return self.pool.manifest
+
+    @property
+    def full(self) -> bool:
+        """Whether another MTA connection would be one too many."""
+        return len(self.connections) > self.limits.max_connections
+
+    def _serve(self, _: Manifest) -> None:
         factory: Any = Factory()
         factory.buildProtocol = lambda _: MilterConnection(self)
         factory.noisy = False
@@ -66,6 +84,18 @@ class Service:
         """An MTA has left."""
         self.connections.discard(connection)
         self._check_stopped()
+
+    def dump(self) -> None:
+        """Writes the counters and the stacks of all workers into the log."""
+        counts = sorted(self.dispatch.counters.items())
+        self.log.info(
+            "{n} connections, {q} jobs queued, {b} bytes in flight; {counts}",
+            n=len(self.connections),
+            q=len(self.dispatch.schedule),
+            b=self.inflight.used,
+            counts=" ".join(f"{name}={count}" for name, count in counts),
+        )
+        self.pool.dump_stacks()
 
     def stop(self, *, quick: bool = False) -> Deferred[None]:
         """Takes no more connections; fires when all is over.
@@ -88,6 +118,11 @@ class Service:
     def _finish(self) -> None:
         for connection in list(self.connections):
             connection.finish()
+        self._grace = self.reactor.callLater(FLUSH_GRACE, self._abort)
+
+    def _abort(self) -> None:
+        for connection in list(self.connections):
+            connection.abort()
 
     def _check_stopped(self) -> None:
         if self._stopping and not self.connections and not self._emptied:

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
@@ -59,7 +60,29 @@ EXIT_GRACE = 5.0
 MAX_LOG_LINE = 8192
 
 _CHANNEL = 3
-_BOOTSTRAP = "import sys; from sharded_milter.workers.bootstrap import main; main({}, sys.argv[1])"
+_BOOTSTRAP = (
+    "import sys; from sharded_milter.workers.bootstrap import main;"
+    " main({}, sys.argv[1], nice={!r}, memory_limit={!r}, cpus={!r})"
+)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """How every worker is started: what it serves and what it may use.
+
+    `cpus` are dealt out, one for each slot in turn; none leaves the workers where they like.
+    """
+
+    spec: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    nice: int = 0
+    memory_limit: int = 0
+    cpus: tuple[int, ...] = ()
+
+    def bootstrap(self, slot: int) -> str:
+        """The program that Python runs in the worker of a slot."""
+        cpus = (self.cpus[(slot - 1) % len(self.cpus)],) if self.cpus else ()
+        return _BOOTSTRAP.format(os.getpid(), self.nice, self.memory_limit, cpus)
 
 
 class State(Enum):
@@ -86,9 +109,10 @@ class Shard:
 
     log = Logger()
 
-    def __init__(self, slot: int, spec: str, reactor: Any, events: Events, env: dict[str, str]):
+    def __init__(self, slot: int, workplace: Workplace, reactor: Any, events: Events):
         self.slot = slot
-        self.spec = spec
+        self.answered = 0
+        self.workplace = workplace
         self.state = State.STARTING
         self.manifest: Manifest | None = None
         self.load_error: MilterLoadError | None = None
@@ -99,7 +123,6 @@ class Shard:
         self.process: Any = None
         self._reactor = reactor
         self._events = events
-        self._env = env
         self._amp: Any = None
 
     def __repr__(self) -> str:
@@ -107,8 +130,9 @@ class Shard:
 
     def start(self) -> None:
         """Spawns the process; raises OSError when the system refuses."""
+        place = self.workplace
         starter = _Starter(
-            bootstrap=_BOOTSTRAP.format(os.getpid()), args=(self.spec,), env=self._env
+            bootstrap=place.bootstrap(self.slot), args=(place.spec,), env=dict(place.env)
         )
         starter.connectorFactory = lambda protocol: _Connector(protocol, self)
         self._amp = _Parent(self)
@@ -129,6 +153,7 @@ class Shard:
         return answer
 
     def _answered(self, answer: dict[str, Any]) -> bytes:
+        self.answered += 1
         replies = bytes(answer["replies"])
         release(answer["replies"])
         if self.state is State.BUSY:
@@ -152,6 +177,7 @@ class Shard:
             self._shut_down()
 
     def _shut_down(self) -> None:
+        self._reactor.callLater(EXIT_GRACE, self.kill, "it did not end when it was told to")
         done = self._amp.callRemote(ampoule_commands.Shutdown)
         done.addCallbacks(lambda _: self._amp.transport.loseConnection(), lambda _: None)
 
@@ -171,6 +197,13 @@ class Shard:
                 process.kill()
             except psutil.Error:
                 continue
+
+    def rss(self) -> int:
+        """The bytes of memory that the process has resident; 0 when it is gone."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
 
     def dump_stacks(self) -> None:
         """Has the worker write the Python stacks of all its threads into the log."""

@@ -1,15 +1,19 @@
 """The master's side of a transcript: what the MTA has sent that still matters, packet by packet.
 
 The connection's part is a fixed set of slots, one for each kind of packet, so a client that
-greets for ever costs no memory. The message's part grows; above SPOOL_ABOVE it moves into
-anonymous memory that workers map instead of receiving a copy.
+greets for ever costs no memory. The message's part grows within limits; above SPOOL_ABOVE it
+moves into anonymous memory that workers map instead of receiving a copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from enum import Enum, auto
+
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.jobs import MAX_INLINE, Memory
-from sharded_milter.protocol.commands import Macro
+from sharded_milter.master.inflight import Inflight
+from sharded_milter.protocol.commands import Connect, Macro, Mail, Rcpt
 from sharded_milter.protocol.wire import LETTER, PAYLOAD
 
 # What fits into one AMP box needs no memory of its own.
@@ -17,25 +21,46 @@ SPOOL_ABOVE = MAX_INLINE
 
 _MACRO = Macro.letter[0]
 _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
+_KEYS = {"sender": Mail.letter[0], "recipient": Rcpt.letter[0]}
 QUEUE_ID = ("i", "{i}")
+MTA = ("v", "{v}")
+
+
+class Refusal(Enum):
+    """Why a message is not kept."""
+
+    TOO_LARGE = auto()
+    NO_ROOM = auto()
 
 
 class Transcript:
     """The packets of one connection."""
 
-    __slots__ = ("_head", "_macros", "_memory", "_recent", "_slots")
+    __slots__ = (
+        "_firsts",
+        "_head",
+        "_inflight",
+        "_macros",
+        "_max_size",
+        "_memory",
+        "_recent",
+        "_slots",
+        "refusal",
+        "size",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, max_size: int, inflight: Inflight) -> None:
+        """A message may have `max_size` bytes; what all messages have is counted in `inflight`."""
+        self.size = 0  # bytes of the message's part
+        self.refusal: Refusal | None = None  # set when the message is no longer kept
+        self._max_size = max_size
+        self._inflight = inflight
         self._slots: dict[bytes, bytes] = {}
         self._head: bytes | None = b""
         self._recent = bytearray()  # the message's part, or what of it is not in _memory yet
         self._memory: Memory | None = None
         self._macros: dict[int, bytes] = {}  # the message's latest by stage, for queue_id
-
-    @property
-    def size(self) -> int:
-        """The bytes of the message's part."""
-        return len(self._recent) + (self._memory.size if self._memory else 0)
+        self._firsts: dict[int, bytes] = {}  # its first MAIL and RCPT, for keys
 
     def connection_part(self) -> bytes:
         """Negotiation, connect and helo, with their macros."""
@@ -63,9 +88,22 @@ class Transcript:
         self._head = None
 
     def append(self, packet: bytes) -> None:
-        """Adds a packet to the message's part."""
-        if packet[LETTER] == _MACRO:
+        """Adds a packet to the message's part, or refuses the message for want of room."""
+        size = len(packet)
+        if self.refusal is not None:
+            return
+        if self.size + size > self._max_size:
+            self._refuse(Refusal.TOO_LARGE)
+            return
+        if not self._inflight.take(size):
+            self._refuse(Refusal.NO_ROOM)
+            return
+        code = packet[LETTER]
+        if code == _MACRO:
             self._macros[packet[PAYLOAD]] = packet
+        elif code in _KEYS.values():
+            self._firsts.setdefault(code, packet)
+        self.size += size
         self._recent += packet
         if len(self._recent) > SPOOL_ABOVE:
             if self._memory is None:
@@ -76,11 +114,19 @@ class Transcript:
         memory.append(self._recent)
         self._recent.clear()
 
+    def _refuse(self, refusal: Refusal) -> None:
+        self.clear_message()
+        self.refusal = refusal
+
     def clear_message(self) -> None:
         """Forgets the message; memory that a job still has stays alive with the job."""
+        self._inflight.give_back(self.size)
+        self.size = 0
+        self.refusal = None
         self._recent.clear()
         self._memory = None
         self._macros.clear()
+        self._firsts.clear()
 
     def clear_client(self) -> None:
         """Forgets client and message; the negotiated options stay."""
@@ -88,10 +134,39 @@ class Transcript:
         self._slots = {name: packet for name, packet in self._slots.items() if name == b"O"}
         self._head = None
 
+    # What the master itself must know of it
+
     def queue_id(self) -> str:
         """The MTA's queue id, or empty; looked up when asked, for log lines only."""
-        for packet in reversed(self._macros.values()):
-            for name, value in Macro.parse(packet[PAYLOAD:]).pairs:
-                if name in QUEUE_ID:
-                    return value
-        return ""
+        return _find(QUEUE_ID, reversed(self._macros.values()))
+
+    def mta(self) -> str:
+        """What the MTA calls itself when a client connects, `Postfix 3.9.0`; or empty."""
+        return _find(MTA, filter(None, [self._slots.get(b"DC")]))
+
+    def client(self) -> bytes:
+        """The client without its port: the same for every connection of the same client."""
+        packet = self._slots.get(b"C", b"")
+        if not packet:
+            return b""
+        connect = Connect.parse(packet[PAYLOAD:])
+        return Connect(connect.hostname, connect.family, 0, connect.address).encode()
+
+    def key(self, shard_by: str) -> bytes:
+        """What messages that belong on the same shard have in common; empty for nothing.
+
+        `shard_by` is `sender`, `recipient` (the first), or `client`.
+        """
+        if shard_by == "client":
+            return self.client()
+        packet = self._firsts.get(_KEYS.get(shard_by, 0), b"")
+        return packet[PAYLOAD:].partition(b"\0")[0].lower()
+
+
+def _find(names: tuple[str, str], packets: Iterable[bytes]) -> str:
+    """The value of a macro in the first of the packets that has it, or empty."""
+    for packet in packets:
+        for name, value in Macro.parse(packet[PAYLOAD:]).pairs:
+            if name in names:
+                return value
+    return ""

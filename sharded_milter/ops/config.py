@@ -7,6 +7,7 @@ without its dashes (`eom-deadline = 60`), and one of a table is joined to the ta
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from click.core import ParameterSource
 
 from sharded_milter.errors import ConfigError
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.policy import ON_ERROR
+from sharded_milter.master.policy import CHOICES
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.ops.logs import LEVELS
 
@@ -40,6 +41,12 @@ class Settings:
     socket_mode: int
     socket_group: str
     on_error: str
+    on_poison: str
+    keep_dir: str | None
+    keep_quota: int
+    cpu_affinity: tuple[int, ...]
+    nice: int
+    worker_memory_limit: int
     log_level: str
     ready_fd: int | None
     limits: Limits
@@ -60,6 +67,32 @@ class OctalMode(click.ParamType[int]):
         return mode
 
 
+class CpuList(click.ParamType[tuple[int, ...]]):
+    """`none`, `spread` (all that this process may use), or CPU numbers as taskset takes them."""
+
+    name = "cpus"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if value == "none":
+            return ()
+        usable = sorted(os.sched_getaffinity(0))
+        if value == "spread":
+            return tuple(usable)
+        try:
+            ranges = [piece.partition("-") for piece in str(value).split(",")]
+            cpus = [n for a, _, b in ranges for n in range(int(a), int(b or a) + 1)]
+        except ValueError:
+            cpus = []
+        if not cpus or not set(cpus) <= set(usable):
+            self.fail(f"{value!r} is not a list of CPUs out of {usable}", param, ctx)
+        return tuple(cpus)
+
+
+# Copies of poisonous messages: a dozen large ones.
+KEEP_QUOTA = 256 * 1024 * 1024
+
 _SECONDS = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
@@ -69,6 +102,18 @@ _LIMITS: Mapping[str, tuple[Any, str]] = {
     "eom_deadline": (_SECONDS, "Seconds for the answer to a whole message."),
     "queue_wait": (_SECONDS, "Seconds that a message may wait for a worker."),
     "max_queue": (click.IntRange(min=0), "How many messages may wait for a worker."),
+    "reserve": (click.IntRange(min=0), "Workers that large scans leave to light callbacks."),
+    "max_messages": (click.IntRange(min=0), "Answers after which a worker is replaced; 0: never."),
+    "worker_lifetime": (
+        click.FloatRange(min=0),
+        "Seconds after which a worker is replaced; 0: never.",
+    ),
+    "worker_max_rss": (
+        click.IntRange(min=0),
+        "Bytes of memory above which a worker is replaced; 0: never.",
+    ),
+    "max_connections": (_COUNT, "MTA connections at a time; more are told to come back."),
+    "max_inflight_bytes": (_COUNT, "Bytes of unanswered messages; above it new ones get a 452."),
     "retries": (click.IntRange(min=0), "How often a message goes on when its worker died."),
     "worker_start_timeout": (_SECONDS, "Seconds for a worker to import the milter."),
     "idle_timeout": (_SECONDS, "Seconds after which a silent MTA connection is closed."),
@@ -124,12 +169,59 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--on-error",
-        type=click.Choice(ON_ERROR),
+        type=click.Choice(CHOICES),
         default="tempfail",
         show_default=True,
         help="What the MTA hears when a milter fails on a message.",
     ),
+    click.option(
+        "--on-poison",
+        type=click.Choice(CHOICES),
+        default="tempfail",
+        show_default=True,
+        help="What the MTA hears about a message that has killed two workers.",
+    ),
+    click.option(
+        "--keep-dir",
+        type=click.Path(exists=True, file_okay=False, writable=True),
+        metavar="DIR",
+        help="Where copies of such messages are kept; none by default.",
+    ),
+    click.option(
+        "--keep-quota",
+        type=click.IntRange(min=0),
+        default=KEEP_QUOTA,
+        show_default=True,
+        help="Bytes of all copies.",
+    ),
+    click.option(
+        "--join-retries",
+        is_flag=True,
+        help="When a client repeats a message whose scan has run for 10 s, the repeat waits for"
+        " that scan's answer. The milter then saw only the first one's queue id.",
+    ),
     *map(_limit_option, _LIMITS),
+    click.option(
+        "--cpu-affinity",
+        type=CpuList(),
+        default="none",
+        show_default=True,
+        help="Pin workers to CPUs: none, spread, or a list such as 0-3,8.",
+    ),
+    click.option(
+        "--nice",
+        type=click.IntRange(0, 19),
+        default=0,
+        show_default=True,
+        help="How much lower the priority of workers is.",
+    ),
+    click.option(
+        "--worker-memory-limit",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Bytes of address space of a worker, a hard limit; 0: none.",
+    ),
     click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True),
     click.option(
         "--ready-fd",

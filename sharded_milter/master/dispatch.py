@@ -1,0 +1,283 @@
+"""Dispatch: from a submitted job to its one answer, whatever happens to the workers meanwhile.
+
+It decides nothing about order (that is the schedule), starts no process (that is the pool), and
+knows nothing of the protocol. A job is answered exactly once, with replies or with a JobFailed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from sharded_milter.errors import (
+    CallbackFailed,
+    DeadlineExceeded,
+    Overloaded,
+    Poisoned,
+    WorkerLost,
+)
+from sharded_milter.jobs import Memory
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.poison import DEADLY, Keep, Poison, digest
+from sharded_milter.master.schedule import Schedule
+from sharded_milter.protocol.stages import Stage
+
+# The share of a deadline after which a worker is asked where it hangs.
+SOFT_LIMIT = 0.8
+
+# A client that gives up and comes back has waited for minutes; a scan that has run this long is
+# worth waiting for instead of starting it again.
+JOIN_AFTER = 10.0
+
+# Transcripts of the same message differ by queue ids and ports.
+JOIN_SLACK = 512
+
+
+class Worker(Protocol):
+    """What dispatch needs of a shard."""
+
+    slot: int
+    label: str
+
+    def ask(self, stage: Stage, connection: bytes, message: bytes | Memory) -> Any: ...
+    def kill(self, reason: str) -> None: ...
+    def dump_stacks(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One transcript to be answered at one stage."""
+
+    stage: Stage
+    light: bool
+    connection: bytes
+    message: bytes | Memory
+    about: Callable[[], str]  # what log lines call it
+    key: bytes = b""  # jobs with an equal one go to the same shard
+    client: bytes = b""  # who sent the message, as far as a repeat is concerned
+    result: Deferred[bytes] = field(default_factory=Deferred)
+    attempts: int = 0
+    abandoned: bool = False  # nobody waits for the answer
+    shard: Worker | None = None
+    timer: Any = None
+    submitted: float = 0.0
+    started: float = 0.0  # when the worker that answered got it
+    slot: int = 0  # whose worker answered; 0 for none
+    followers: list[Job] = field(default_factory=list)
+    _digest: bytes = b""
+
+    @property
+    def size(self) -> int:
+        """The bytes of the message's part."""
+        return len(self.message) if isinstance(self.message, bytes) else self.message.size
+
+    @property
+    def digest(self) -> bytes:
+        """What repeats of the message have in common; computed once, when first asked for."""
+        if not self._digest:
+            with view_of(self.message) as view:
+                self._digest = digest(view)
+        return self._digest
+
+
+def view_of(message: bytes | Memory) -> memoryview:
+    """The bytes of a message's part."""
+    return memoryview(message) if isinstance(message, bytes) else message.view()
+
+
+class Dispatch:
+    """Runs jobs on whatever workers there are."""
+
+    log = Logger()
+
+    def __init__(self, limits: Limits, reactor: Any, keep: Keep | None = None) -> None:
+        self.counters: Counter[str] = Counter()
+        self.schedule: Schedule[Job, Any] = Schedule(
+            limits.max_queue, limits.queue_wait, limits.reserve
+        )
+        self._limits = limits
+        self._reactor = reactor
+        self._poison = Poison()
+        self._keep = keep
+        self._running: set[Job] = set()
+
+    def submit(self, job: Job) -> Deferred[bytes]:
+        """Fires with the reply packets; fails with a JobFailed."""
+        result = job.result
+        job.submitted = self._reactor.seconds()
+        limit = self._limit(job)
+        job.timer = self._reactor.callLater(SOFT_LIMIT * limit, self._warn, job)
+        if self._is_poison(job):
+            self._fail(job, Failure(Poisoned("its scan has killed workers before")))
+        elif not self._joined(job):
+            self._queue(job)
+        return result
+
+    def _limit(self, job: Job) -> float:
+        limits = self._limits
+        return limits.eom_deadline if job.stage is Stage.EOM else limits.command_deadline
+
+    def _queue(self, job: Job) -> None:
+        try:
+            self.schedule.submit(job, self._reactor.seconds())
+        except Overloaded:
+            self.counters["overload_queue_full"] += 1
+            self._fail(job, Failure())
+            return
+        self.assign()
+        if job.shard is None and not job.result.called:
+            self._reactor.callLater(self._limits.queue_wait, self._drop_overdue)
+
+    def assign(self) -> None:
+        """Gives work to whoever is idle; called after every change of capacity."""
+        while (pair := self.schedule.next()) is not None:
+            self._run(*pair)
+
+    def _run(self, job: Job, shard: Worker) -> None:
+        job.shard = shard
+        job.slot = shard.slot
+        job.started = self._reactor.seconds()
+        job.attempts += 1
+        shard.label = job.about()
+        self._running.add(job)
+        answer = shard.ask(job.stage, job.connection, job.message)
+        answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the answer any more.
+
+        A worker that is on it is left to finish, or to be killed at the deadline.
+        """
+        job.abandoned = True
+        if self.schedule.withdraw(job) or job not in self._running:
+            self._disarm(job)
+        job.result.addErrback(lambda _: None)
+
+    # Ends of a job
+
+    def _succeed(self, replies: bytes, job: Job) -> None:
+        self._running.discard(job)
+        self._disarm(job)
+        for follower in self._take_followers(job):
+            follower.slot, follower.started = job.slot, job.started
+            self._succeed(replies, follower)
+        if not job.result.called:
+            job.result.callback(replies)
+
+    def _fail(self, job: Job, failure: Failure) -> None:
+        self._running.discard(job)
+        self._disarm(job)
+        for follower in self._take_followers(job):
+            self._fail(follower, failure)
+        if not job.result.called:
+            job.result.errback(failure)
+
+    def _take_followers(self, job: Job) -> list[Job]:
+        followers, job.followers = job.followers, []
+        return [follower for follower in followers if not follower.result.called]
+
+    def _failed(self, failure: Failure, job: Job) -> None:
+        """The worker has not answered, or with an error."""
+        shard, job.shard = job.shard, None
+        self._running.discard(job)
+        wanted = not job.abandoned or job.followers
+        if failure.check(WorkerLost):
+            self.counters["workers_lost"] += 1
+            if wanted and not job.result.called and job.attempts <= self._limits.retries:
+                self.counters["retries"] += 1
+                self.log.warn("{s} died with {a}; another takes it", s=shard, a=job.about())
+                self._queue(job)
+                return
+            if job.attempts >= DEADLY:
+                self._remember(job, job.attempts)
+        elif not failure.check(CallbackFailed):
+            self.log.failure("a job failed in an unforeseen way", failure)
+        self._fail(job, failure)
+
+    def _disarm(self, job: Job) -> None:
+        timer, job.timer = job.timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
+
+    # Time
+
+    def _warn(self, job: Job) -> None:
+        """The soft limit: while it still hangs, the worker shows where."""
+        left = (1 - SOFT_LIMIT) * self._limit(job)
+        job.timer = self._reactor.callLater(left, self._expire, job)
+        if job.shard is not None:
+            self.log.warn(
+                "{shard} has not answered {about} for {n:g} s; its stacks follow",
+                shard=job.shard,
+                about=job.about(),
+                n=self._reactor.seconds() - job.started,
+            )
+            job.shard.dump_stacks()
+
+    def _expire(self, job: Job) -> None:
+        """The deadline: whoever has it is killed, and the MTA hears at once."""
+        reason = f"{job.about()} was not answered within {self._limit(job):g} s"
+        self.counters["deadlines"] += 1
+        if job.shard is None:
+            self.schedule.withdraw(job)
+            self._fail(job, Failure(Overloaded(reason)))
+            return
+        self._remember(job, 1)
+        job.shard.kill(reason)
+        self._fail(job, Failure(DeadlineExceeded(reason)))
+
+    def _drop_overdue(self) -> None:
+        wait = self._limits.queue_wait
+        for job in self.schedule.overdue(self._reactor.seconds()):
+            self.counters["overload_queue_wait"] += 1
+            self._fail(job, Failure(Overloaded(f"no worker was free within {wait:g} s")))
+
+    # Messages that were seen before
+
+    def _is_poison(self, job: Job) -> bool:
+        if job.stage is not Stage.EOM or not self._poison:
+            return False
+        return self._poison.is_poison(job.digest, self._reactor.seconds())
+
+    def _remember(self, job: Job, deaths: int) -> None:
+        """The message has cost workers; once it is poison, a copy is kept."""
+        if job.stage is not Stage.EOM:
+            return
+        if not self._poison.died(job.digest, self._reactor.seconds(), deaths):
+            return
+        self.counters["poison"] += 1
+        self.log.error("{about} is poison: its scan has killed workers", about=job.about())
+        if self._keep is None:
+            return
+        try:
+            with view_of(job.message) as view:
+                path = self._keep.save(job.digest.hex()[:16], view)
+        except OSError as error:
+            self.log.error("cannot keep a copy: {why}", why=str(error))
+        else:
+            self.log.info("copy kept: {path}", path=path or "no, the quota is used up")
+
+    def _joined(self, job: Job) -> bool:
+        """Whether the job waits for the answer of one that scans the same message already."""
+        if not self._limits.join_retries or job.stage is not Stage.EOM:
+            return False
+        since = job.submitted - JOIN_AFTER
+        for other in self._running:
+            if (
+                other.stage is job.stage
+                and other.started <= since
+                and other.client == job.client
+                and abs(other.size - job.size) < JOIN_SLACK
+                and other.digest == job.digest
+            ):
+                other.followers.append(job)
+                self.counters["joined"] += 1
+                self.log.info("{a} waits for the scan of {b}", a=job.about(), b=other.about())
+                return True
+        return False

@@ -1,0 +1,24 @@
+"""How many bytes of messages are in hand, over all connections. Pure."""
+
+from __future__ import annotations
+
+
+class Inflight:
+    """Counts the bytes of messages that are not answered yet, up to a limit."""
+
+    __slots__ = ("_limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.used = 0
+
+    def take(self, size: int) -> bool:
+        """Counts so many bytes more, if there is room for them."""
+        if self.used + size > self._limit:
+            return False
+        self.used += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Those bytes are no longer held."""
+        self.used -= size
