@@ -54,7 +54,7 @@ def main(master: int, spec: str) -> None:
     factory = Factory.forProtocol(lambda: Child(spec))
     reactor.adoptStreamConnection(CHANNEL, socket.AF_UNIX, factory)  # type: ignore[attr-defined]
     os.close(CHANNEL)
-    reactor.run(installSignalHandlers=False)  # type: ignore[attr-defined]
+    reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
 
 def _die_with(master: int) -> None:

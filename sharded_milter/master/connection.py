@@ -8,6 +8,7 @@ that nobody wants its answer any more.
 from __future__ import annotations
 
 from collections import deque
+from functools import cached_property
 from typing import Any, Protocol
 
 from twisted.internet import interfaces
@@ -19,14 +20,15 @@ from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import JobFailed, LocalProtocolError, RemoteProtocolError
+from sharded_milter.jobs import blob
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.policy import STOPPING, TOO_LARGE, answer_for
+from sharded_milter.master.policy import NO_ROOM, STOPPING, TOO_LARGE, answer_for
 from sharded_milter.master.pool import Job
 from sharded_milter.master.transcript import Transcript
 from sharded_milter.protocol.commands import Abort, Quit, QuitNc
 from sharded_milter.protocol.negotiation import Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Progress
-from sharded_milter.protocol.session import Keep, Leaves, Session, State, Step
+from sharded_milter.protocol.session import Keep, Leaves, Session, State
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import LETTER, Framer, packets
 
@@ -79,7 +81,8 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._waiting_bytes = 0
         self._job: Job | None = None
         self._progress: Any = None
-        self._too_large = False
+        self._unsent: list[bytes] | None = None  # answers, while commands are taken
+        self._refusal = b""  # set: the message is not kept, and this answers its questions
 
     # What Twisted calls
 
@@ -96,22 +99,26 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     def timeoutConnection(self) -> None:
         """The MTA has said nothing for longer than any SMTP client may be idle."""
+        if self._job is not None:  # it waits for us
+            self.setTimeout(self._home.limits.idle_timeout)
+            return
         self.log.info("closing a connection that was idle for too long")
         self._close()
 
     def dataReceived(self, data: bytes) -> None:
         self.resetTimeout()
         try:
-            packets = self._framer.receive(data)
-            for packet in packets:
-                if self._job is not None and packet[LETTER] in _LEAVING:
-                    self._cancel()
-                self._waiting.append(packet)
-                self._waiting_bytes += len(packet)
-            self._advance()
+            received = self._framer.receive(data)
         except RemoteProtocolError as error:
-            self.log.warn("closing a connection: {why}", why=str(error))
+            self._break_off(error)
             self._close()
+            return
+        for packet in received:
+            if self._job is not None and packet[LETTER] in _LEAVING:
+                self._cancel()
+            self._waiting.append(packet)
+            self._waiting_bytes += len(packet)
+        self._advance()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.setTimeout(None)
@@ -123,17 +130,19 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     # Commands
 
-    def _advance(self) -> None:
-        """Takes commands until one needs a milter, and writes their answers at once."""
-        answers = []
-        while self._waiting and self._job is None and self._session.state is not State.CLOSED:
-            packet = self._waiting.popleft()
-            self._waiting_bytes -= len(packet)
-            answer = self._take(packet)
-            if answer:
-                answers.append(answer)
+    def _advance(self, answer: bytes = b"") -> None:
+        """Takes commands until one needs a milter; writes `answer` and then theirs at once."""
+        self._unsent = [answer]
+        try:
+            while self._waiting and self._job is None and self._session.state is not State.CLOSED:
+                packet = self._waiting.popleft()
+                self._waiting_bytes -= len(packet)
+                self._unsent.append(self._take(packet))
+        except RemoteProtocolError as error:
+            self._break_off(error)
+        answers, self._unsent = b"".join(self._unsent), None
         if answers:
-            self._write(b"".join(answers))
+            self._write(answers)
         self._restrain()
         if self._session.state is State.CLOSED:
             self._close()
@@ -153,9 +162,10 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             return b""
         if step.handling is Handling.CONTINUE:
             return self._decided(step.stage, _CONTINUE)
-        if self._too_large:
-            return self._decided(step.stage, TOO_LARGE)
-        self._ask(step, packet)
+        job = self._question(step.stage, step.keep, packet)
+        if job is None:
+            return self._decided(step.stage, self._refusal)
+        self._ask(job)
         return b""
 
     def _forget(self, leaves: Leaves) -> None:
@@ -166,7 +176,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     def _message_over(self) -> None:
         self._transcript.clear_message()
-        self._too_large = False
+        self._refusal = b""
 
     def _keep(self, keep: Keep, packet: bytes) -> None:
         match keep:
@@ -177,35 +187,46 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
                 return
             case Keep.BEGIN:
                 self._message_over()
-        room = self._home.limits.max_message_size - self._transcript.size
-        if len(packet) > room:
-            self._too_large = True
-            self._transcript.clear_message()
-        if not self._too_large:
+        if self._refusal:
+            return
+        limit = self._home.limits.max_message_size
+        if self._transcript.size + len(packet) > limit:
+            self._refuse(TOO_LARGE, f"it has more than {limit} bytes")
+            return
+        try:
             self._transcript.append(packet)
+        except OSError as error:
+            self._refuse(NO_ROOM, f"no memory for it: {error.strerror}")
+
+    def _refuse(self, reply: bytes, why: str) -> None:
+        self.log.warn("{about} is not scanned, {why}", about=self._about(), why=why)
+        self._transcript.clear_message()
+        self._refusal = reply
 
     # Questions to the milter
 
-    def _ask(self, step: Step, packet: bytes) -> None:
-        stage = step.stage
-        assert stage is not None  # only stages are asked about
-        transcript = self._transcript
-        message = transcript.message_part(complete=stage is Stage.EOM)
-        if step.keep is Keep.NO:
-            message = packet  # UNKNOWN belongs to no message
-        job = Job(
-            stage,
-            stage in self._home.manifest.light,
-            transcript.connection_part(),
-            message,
-            self._about,
-        )
+    def _question(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
+        """The job that asks the milter; None when the message is refused anyway."""
+        if self._refusal:
+            return None
+        light = stage in self._home.manifest.light
+        try:
+            connection = blob(self._transcript.connection_part())
+            message = self._transcript.message_part(complete=stage is Stage.EOM)
+            if keep is Keep.NO:
+                message = blob(packet)  # UNKNOWN belongs to no message
+        except OSError as error:
+            self._refuse(NO_ROOM, f"no memory for it: {error.strerror}")
+            return None
+        return Job(stage, light, connection, message, self._about)
+
+    def _ask(self, job: Job) -> None:
         self._job = job
         result = self._home.pool.submit(job)
-        result.addErrback(self._policy, stage)
+        result.addErrback(self._policy, job.stage)
         result.addCallback(self._answered, job)
-        result.addErrback(lambda failure: self.log.failure("a verdict got lost", failure))
-        if self._job is job and stage is Stage.EOM:
+        result.addErrback(self._lost)
+        if self._job is job and (job.stage is Stage.EOM or self._takes_progress):
             self._report_progress()
 
     def _policy(self, failure: Failure, stage: Stage) -> bytes:
@@ -227,14 +248,17 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._rest()
         about, size = self._about(), self._transcript.size
         answer = self._decided(job.stage, replies)
-        self._write(answer)
+        if self._unsent is None:
+            self._advance(answer)
+        else:  # at once, while commands are taken: that goes on
+            self._unsent.append(answer)
         if job.stage is Stage.EOM:
             self._log_message(job, about, size, answer)
-        try:
-            self._advance()
-        except RemoteProtocolError as error:
-            self.log.warn("closing a connection: {why}", why=str(error))
-            self._close()
+
+    def _lost(self, failure: Failure) -> None:
+        """A defect of ours: the MTA hears the end of the connection instead of nothing."""
+        self.log.failure("a verdict got lost", failure)
+        self._close()
 
     def _decided(self, stage: Stage, replies: bytes) -> bytes:
         """The replies, after the session has approved of them; the policy's verdict if not."""
@@ -274,6 +298,14 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         if job is not None:
             self._rest()
             self._home.pool.cancel(job)
+
+    @cached_property
+    def _takes_progress(self) -> bool:
+        """Whether the MTA takes PROGRESS before the end of a message too.
+
+        Postfix does. Sendmail takes it for a bogus answer there and gives the milter up.
+        """
+        return self._transcript.mta().startswith("Postfix")
 
     def _report_progress(self) -> None:
         self._progress = self._home.reactor.callLater(
@@ -315,7 +347,13 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         elif not transport.disconnecting:
             transport.resumeProducing()
 
+    def _break_off(self, error: RemoteProtocolError) -> None:
+        """The MTA does not speak our protocol: nothing of what it sends is taken any more."""
+        self.log.warn("closing a connection: {why}", why=str(error))
+        self._session.state = State.CLOSED
+
     def _close(self) -> None:
+        self._cancel()
         self._session.state = State.CLOSED
         self._waiting.clear()
         transport: Any = self.transport

@@ -22,6 +22,9 @@ BUSY = ReplyCode(reply_text(451, "4.3.2", "Content filter is busy, please try ag
 TOO_LARGE = ReplyCode(
     reply_text(552, "5.3.4", "Message is larger than the content filter takes")
 ).encode()
+NO_ROOM = ReplyCode(
+    reply_text(452, "4.3.1", "Content filter has no memory left, please try again")
+).encode()
 STOPPING = ReplyCode(reply_text(451, "4.3.2", "Content filter is shutting down")).encode()
 
 

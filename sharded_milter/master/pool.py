@@ -43,11 +43,12 @@ class Job:
 
     stage: Stage
     light: bool
-    connection: bytes
+    connection: bytes | Memory
     message: bytes | Memory
     about: Callable[[], str]  # what log lines call it
     result: Deferred[bytes] = field(default_factory=Deferred)
     attempts: int = 0
+    wanted: bool = True  # somebody waits for the answer
     shard: Shard | None = None
     timer: Any = None
     submitted: float = 0.0
@@ -61,7 +62,7 @@ class _Slot:
 
     number: int
     shard: Shard | None = None
-    failures: int = 0
+    delay: float = 0.0  # before its latest respawn
     ready_at: float = 0.0
 
 
@@ -141,9 +142,9 @@ class Pool:
             self._respawn_later(slot)
 
     def _respawn_later(self, slot: _Slot) -> None:
-        delay = self._limits.respawn_first * 2**slot.failures
-        slot.failures += 1
-        self._reactor.callLater(min(delay, self._limits.respawn_longest), self._respawn, slot)
+        delay = max(self._limits.respawn_first, 2 * slot.delay)
+        slot.delay = min(delay, self._limits.respawn_longest)
+        self._reactor.callLater(slot.delay, self._respawn, slot)
 
     # What shards tell
 
@@ -163,10 +164,16 @@ class Pool:
         self._schedule.idle(shard)
         self._assign()
 
+    def shard_deaf(self, shard: Shard) -> None:
+        """The shard can be told nothing more; its exit should follow."""
+        self._schedule.gone(shard)
+
     def shard_gone(self, shard: Shard) -> None:
         """The process is reaped: it is replaced, unless the service stops."""
         self._schedule.gone(shard)
         slot = self._slot_of(shard)
+        if slot.shard is not shard:  # its start had failed half-way
+            return
         slot.shard = None
         if self._stopped is not None:
             self._check_stopped()
@@ -181,7 +188,7 @@ class Pool:
         self.log.error("shard {n} is gone: {why}", n=slot.number, why=reason + details)
         served = self._reactor.seconds() - slot.ready_at if shard.manifest else 0.0
         if served >= HEALTHY_AFTER:
-            slot.failures = 0
+            slot.delay = 0.0
         self._respawn_later(slot)
 
     def _slot_of(self, shard: Shard) -> _Slot:
@@ -210,9 +217,10 @@ class Pool:
             self._reactor.callLater(self._limits.queue_wait, self._drop_overdue)
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for the answer any more; a worker that is on it is left to finish."""
-        self._schedule.withdraw(job)
-        self._disarm(job)
+        """Nobody waits for the answer; a worker that is on it may finish until the deadline."""
+        if self._schedule.withdraw(job):
+            self._disarm(job)
+        job.wanted = False
         job.result = Deferred()  # whatever comes is for nobody
         job.result.addErrback(lambda _: None)
 
@@ -234,7 +242,7 @@ class Pool:
     def _failed(self, job: Job, failure: Failure) -> None:
         shard, job.shard = job.shard, None
         lost = failure.check(WorkerLost)
-        if lost and job.timer is not None and job.attempts <= self._limits.retries:
+        if lost and job.wanted and job.timer is not None and job.attempts <= self._limits.retries:
             self.log.warn(
                 "{shard} died with {about}; another takes it", shard=shard, about=job.about()
             )

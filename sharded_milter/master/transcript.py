@@ -7,6 +7,8 @@ anonymous memory that workers map instead of receiving a copy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.jobs import MAX_INLINE, Memory
 from sharded_milter.protocol.commands import Macro
@@ -18,6 +20,7 @@ SPOOL_ABOVE = MAX_INLINE
 _MACRO = Macro.letter[0]
 _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
 QUEUE_ID = ("i", "{i}")
+MTA = ("v", "{v}")
 
 
 class Transcript:
@@ -90,8 +93,17 @@ class Transcript:
 
     def queue_id(self) -> str:
         """The MTA's queue id, or empty; looked up when asked, for log lines only."""
-        for packet in reversed(self._macros.values()):
-            for name, value in Macro.parse(packet[PAYLOAD:]).pairs:
-                if name in QUEUE_ID:
-                    return value
-        return ""
+        return _find(QUEUE_ID, reversed(self._macros.values()))
+
+    def mta(self) -> str:
+        """What the MTA calls itself when a client connects, `Postfix 3.9.0`; or empty."""
+        return _find(MTA, filter(None, [self._slots.get(b"DC")]))
+
+
+def _find(names: tuple[str, str], packets: Iterable[bytes]) -> str:
+    """The value of a macro in the first of the packets that has it, or empty."""
+    for packet in packets:
+        for name, value in Macro.parse(packet[PAYLOAD:]).pairs:
+            if name in names:
+                return value
+    return ""
