@@ -62,11 +62,21 @@ class Memory:
             os.close(self.fd)
 
 
+def blob(data: bytes) -> bytes | Memory:
+    """What to give for a `Blob`: the data itself while small, sealed memory with it when large."""
+    if len(data) <= MAX_INLINE:
+        return data
+    memory = Memory()
+    memory.append(data)
+    memory.seal()
+    return memory
+
+
 class Blob(amp.Argument):
     """An AMP argument of any length.
 
-    The sender gives `bytes` of at most MAX_INLINE, or a `Memory` that it keeps until the other
-    side has answered. The receiver gets bytes, or a read-only view of the memory.
+    The sender gives what `blob` made, or a `Memory`, and keeps it until the other side has
+    answered. The receiver gets bytes, or a read-only view of the memory.
     """
 
     def toBox(self, name: bytes, strings: Any, objects: Any, proto: Any) -> None:

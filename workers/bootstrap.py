@@ -63,7 +63,7 @@ def main(
     factory = Factory.forProtocol(lambda: Child(spec))
     reactor.adoptStreamConnection(CHANNEL, socket.AF_UNIX, factory)  # type: ignore[attr-defined]
     os.close(CHANNEL)
-    reactor.run(installSignalHandlers=False)  # type: ignore[attr-defined]
+    reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
 
 def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:

@@ -17,21 +17,24 @@ from twisted.internet import defer
 
 from ..dialects.loader import Dialect, load
 from ..errors import MilterError, MilterLoadError
-from ..jobs import MAX_INLINE, MAX_TEXT, Ask, LoadFailed, Memory, Ready, release
-from ..protocol.stages import STAGES
-from ..protocol.text import to_wire
+from ..jobs import MAX_TEXT, Ask, LoadFailed, Memory, Ready, blob, release
+from ..protocol.stages import STAGES, Stage
+from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
 from .coroutines import bridged
 
+# What a `Blob` arrives as.
+Bytes = bytes | memoryview
 
-class Child(AMPChild):
+
+class Child(AMPChild):  # type: ignore[misc]  # ampoule is not typed
     """Loads one milter when the master is there, then answers jobs with it."""
 
     def __init__(self, spec: str) -> None:
         super().__init__()
         self._spec = spec
         self._dialect: Dialect | None = None
-        self._reply: Memory | None = None  # kept until the next job shows that it was received
+        self._reply: bytes | Memory = b""  # kept until the next job shows that it was received
 
     def connectionMade(self) -> None:
         """Imports the milter and tells the master how that went."""
@@ -40,7 +43,8 @@ class Child(AMPChild):
             self._dialect = load(self._spec)
         except (MilterError, MemoryError) as error:
             details = error.details if isinstance(error, MilterLoadError) else ""
-            self._tell(LoadFailed, reason=to_wire(str(error)), details=to_wire(details)[-MAX_TEXT:])
+            reason = _log_text(str(error))[:MAX_TEXT]
+            self._tell(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
             return
         manifest = self._dialect.manifest
         self._tell(
@@ -57,31 +61,36 @@ class Child(AMPChild):
 
     @Ask.responder
     def ask(
-        self, stage: bytes, connection: bytes | memoryview, message: bytes | memoryview
+        self, stage: bytes, connection: Bytes, message: Bytes
     ) -> defer.Deferred[dict[str, Any]]:
         """Answers one job; fires when the milter has, at once unless it is a coroutine."""
-        self._reply = None
-        assert self._dialect is not None  # the master asks nobody who is not READY
-        answer = defer.maybeDeferred(self._dialect.answer, STAGES[stage[0]], connection, message)
+        self._reply = b""
+        answer = defer.maybeDeferred(self._answer, STAGES[stage[0]], connection, message)
         answer.addCallback(_awaited)
-        answer.addCallbacks(self._answered, self._failed)
+        answer.addCallback(self._answered)
+        answer.addErrback(self._failed)
         answer.addBoth(_released, connection, message)
         return answer
 
+    def _answer(self, stage: Stage, connection: Bytes, message: Bytes) -> Any:
+        assert self._dialect is not None  # the master asks nobody who is not READY
+        return self._dialect.answer(stage, bytes(connection), message)
+
     def _answered(self, replies: bytes) -> dict[str, Any]:
-        if len(replies) <= MAX_INLINE:
-            return {"replies": replies, "error": b""}
-        self._reply = Memory()
-        self._reply.append(replies)
-        self._reply.seal()
+        self._reply = blob(replies)
         return {"replies": self._reply, "error": b""}
 
     def _failed(self, failure: Any) -> dict[str, Any]:
         error = failure.value
         traceback.print_exception(type(error), error, failure.getTracebackObject())
         sys.stderr.flush()
-        summary = traceback.format_exception_only(error)[-1].strip()
-        return {"replies": b"", "error": to_wire(summary)[:MAX_TEXT] or b"error"}
+        summary = " ".join("".join(traceback.format_exception_only(error)).split())
+        return {"replies": b"", "error": _log_text(summary)[:MAX_TEXT]}
+
+
+def _log_text(text: str) -> bytes:
+    """Bytes of a text that may hold anything an author's code has put into an exception."""
+    return text.encode(ENCODING, "backslashreplace")
 
 
 def _awaited(answer: bytes | Awaitable[bytes]) -> Any:
@@ -91,7 +100,7 @@ def _awaited(answer: bytes | Awaitable[bytes]) -> Any:
     return defer.Deferred.fromFuture(task)
 
 
-def _released(result: Any, *blobs: bytes | memoryview) -> Any:
-    for blob in blobs:
-        release(blob)
+def _released(result: Any, *blobs: Bytes) -> Any:
+    for value in blobs:
+        release(value)
     return result

@@ -8,6 +8,8 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
+from ..errors import CallbackFailed
+
 
 class _Bridge:
     """Drives an awaitable inside an asyncio task; Deferreds it waits for become futures."""
@@ -31,9 +33,16 @@ class _Bridge:
                     value = yield waiting_for
                 send = steps.send
             except BaseException as error:  # the author's own try must see it
-                send, value = steps.throw, error  # type: ignore[assignment]
+                send, value = steps.throw, error
 
 
 async def bridged(awaitable: Awaitable[Any]) -> Any:
-    """The result of `awaitable`, awaited in the running asyncio task."""
-    return await _Bridge(awaitable)
+    """The result of `awaitable`, awaited in the running asyncio task.
+
+    Raises what it raises, but CallbackFailed for an exit: asyncio would end its loop on that,
+    and with it the worker.
+    """
+    try:
+        return await _Bridge(awaitable)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise CallbackFailed(f"the callback raised {error!r}") from error

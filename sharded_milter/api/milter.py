@@ -94,6 +94,8 @@ class Milter:
         if shard_by not in SHARD_BY:
             raise InvalidValue(f"shard_by {shard_by!r} is none of {', '.join(SHARD_BY[1:])}")
         self.name = name
+        if not isinstance(macros or {}, Mapping):
+            raise InvalidValue(f"macros {macros!r:.80} are not by stage, like {{'eom': ['i']}}")
         self.macros = {stage: _checked_macros(stage, m) for stage, m in (macros or {}).items()}
         self.shard_by = shard_by
         self.callbacks: dict[str, Callback] = {}
@@ -198,9 +200,9 @@ def check_verdict(stage: str, verdict: object) -> Verdict:
 def _checked_macros(stage: str, names: Sequence[str]) -> tuple[str, ...]:
     if stage not in MACRO_STAGES:
         raise InvalidValue(f"macros for {stage!r}: the stages are {', '.join(MACRO_STAGES)}")
-    if isinstance(names, str) or len(names) > MAX_MACROS:
+    if isinstance(names, str) or not isinstance(names, Sequence) or len(names) > MAX_MACROS:
         raise InvalidValue(f"macros for {stage} are not a list of at most {MAX_MACROS} names")
     for name in names:
-        if not _MACRO.fullmatch(name):
+        if not isinstance(name, str) or not _MACRO.fullmatch(name):
             raise InvalidValue(f"macro {name!r}: write one character bare, longer names in braces")
     return tuple(names)

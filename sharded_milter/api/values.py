@@ -26,7 +26,10 @@ class Macros(Mapping[str, str]):
     __slots__ = ("_values",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self._values = dict(pairs)
+        self._values: dict[str, str] = {}
+        for name, value in pairs:
+            self._values.pop(other_spelling(name), None)  # a later one hides it, however spelled
+            self._values[name] = value
 
     def __getitem__(self, name: str) -> str:
         try:

@@ -16,10 +16,11 @@ from sharded_milter.protocol.text import to_wire
 _HEADER_NAME = re.compile(r"[!-9;-~]{1,998}")
 
 # RFC 3463: class, subject, detail; libmilter takes up to three digits each.
-_XCODE = re.compile(r"[245]\.\d{1,3}\.\d{1,3}")
+_XCODE = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 
-# A reply is one packet of at most 65,535 bytes, with an index and two NULs beside the texts.
-MAX_TEXT = 65_000
+# A reply is one packet of at most 65,535 bytes: a header's name and index, and two NULs, must fit
+# in beside its value.
+MAX_TEXT = 64_000
 
 
 def _check_text(what: str, text: str, *, forbidden: str = "\0") -> None:
@@ -48,8 +49,17 @@ def _check_header(name: str, value: str) -> None:
             )
 
 
-def _check_address(what: str, address: str) -> None:
+def _check_address(what: str, address: str, esmtp: tuple[str, ...] = ()) -> None:
     _check_text(what, address, forbidden="\0\r\n")
+    if not isinstance(esmtp, tuple):
+        raise InvalidValue(
+            f"ESMTP parameters of {what} {address[:80]!r} are not a tuple: {esmtp!r:.80}"
+        )
+    for parameter in esmtp:
+        _check_text("ESMTP parameter", parameter, forbidden="\0\r\n \t")
+        if not parameter:
+            raise InvalidValue(f"an ESMTP parameter of {what} {address[:80]!r} is empty")
+    _check_text(f"{what} with its ESMTP parameters", " ".join((address, *esmtp)))
 
 
 def _check_index(index: int, lowest: int) -> None:
@@ -122,11 +132,9 @@ class AddRecipient:
     esmtp: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_address("recipient", self.address)
+        _check_address("recipient", self.address, self.esmtp)
         if not self.address:
             raise InvalidValue("recipient '' is empty")
-        for parameter in self.esmtp:
-            _check_text("ESMTP parameter", parameter, forbidden="\0\r\n ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +157,7 @@ class ChangeSender:
     esmtp: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_address("sender", self.address)
-        for parameter in self.esmtp:
-            _check_text("ESMTP parameter", parameter, forbidden="\0\r\n ")
+        _check_address("sender", self.address, self.esmtp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +200,7 @@ def _check_refusal(text: str, code: int, xcode: str, first_digit: int) -> None:
     _check_text("reply text", text)
     if not isinstance(code, int) or not first_digit * 100 <= code <= first_digit * 100 + 99:
         raise InvalidValue(f"reply code {code!r} is not within {first_digit}00 and {first_digit}99")
+    _check_text("enhanced code", xcode)
     if not _XCODE.fullmatch(xcode) or xcode[0] != str(first_digit):
         raise InvalidValue(f"enhanced code {xcode!r} is not of the form {first_digit}.x.x")
 
@@ -208,6 +215,8 @@ class Accept:
         for action in actions:
             if not isinstance(action, Action):
                 raise InvalidValue(f"Accept takes actions, not {action!r}")
+        if sum(isinstance(action, ReplaceBody) for action in actions) > 1:
+            raise InvalidValue("Accept takes one ReplaceBody: it is all of the new body")
         object.__setattr__(self, "actions", actions)
 
 

@@ -12,9 +12,8 @@ import click
 
 from sharded_milter import __version__
 from sharded_milter.cli.programs import run
-from sharded_milter.dialects.loader import split_spec
 from sharded_milter.errors import UsageError
-from sharded_milter.master.sockets import Listener, parse_listen
+from sharded_milter.master.sockets import Listener
 from sharded_milter.ops import config, logs
 
 NAME = "sharded-milter"
@@ -41,10 +40,9 @@ def serve(settings: config.Settings) -> int:
     """
     spec = milter_spec(settings)
     logs.begin(settings.log_level)
-    addresses = [parse_listen(text) for text in settings.listen]
     with contextlib.ExitStack() as stack:
         listeners = []
-        for address in addresses:
+        for address in settings.listen:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
             listeners.append(listener)
@@ -52,11 +50,10 @@ def serve(settings: config.Settings) -> int:
 
 
 def milter_spec(settings: config.Settings) -> str:
-    """What the workers load; UsageError when it is malformed."""
+    """What the workers load; UsageError when it is not one milter."""
     if len(settings.milters) > 1:
         raise UsageError(f"{len(settings.milters)} milters given, one can be served")
     spec = settings.milters[0] if settings.milters else SCANNER
-    split_spec(spec)
     if settings.milters and settings.scanner_rules:
         raise UsageError(f"--scanner-rules is for the scanner, but the milter is {spec}")
     return spec

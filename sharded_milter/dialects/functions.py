@@ -58,7 +58,7 @@ def manifest_of(milter: Milter) -> Manifest:
     answered = {Stage[word.upper()] for word in milter.callbacks}
     needed = frozenset[Stage]().union(*(NEEDS[stage] for stage in answered))
     suppressed = (stage.suppress for stage in Stage if stage not in needed)
-    unanswered = (stage.no_reply for stage in needed - answered)
+    unanswered = (stage.no_reply for stage in (needed | {Stage.EOM}) - answered)
     protocol = reduce(or_, [*suppressed, *unanswered], NO_PROTOCOL)
     if Stage.HEADER in needed:
         # Without it one blank behind each colon is lost, and with it every signature.

@@ -40,6 +40,12 @@ def split_spec(spec: str) -> tuple[str, str]:
     return where, name
 
 
+def checked_spec(spec: str) -> str:
+    """The spec itself; UsageError when it is malformed."""
+    split_spec(spec)
+    return spec
+
+
 def load(spec: str) -> Dialect:
     """The milter that `spec` names; importing its module is its warm-up.
 

@@ -7,6 +7,7 @@ so that whoever reads it knows that it does not count.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -64,8 +65,8 @@ class Transcript:
         address = connect.address
         if family == "inet6" and address[:5].lower() == "ipv6:":
             address = address[5:]  # Sendmail's spelling
-        if address == "unknown":  # Postfix, of a proxied client without an address
-            family, address = "unknown", ""
+        if family in ("inet", "inet6") and not _is_ip(address):
+            family, address = "unknown", ""  # Postfix sends "unknown" of some proxied clients
         return Connection(
             connect.hostname, family, address, connect.port, self.helo, self._visible("CH")
         )
@@ -132,6 +133,14 @@ def _apply(transcript: Transcript, code: int, payload: bytes) -> None:
             transcript.protocol = Protocol(Negotiate.parse(payload).protocol)
         case "U":
             transcript.command = Unknown.parse(payload).command
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
 
 
 def _undo(transcript: Transcript, refused: int) -> None:

@@ -40,10 +40,17 @@ def action_packets(actions: Iterable[Action], protocol: Protocol) -> Iterator[Pa
 
     Indexes mean the header as the author saw it. Changes go first, then deletions from the
     highest index down, because Postfix counts anew after each and Sendmail does not; then what
-    is added. The others keep their order among themselves.
+    is added. The others keep their order among themselves. A deletion that is said twice is done
+    once: to Postfix the second would be of the next field.
     """
     space = " " if protocol & Protocol.HDR_LEADSPC else ""
+    deleted = set()
     for action in sorted(actions, key=_rank):
+        if isinstance(action, verdicts.DeleteHeader):
+            field = action.name.lower(), action.index
+            if field in deleted:
+                continue
+            deleted.add(field)
         yield from _PACKETS[type(action)](action, space)
 
 

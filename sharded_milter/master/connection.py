@@ -74,14 +74,16 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
     def dataReceived(self, data: bytes) -> None:
         self.resetTimeout()
         try:
-            for packet in self._framer.receive(data):
-                if packet[LETTER] in _LEAVING and self._conversation.job is not None:
-                    self._conversation.cancel()
-                self._waiting.append(packet)
-                self._waiting_bytes += len(packet)
-            self._advance()
+            received = self._framer.receive(data)
         except RemoteProtocolError as error:
             self._give_up(error)
+            return
+        for packet in received:
+            if packet[LETTER] in _LEAVING and self._conversation.job is not None:
+                self._conversation.cancel()
+            self._waiting.append(packet)
+            self._waiting_bytes += len(packet)
+        self._advance()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.setTimeout(None)
@@ -92,17 +94,22 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     # Commands in, answers out
 
-    def _advance(self) -> None:
-        """Takes commands until one needs a milter, and writes their answers at once."""
+    def _advance(self, answer: bytes = b"") -> None:
+        """Takes commands until one needs a milter; writes `answer` and then theirs at once."""
         talk = self._conversation
-        answers = []
+        answers = [answer]
+        broken = None
         try:
             while self._waiting and talk.job is None and not talk.over:
                 packet = self._waiting.popleft()
                 self._waiting_bytes -= len(packet)
                 answers.append(talk.take(packet))
-        finally:
-            self._write(b"".join(answers))
+        except RemoteProtocolError as error:
+            broken = error
+        self._write(b"".join(answers))
+        if broken is not None:
+            self._give_up(broken)
+            return
         self._watch_job()
         self._restrain()
         if talk.over:
@@ -111,11 +118,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
     def _answered(self, answer: bytes) -> None:
         """The milter's answer has come."""
         self._stop_progress()
-        self._write(answer)
-        try:
-            self._advance()
-        except RemoteProtocolError as error:
-            self._give_up(error)
+        self._advance(answer)
 
     def _give_up(self, error: RemoteProtocolError) -> None:
         self.log.warn("closing a connection: {why}", why=str(error))

@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import JobFailed, LocalProtocolError
+from sharded_milter.jobs import blob
 from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
@@ -29,13 +30,17 @@ from sharded_milter.master.policy import (
 from sharded_milter.master.transcript import Refusal, Transcript
 from sharded_milter.protocol.negotiation import Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Quarantine
-from sharded_milter.protocol.session import Keep, Leaves, Session, State, Step
+from sharded_milter.protocol.session import Keep, Leaves, Session, State
 from sharded_milter.protocol.stages import NO_PROTOCOL, Stage
 from sharded_milter.protocol.wire import packets
 
 _CONTINUE = Continue().encode()
 
-_REFUSALS = {Refusal.TOO_LARGE: TOO_LARGE, Refusal.NO_ROOM: NO_ROOM}
+_REFUSALS = {
+    Refusal.TOO_LARGE: TOO_LARGE,
+    Refusal.NO_ROOM: NO_ROOM,
+    Refusal.NO_MEMORY: NO_ROOM,
+}
 
 # What a connection above --max-connections negotiates: to be asked at its beginning, and nothing
 # else, so that it hears at once that it must come back.
@@ -128,11 +133,10 @@ class Conversation:
         refusal = self._refusal()
         if refusal:
             return self._decided(step.stage, refusal)
-        self._asking = True
-        self._ask(step, packet)
-        self._asking = False
-        early, self._early = self._early, b""
-        return early
+        job = self._question(step.stage, step.keep, packet)
+        if job is None:
+            return self._decided(step.stage, NO_ROOM)
+        return self._ask(job)
 
     def _forget(self, leaves: Leaves) -> None:
         if leaves is Leaves.CLIENT:
@@ -167,26 +171,46 @@ class Conversation:
 
     # Questions to the milter
 
-    def _ask(self, step: Step, packet: bytes) -> None:
-        stage, transcript = step.stage, self._transcript
-        assert stage is not None  # only stages are asked about
-        eom = stage is Stage.EOM
-        # UNKNOWN belongs to no message.
-        message = packet if step.keep is Keep.NO else transcript.message_part(complete=eom)
-        job = Job(
+    def _question(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
+        """The job that asks the milter; None when there is no memory for it."""
+        transcript, eom = self._transcript, stage is Stage.EOM
+        try:
+            connection = blob(transcript.connection_part())
+            # UNKNOWN belongs to no message.
+            unkept = keep is Keep.NO
+            message = blob(packet) if unkept else transcript.message_part(complete=eom)
+        except OSError as error:
+            self.log.error("no memory for a job: {why}", why=error.strerror)
+            return None
+        if transcript.refusal is not None:
+            return None
+        return Job(
             stage,
             stage in self._manifest.light,
-            transcript.connection_part(),
+            connection,
             message,
             self._about,
             self._key(),
             transcript.client() if eom and self._home.limits.join_retries else b"",
         )
+
+    def _ask(self, job: Job) -> bytes:
+        """Asks; an answer that is there at once is returned, to keep the order of commands."""
         self.job = job
+        self._asking = True
         result = self._home.dispatch.submit(job)
-        result.addErrback(self._by_policy, stage)
+        result.addErrback(self._by_policy, job.stage)
         result.addCallback(self._answered, job)
-        result.addErrback(lambda failure: self.log.failure("a verdict got lost", failure))
+        result.addErrback(self._lost)
+        self._asking = False
+        early, self._early = self._early, b""
+        return early
+
+    def _lost(self, failure: Failure) -> None:
+        """A defect of ours: the MTA hears the end of the connection instead of nothing."""
+        self.log.failure("a verdict got lost", failure)
+        self._session.state = State.CLOSED
+        self._send(b"")
 
     def _key(self) -> bytes:
         shard_by = self._manifest.shard_by
@@ -214,7 +238,7 @@ class Conversation:
         if job.stage is Stage.EOM:
             self._log_message(job, about, size, answer)
         if self._asking:
-            self._early = answer  # in the order of the commands, behind those before it
+            self._early = answer
         else:
             self._send(answer)
 

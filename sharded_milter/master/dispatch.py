@@ -45,7 +45,7 @@ class Worker(Protocol):
     slot: int
     label: str
 
-    def ask(self, stage: Stage, connection: bytes, message: bytes | Memory) -> Any: ...
+    def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any: ...
     def kill(self, reason: str) -> None: ...
     def dump_stacks(self) -> None: ...
 
@@ -56,7 +56,7 @@ class Job:
 
     stage: Stage
     light: bool
-    connection: bytes
+    connection: bytes | Memory
     message: bytes | Memory
     about: Callable[[], str]  # what log lines call it
     key: bytes = b""  # jobs with an equal one go to the same shard

@@ -43,7 +43,7 @@ class _Slot:
     number: int
     current: Shard | None = None  # it serves
     successor: Shard | None = None  # it starts, or is READY and waits for the rest of a reload
-    failures: int = 0  # of starts, and of deaths soon after, in a row
+    delay: float = 0.0  # before its latest start; 0 after a healthy run
     pending: Any = None  # the delayed call that starts the next successor
     served_since: float = 0.0
     messages: int = 0  # after which the present worker is replaced
@@ -186,9 +186,9 @@ class Pool:
             self._back_off(slot)
 
     def _back_off(self, slot: _Slot) -> None:
-        delay = self._limits.respawn_first * 2**slot.failures
-        slot.failures += 1
-        self._spawn_soon(slot, min(delay, self._limits.respawn_longest))
+        delay = max(self._limits.respawn_first, 2 * slot.delay)
+        slot.delay = min(delay, self._limits.respawn_longest)
+        self._spawn_soon(slot, slot.delay)
 
     def _cancel_pending(self, slot: _Slot) -> None:
         pending, slot.pending = slot.pending, None
@@ -276,6 +276,10 @@ class Pool:
         self._dispatch.schedule.idle(shard)
         self._dispatch.assign()
 
+    def shard_deaf(self, shard: Shard) -> None:
+        """The shard can be told nothing more; its exit should follow."""
+        self._dispatch.schedule.gone(shard)
+
     def shard_gone(self, shard: Shard) -> None:
         """The process is reaped: if it served, or should have, another is started."""
         self._leaving.discard(shard)
@@ -301,7 +305,7 @@ class Pool:
         slot.current = None
         self.log.error("shard {n} is gone: {why}", n=slot.number, why=shard.exit_reason)
         if self._reactor.seconds() - slot.served_since >= HEALTHY_AFTER:
-            slot.failures = 0
+            slot.delay = 0.0
         if slot.successor is None and slot.pending is None and not self._reloading:
             self._back_off(slot)
 

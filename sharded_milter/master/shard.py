@@ -24,6 +24,7 @@ import psutil
 from ampoule import commands as ampoule_commands
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet import error
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.protocols import amp
@@ -101,6 +102,7 @@ class Events(Protocol):
 
     def shard_ready(self, shard: Shard) -> None: ...
     def shard_idle(self, shard: Shard) -> None: ...
+    def shard_deaf(self, shard: Shard) -> None: ...
     def shard_gone(self, shard: Shard) -> None: ...
 
 
@@ -139,15 +141,15 @@ class Shard:
         starter.start(self, self._amp, self._reactor)
         self.pid = self.process.pid
 
-    def ask(self, stage: Stage, connection: bytes, message: bytes | Memory) -> Any:
+    def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any:
         """A Deferred of the reply packets.
 
         Fails with CallbackFailed when the milter raised, with WorkerLost when the worker died.
         The shard must be idle; it is idle again when the worker has answered, whoever waits.
         """
         self.state = State.BUSY
-        answer = self._amp.callRemote(
-            Ask, stage=stage.value, connection=connection, message=message
+        answer = maybeDeferred(
+            self._amp.callRemote, Ask, stage=stage.value, connection=connection, message=message
         )
         answer.addCallbacks(self._answered, self._lost)
         return answer
@@ -166,6 +168,8 @@ class Shard:
         return replies
 
     def _lost(self, failure: Failure) -> None:
+        if self.state is not State.GONE:  # it lives, but nobody knows what it is doing
+            self.kill(f"it could not be asked: {failure.getErrorMessage()}")
         raise WorkerLost(self.exit_reason or str(failure.value)) from failure.value
 
     def drain(self) -> None:
@@ -241,8 +245,15 @@ def _exit_reason(status: Failure) -> str:
     number = getattr(value, "signal", None)
     if number:
         hint = ", perhaps out of memory" if number == signal.SIGKILL else ""
-        return f"killed by {signal.Signals(number).name}{hint}"
+        return f"killed by {_signal_name(number)}{hint}"
     return f"exited with code {getattr(value, 'exitCode', 0) or 0}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
 
 
 class _Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
@@ -325,6 +336,7 @@ class _Parent(amp.AMP):
         """The socket is closed: the exit that follows says why, so calls fail only then."""
         shard = self._shard
         if shard.state is not State.GONE:
+            shard._events.shard_deaf(shard)
             call = shard._reactor.callLater(EXIT_GRACE, shard.kill, "its socket was closed")
             self._impatience = call.cancel
 

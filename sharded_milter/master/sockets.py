@@ -49,6 +49,9 @@ _POSTFIX = re.compile(r"(?P<kind>inet6?):(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:@]+))
 _TWISTED = re.compile(r"(?P<kind>tcp6?):(?:port=)?(?P<port>\d+)(?::interface=(?P<host>.+))?")
 _UNIX = re.compile(r"(?:(?:unix|local):)?(?P<path>/.+)")
 
+# Where clients on this machine find a server that listens everywhere.
+_REACHED_AT = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
 
 @dataclass(frozen=True)
 class Address:
@@ -58,12 +61,13 @@ class Address:
     path: str = ""
     host: str = ""
     port: int = 0
+    family: int = socket.AF_INET
 
     def for_postfix(self, port: int) -> str:
         """The same socket as main.cf names it; `port` is the one really bound."""
         if self.path:
             return f"unix:{self.path}"
-        host = "127.0.0.1" if self.host in ("", "0.0.0.0") else self.host
+        host = _REACHED_AT.get(self.host, self.host)
         return f"inet:[{host}]:{port}" if ":" in host else f"inet:{host}:{port}"
 
 
@@ -75,12 +79,14 @@ def parse_listen(spec: str) -> Address:
         if match := pattern.fullmatch(spec):
             found = match.groupdict()
             host = (found.get("v6") or found["host"] or "").strip("[]").replace("\\:", ":")
-            if not host and found["kind"].endswith("6"):
+            v6 = ":" in host or found["kind"].endswith("6")
+            if not host and v6:
                 host = "::"
             port = int(found["port"])
             if port > 0xFFFF:
                 raise UsageError(f"--listen {spec!r}: port {port} is above 65535")
-            return Address(spec, host=host, port=port)
+            family = socket.AF_INET6 if v6 else socket.AF_INET
+            return Address(spec, host=host, port=port, family=family)
     raise UsageError(
         f"--listen {spec!r} is neither inet:PORT@HOST nor inet:HOST:PORT nor unix:/PATH"
     )
@@ -168,10 +174,14 @@ class Listener:
             except OSError as error:
                 self._pause(error)
                 return
-            with connection:
-                connection.setblocking(False)
-                family = connection.family
-                self._reactor.adoptStreamConnection(connection.fileno(), family, self._factory)
+            try:
+                with connection:
+                    connection.setblocking(False)
+                    family = connection.family
+                    self._reactor.adoptStreamConnection(connection.fileno(), family, self._factory)
+            except OSError as error:  # there was a descriptor, but not a second one
+                self._pause(error)
+                return
 
     def _pause(self, error: OSError) -> None:
         """No descriptor is left: the kernel holds new connections until some are free."""
@@ -183,7 +193,9 @@ class Listener:
 
 def _bound(address: Address) -> socket.socket:
     try:
-        found = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(
+            address.host or "0.0.0.0", address.port, address.family, socket.SOCK_STREAM
+        )
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(
             f"cannot listen on {address.spec}: host {address.host!r}: {error}"
@@ -220,11 +232,14 @@ def _bound_unix(path: str, mode: int, group: str) -> socket.socket:
 
 def _take_over(path: str) -> None:
     """Removes the socket that a server left behind; refuses when one is still there."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise ConfigError(f"cannot listen on unix:{path}: it exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(path)
+        except BlockingIOError:  # its backlog is full: it lives
+            pass
         except ConnectionRefusedError:
             os.unlink(path)
             return

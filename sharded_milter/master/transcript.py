@@ -31,6 +31,7 @@ class Refusal(Enum):
 
     TOO_LARGE = auto()
     NO_ROOM = auto()
+    NO_MEMORY = auto()  # the system has none left
 
 
 class Transcript:
@@ -69,12 +70,19 @@ class Transcript:
         return self._head
 
     def message_part(self, *, complete: bool = False) -> bytes | Memory:
-        """The message so far; `complete` says that nothing will be added any more."""
+        """The message so far; `complete` says that nothing will be added any more.
+
+        Sets `refusal` when the system has no memory for it; then nothing of it is returned.
+        """
         if self._memory is None:
             return bytes(self._recent)
-        self._flush(self._memory)
-        if complete:
-            self._memory.seal()
+        try:
+            self._flush(self._memory)
+            if complete:
+                self._memory.seal()
+        except OSError:
+            self._refuse(Refusal.NO_MEMORY)
+            return b""
         return self._memory
 
     def keep(self, packet: bytes) -> None:
@@ -89,6 +97,12 @@ class Transcript:
 
     def append(self, packet: bytes) -> None:
         """Adds a packet to the message's part, or refuses the message for want of room."""
+        try:
+            self._append(packet)
+        except OSError:
+            self._refuse(Refusal.NO_MEMORY)
+
+    def _append(self, packet: bytes) -> None:
         size = len(packet)
         if self.refusal is not None:
             return

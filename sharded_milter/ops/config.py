@@ -7,6 +7,7 @@ without its dashes (`eom-deadline = 60`), and one of a table is joined to the ta
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -17,9 +18,11 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from sharded_milter.errors import ConfigError
+from sharded_milter.dialects.loader import checked_spec
+from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import CHOICES
+from sharded_milter.master.sockets import Address, parse_listen
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.ops.logs import LEVELS
 
@@ -35,7 +38,7 @@ class Settings:
     """Everything an operator can say, checked."""
 
     milters: tuple[str, ...]
-    listen: tuple[str, ...]
+    listen: tuple[Address, ...]
     workers: int
     scanner_rules: str | None
     socket_mode: int
@@ -59,7 +62,7 @@ class OctalMode(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            mode = int(str(value), 8)
+            mode = int(value, 8)
         except ValueError:
             mode = -1
         if not 0 <= mode <= 0o777:
@@ -93,8 +96,38 @@ class CpuList(click.ParamType[tuple[int, ...]]):
 # Copies of poisonous messages: a dozen large ones.
 KEEP_QUOTA = 256 * 1024 * 1024
 
-_SECONDS = click.FloatRange(min=0, min_open=True)
+
+class Seconds(click.FloatRange):
+    """A time above 0 that ends."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return seconds
+
+
+class Spelled(click.ParamType[Any]):
+    """What `parse` understands, or refuses with a UsageError."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+_SECONDS = Seconds(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
+
+# What may be given several times.
+_MANY = ("listen", "milters")
 
 # The limits that an operator may set, with what they mean.
 _LIMITS: Mapping[str, tuple[Any, str]] = {
@@ -135,9 +168,16 @@ def _limit_option(name: str) -> Callable[[F], F]:
 
 
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.argument("milters", metavar="[MILTER]...", nargs=-1),
+    click.argument(
+        "milters",
+        metavar="[MILTER]...",
+        nargs=-1,
+        type=Spelled("milter", checked_spec),
+        envvar=f"{ENVIRONMENT_PREFIX}_MILTERS",
+    ),
     click.option(
         "--listen",
+        type=Spelled("socket", parse_listen),
         multiple=True,
         default=(DEFAULT_LISTEN,),
         show_default=True,
@@ -258,7 +298,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
 def _use_file(context: click.Context, path: str | None) -> None:
     if path is None:
         return
-    known = {param.name for param in context.command.params if param.name}
+    params = context.command.params
+    known = {param.name for param in params if param.name and param.expose_value}
     context.default_map = read_file(path, known)
     context.meta[__name__] = path
 
@@ -284,9 +325,15 @@ def read_file(path: str, known: set[str]) -> dict[str, Any]:
                 raise ConfigError(
                     f"configuration file {path}: unknown key {'.'.join(filter(None, (key, inner)))}"
                 )
-            many = name in ("listen", "milters") and isinstance(setting, str)
-            values[name] = (setting,) if many else setting
+            values[name] = _as_typed(name, setting)
     return values
+
+
+def _as_typed(name: str, setting: Any) -> Any:
+    """A setting as an operator would type it, so that a file is no less strictly read."""
+    if name in _MANY:
+        return [str(each) for each in setting] if isinstance(setting, list) else [str(setting)]
+    return str(setting)
 
 
 def origin_of(error: click.UsageError) -> str:

@@ -49,6 +49,7 @@ class LineObserver:
         level = event.get("log_level", LogLevel.info)
         if self._journald:
             prefix = f"<{_SYSLOG[level]}>"
+            message = message.replace("\n", "\n" + prefix)  # each line is an entry of its own
         else:
             prefix = f"{formatTime(event['log_time'])} {level.name:<5} "
         self._stream.write(prefix + message + "\n")

@@ -7,6 +7,7 @@ means to an author (brackets, `IPv6:` prefixes, macro look-up) is the business o
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar, Self
@@ -14,6 +15,7 @@ from typing import ClassVar, Self
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.packets import INT_BYTES, Packet, parse_packet
 from sharded_milter.protocol.text import join_strings, split_strings, to_text, to_wire
+from sharded_milter.protocol.wire import LETTER, MAX_PACKET, PAYLOAD
 
 # Families of a CONNECT; only the first two and a path bring a port and an address along.
 FAMILIES_WITH_ADDRESS = ("4", "6", "L")
@@ -111,6 +113,8 @@ class Connect(Packet):
             raise RemoteProtocolError(f"connect without hostname and family: {payload[:80]!r}")
         family = to_text(rest[:1])
         if family not in FAMILIES_WITH_ADDRESS:
+            if rest[1:]:
+                raise RemoteProtocolError(f"connect of family {family!r} goes on: {payload[:80]!r}")
             return cls(to_text(hostname), family)
         address = split_strings(rest[1 + PORT_BYTES :])
         if len(address) != 1:
@@ -228,3 +232,38 @@ def parse_command(packet: bytes) -> Packet:
     Raises RemoteProtocolError for a letter that is no command's, or a malformed payload.
     """
     return parse_packet(COMMANDS, packet)
+
+
+def _strings(counts: range, start: int = PAYLOAD) -> Callable[[bytes], object]:
+    """A check that nothing but so many strings stands behind `start`."""
+
+    def check(packet: bytes) -> None:
+        size = len(packet)
+        if size < start or packet.count(0, start) not in counts or (size > start and packet[-1]):
+            raise RemoteProtocolError(f"malformed command {packet[LETTER:][:80]!r}")
+
+    return check
+
+
+_MANY = MAX_PACKET
+_CHECKS: Mapping[int, Callable[[bytes], object]] = {
+    Negotiate.letter[0]: lambda packet: Negotiate.offer(packet[PAYLOAD:]),
+    Macro.letter[0]: _strings(range(0, _MANY, 2), PAYLOAD + 1),
+    Connect.letter[0]: lambda packet: Connect.parse(packet[PAYLOAD:]),
+    Helo.letter[0]: _strings(range(1, 2)),
+    Mail.letter[0]: _strings(range(1, _MANY)),
+    Rcpt.letter[0]: _strings(range(1, _MANY)),
+    Header.letter[0]: _strings(range(2, 3)),
+    Body.letter[0]: len,  # whatever it holds
+    Eom.letter[0]: len,
+    Unknown.letter[0]: _strings(range(1, 2)),
+    **{kind.letter[0]: _strings(range(1)) for kind in (Data, Eoh, Abort, Quit, QuitNc)},
+}
+
+
+def check_command(packet: bytes) -> None:
+    """Raises RemoteProtocolError where parsing the command would, without building its value.
+
+    What passes can be kept unread: whoever reads it later finds it well-formed.
+    """
+    _CHECKS[packet[LETTER]](packet)

@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import and_, or_
+from types import MappingProxyType
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.commands import Negotiate
-from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
+from sharded_milter.protocol.stages import (
+    NO_ACTIONS,
+    NO_PROTOCOL,
+    SYMLIST_NUMBERS,
+    Actions,
+    Protocol,
+    Stage,
+)
 
 VERSION = 6
 LOWEST_VERSION = 2
@@ -29,6 +37,14 @@ KNOWN_PROTOCOL = 0x1FFFFF
 
 # Bits beside NO and NR that a milter can ask for; the MTA does them only if all is agreed.
 OPTIONS = Protocol.SKIP | Protocol.RCPT_REJ | Protocol.HDR_LEADSPC
+
+# Larger packets than everybody takes; echoed only where the operator wants them.
+MDS = Protocol.MDS_256K | Protocol.MDS_1M
+
+HEADER_ACTIONS = Actions.ADDHDRS | Actions.CHGHDRS
+
+# Sendmail's limit on the names of one symbol list.
+MAX_MACROS = 50
 
 SUPPRESS_ALL = reduce(or_, (stage.suppress for stage in Stage))
 NO_REPLY_ALL = reduce(or_, (stage.no_reply for stage in Stage))
@@ -53,6 +69,7 @@ class Manifest:
 
     `protocol` has the NO bits of the stages it needs nothing of, the NR bits of those it wants
     to see but has no say in, and its OPTIONS. `macros` are asked for on top of the usual ones.
+    NR_EOM says that it has no say at end of message, where all others are asked.
     """
 
     name: str
@@ -76,10 +93,18 @@ class Manifest:
     def from_packet(
         cls, name: str, payload: bytes, light: frozenset[Stage], shard_by: str
     ) -> Manifest:
-        """The manifest whose negotiable part is the payload of `to_packet`."""
+        """The manifest whose negotiable part is the payload of `to_packet`.
+
+        Raises RemoteProtocolError where it is malformed.
+        """
         words = Negotiate.parse(payload)
-        by_number = {stage.symlist: stage for stage in Stage}
-        macros = tuple((by_number[number], tuple(text.split())) for number, text in words.symlists)
+        by_number = {number: stage for stage, number in SYMLIST_NUMBERS.items()}
+        try:
+            macros = tuple(
+                (by_number[number], tuple(text.split())) for number, text in words.symlists
+            )
+        except KeyError as error:
+            raise RemoteProtocolError(f"macros for a stage of number {error}") from None
         actions, protocol = Actions(words.actions), Protocol(words.protocol)
         return cls(name, actions, protocol, macros, light, shard_by)
 
@@ -109,66 +134,99 @@ class Agreement:
         return Protocol(self.reply.protocol)
 
 
-def negotiate(offer: Negotiate, manifests: Iterable[Manifest]) -> Agreement:
+def negotiate(
+    offer: Negotiate, manifests: Iterable[Manifest], mds: Protocol = NO_PROTOCOL
+) -> Agreement:
     """What we answer to an offer so that each of the milters gets at least what it wants.
 
-    Raises RemoteProtocolError for a version below 2.
+    `mds` are the MDS bits that we take if they are offered. Raises RemoteProtocolError for a
+    version below 2.
     """
+    return _negotiate(offer, tuple(manifests), mds)
+
+
+# An MTA makes the same offer on every connection, and merging flags costs more than a command.
+@lru_cache(maxsize=64)
+def _negotiate(offer: Negotiate, manifests: tuple[Manifest, ...], mds: Protocol) -> Agreement:
     if offer.version < LOWEST_VERSION:
         raise RemoteProtocolError(f"milter protocol version {offer.version} is below 2")
-    manifests = list(manifests)
     offered_actions = (offer.actions or DEFAULT_ACTIONS) & KNOWN_ACTIONS
     offered = Protocol((offer.protocol or DEFAULT_PROTOCOL) & KNOWN_PROTOCOL)
-    wanted = merged_protocol(manifest.protocol for manifest in manifests)
+    wanted = merged_protocol(manifests)
     agreed = wanted & offered
     actions = reduce(or_, (manifest.actions for manifest in manifests), NO_ACTIONS)
     symlists = merged_macros(manifests) if offered_actions & Actions.SETSYMLIST else ()
     if symlists:
         actions |= Actions.SETSYMLIST
-    reply = Negotiate(min(VERSION, offer.version), actions & offered_actions, agreed, symlists)
+    reply = Negotiate(
+        min(VERSION, offer.version),
+        int(actions & offered_actions),
+        int(agreed | (mds & MDS & offer.protocol)),
+        symlists,
+    )
     return Agreement(
         reply,
-        {stage.code: _handling(stage, wanted, agreed) for stage in Stage},
+        MappingProxyType({stage.code: _handling(stage, wanted, agreed) for stage in Stage}),
         frozenset(stage.code for stage in Stage if not wanted & stage.suppress),
     )
 
 
-def merged_protocol(wanted: Iterable[Protocol]) -> Protocol:
+def merged_protocol(manifests: Iterable[Manifest]) -> Protocol:
     """The protocol word that serves all: suppressed is what all suppress.
 
-    A stage goes unanswered when nobody answers it; an option is taken when all take it, except
-    that rejected recipients are sent when one milter wants them.
+    A stage goes unanswered when nobody answers it. An option is taken when somebody wants it and
+    all whom it concerns do, except that rejected recipients are sent when one milter wants them.
     """
-    words = [word | _implied_no_reply(word) for word in wanted]
+    manifests = list(manifests)
+    words = [m.protocol | _implied_no_reply(m.protocol) | _unconcerned(m) for m in manifests]
     common = reduce(and_, words, SUPPRESS_ALL | NO_REPLY_ALL | OPTIONS)
-    anyone = reduce(or_, words, NO_PROTOCOL) & Protocol.RCPT_REJ
-    return Protocol(_without_redundant_no_reply(common & ~Protocol.RCPT_REJ) | anyone)
+    wanted = reduce(or_, (m.protocol for m in manifests), NO_PROTOCOL) & OPTIONS
+    stages = common & ~OPTIONS
+    return Protocol(
+        (stages & ~_implied_no_reply(stages)) | (common & wanted) | (wanted & Protocol.RCPT_REJ)
+    )
 
 
 def merged_macros(manifests: Iterable[Manifest]) -> tuple[tuple[int, str], ...]:
     """The symbol lists that give every milter its macros besides the usual ones."""
-    lists: dict[Stage, dict[str, None]] = {}
+    lists: dict[int, dict[str, None]] = {}
     for manifest in manifests:
         for stage, names in manifest.macros:
-            usual = dict.fromkeys(DEFAULT_MACROS[stage].split())
-            lists.setdefault(stage, usual).update(dict.fromkeys(names))
-    if not lists.keys().isdisjoint({Stage.EOM, Stage.EOH}):
+            if stage.symlist is not None:
+                lists.setdefault(stage.symlist, _usual(stage)).update(
+                    dict.fromkeys(map(_spelling, names))
+                )
+    ends = (Stage.EOM, Stage.EOH)
+    if not lists.keys().isdisjoint(SYMLIST_NUMBERS[stage] for stage in ends):
         # Sendmail honours the list of end of message only if end of headers is listed too, and
         # sends no macro at all at end of message if only end of headers is.
-        for stage in (Stage.EOM, Stage.EOH):
-            lists.setdefault(stage, dict.fromkeys(DEFAULT_MACROS[stage].split()))
-    numbered = {stage.symlist: " ".join(names) for stage, names in lists.items()}
-    return tuple(sorted((n, names) for n, names in numbered.items() if n is not None))
+        for stage in ends:
+            lists.setdefault(SYMLIST_NUMBERS[stage], _usual(stage))
+    return tuple(
+        (number, " ".join(list(names)[:MAX_MACROS])) for number, names in sorted(lists.items())
+    )
+
+
+def _usual(stage: Stage) -> dict[str, None]:
+    return dict.fromkeys(DEFAULT_MACROS[stage].split())
+
+
+def _spelling(name: str) -> str:
+    """The one spelling of a macro's name: one character stands bare."""
+    return name[1] if len(name) == 3 and name[0] == "{" and name[2] == "}" else name
+
+
+def _unconcerned(manifest: Manifest) -> Protocol:
+    """The options that make no difference to a milter, which is not asked about them."""
+    skip = Protocol.SKIP if manifest.protocol & Protocol.NO_BODY else NO_PROTOCOL
+    headers = not manifest.protocol & Protocol.NO_HEADER or manifest.actions & HEADER_ACTIONS
+    return skip | (NO_PROTOCOL if headers else Protocol.HDR_LEADSPC)
 
 
 def _implied_no_reply(word: Protocol) -> Protocol:
     """A milter that does not even need a stage does not answer it either."""
     bits = (stage.no_reply for stage in Stage if word & stage.suppress)
     return reduce(or_, bits, NO_PROTOCOL)
-
-
-def _without_redundant_no_reply(word: Protocol) -> Protocol:
-    return word & ~_implied_no_reply(word)
 
 
 def _handling(stage: Stage, wanted: Protocol, agreed: Protocol) -> Handling:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.text import join_strings, split_strings
-from sharded_milter.protocol.wire import PAYLOAD, frame
+from sharded_milter.protocol.wire import LETTER, PAYLOAD, frame
 
 INT_BYTES = 4
 
@@ -95,8 +95,7 @@ def parse_packet(table: Mapping[int, type[P]], packet: bytes) -> P:
     Raises RemoteProtocolError for an unknown letter or a payload that does not fit.
     """
     try:
-        kind = table[packet[PAYLOAD - 1]]
-    except KeyError:
-        letter = packet[PAYLOAD - 1 : PAYLOAD]
-        raise RemoteProtocolError(f"unknown packet letter {letter!r}") from None
+        kind = table[packet[LETTER]]
+    except LookupError:  # no such letter, or none at all
+        raise RemoteProtocolError(f"unknown packet letter {packet[LETTER:PAYLOAD]!r}") from None
     return kind.parse(packet[PAYLOAD:])

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from sharded_milter.protocol.packets import Packet, parse_packet
-from sharded_milter.protocol.stages import NO_ACTIONS, Actions, Stage
-from sharded_milter.protocol.text import to_wire
+from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
+from sharded_milter.protocol.text import to_text, to_wire
 
 # SMTP allows 512 bytes a reply line with its CRLF (RFC 5321 4.5.3.1.5); an MTA may put an
-# address in front, so text is wrapped well below.
+# address in front, so a line with its codes is wrapped well below.
 MAX_REPLY_LINE = 480
 
 # libmilter's limit on the lines of one reply; nobody reads more.
 MAX_REPLY_LINES = 32
+
+# SMTP's reply text is printable ASCII and TAB; a NUL would end the packet's string.
+_NO_CONTROLS = {code: " " for code in (*range(0x20), 0x7F) if code != ord("\t")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,35 +170,61 @@ REPLIES: dict[int, type[Packet]] = {
 
 @dataclass(frozen=True, slots=True)
 class Legality:
-    """At which stages a reply may be sent, and which action must have been negotiated."""
+    """At which stages a reply may be sent, what must have been negotiated, how it must look."""
 
     stages: frozenset[Stage]
+    payload: re.Pattern[bytes]
     action: Actions = NO_ACTIONS
+    option: Protocol = NO_PROTOCOL
     final: bool = False  # it answers the command; the others come before the answer
 
+
+def _payload(pattern: bytes) -> re.Pattern[bytes]:
+    return re.compile(pattern, re.DOTALL)
+
+
+# Postfix drops the connection over a payload that is not exactly like this, Sendmail ignores the
+# reply without a word.
+_NOTHING = _payload(rb"")
+_LINE = rb"[^\0\r\n]+\0"  # not empty, and one line
+_TEXT = rb"[^\0]*\0"
+_INDEX = rb".{4}"
+_ONE_LINE = _payload(_LINE)
+_ADDRESS_AND_PARAMETERS = _payload(_LINE + rb"(?:" + _LINE + rb")?")
+_FIELD = _payload(_LINE + _TEXT)
+_INDEXED_FIELD = _payload(_INDEX + _LINE + _TEXT)
+
+# The same code on every line; text that begins with a digit must be an enhanced code of the same
+# class; `%` doubled, since Sendmail drops a text with a single one. libmilter's limits.
+_REPLY_LINE = rb"(?:(?!\d)|(?=(?P=class)))(?:[^\0\r\n%]|%%){0,980}"
+_REPLY = _payload(
+    rb"(?P<code>(?P<class>[45])\d\d)(?:-" + _REPLY_LINE + rb"\r\n(?P=code)){0,31} "
+    + _REPLY_LINE + rb"\0"
+)  # fmt: skip
 
 _ANY = frozenset(Stage)
 _MESSAGE = _ANY - {Stage.CONNECT, Stage.HELO, Stage.UNKNOWN}
 _EOM = frozenset({Stage.EOM})
 
 LEGAL: dict[int, Legality] = {
-    Continue.letter[0]: Legality(_ANY, final=True),
-    Accept.letter[0]: Legality(_ANY - {Stage.UNKNOWN}, final=True),  # Postfix panics at UNKNOWN
-    Reject.letter[0]: Legality(_ANY, final=True),
-    TempFail.letter[0]: Legality(_ANY, final=True),
-    ReplyCode.letter[0]: Legality(_ANY, final=True),
-    Discard.letter[0]: Legality(_MESSAGE, final=True),
-    Skip.letter[0]: Legality(frozenset({Stage.BODY}), final=True),
-    Progress.letter[0]: Legality(_EOM),  # elsewhere Sendmail drops the filter
-    AddHeader.letter[0]: Legality(_EOM, Actions.ADDHDRS),
-    InsertHeader.letter[0]: Legality(_EOM, Actions.ADDHDRS),
-    ChangeHeader.letter[0]: Legality(_EOM, Actions.CHGHDRS),
-    ReplaceBody.letter[0]: Legality(_EOM, Actions.CHGBODY),
-    AddRecipient.letter[0]: Legality(_EOM, Actions.ADDRCPT),
-    AddRecipientPar.letter[0]: Legality(_EOM, Actions.ADDRCPT_PAR),
-    DeleteRecipient.letter[0]: Legality(_EOM, Actions.DELRCPT),
-    ChangeSender.letter[0]: Legality(_EOM, Actions.CHGFROM),
-    Quarantine.letter[0]: Legality(_EOM, Actions.QUARANTINE),
+    Continue.letter[0]: Legality(_ANY, _NOTHING, final=True),
+    # Postfix panics at UNKNOWN.
+    Accept.letter[0]: Legality(_ANY - {Stage.UNKNOWN}, _NOTHING, final=True),
+    Reject.letter[0]: Legality(_ANY, _NOTHING, final=True),
+    TempFail.letter[0]: Legality(_ANY, _NOTHING, final=True),
+    ReplyCode.letter[0]: Legality(_ANY, _REPLY, final=True),
+    Discard.letter[0]: Legality(_MESSAGE, _NOTHING, final=True),
+    Skip.letter[0]: Legality(frozenset({Stage.BODY}), _NOTHING, option=Protocol.SKIP, final=True),
+    Progress.letter[0]: Legality(_EOM, _NOTHING),  # elsewhere Sendmail drops the filter
+    AddHeader.letter[0]: Legality(_EOM, _FIELD, Actions.ADDHDRS),
+    InsertHeader.letter[0]: Legality(_EOM, _INDEXED_FIELD, Actions.ADDHDRS),
+    ChangeHeader.letter[0]: Legality(_EOM, _INDEXED_FIELD, Actions.CHGHDRS),
+    ReplaceBody.letter[0]: Legality(_EOM, _payload(rb".*"), Actions.CHGBODY),
+    AddRecipient.letter[0]: Legality(_EOM, _ONE_LINE, Actions.ADDRCPT),
+    AddRecipientPar.letter[0]: Legality(_EOM, _ADDRESS_AND_PARAMETERS, Actions.ADDRCPT_PAR),
+    DeleteRecipient.letter[0]: Legality(_EOM, _ONE_LINE, Actions.DELRCPT),
+    ChangeSender.letter[0]: Legality(_EOM, _ADDRESS_AND_PARAMETERS, Actions.CHGFROM),
+    Quarantine.letter[0]: Legality(_EOM, _ONE_LINE, Actions.QUARANTINE),
 }
 
 
@@ -208,25 +239,38 @@ def parse_reply(packet: bytes) -> Packet:
 def reply_text(code: int, xcode: str, text: str) -> str:
     """The SMTP reply for a `ReplyCode`: code, enhanced code, text, on every line.
 
-    Lines end where `text` has a line break and are wrapped at MAX_REPLY_LINE bytes; at most
-    MAX_REPLY_LINES are kept. `%` is doubled, because the MTAs take the text for a format.
+    Lines end where `text` has a line break and are wrapped so that the client sees at most
+    MAX_REPLY_LINE bytes; MAX_REPLY_LINES are kept. Control characters become blanks. `%` is
+    doubled, because the MTAs take the text for a format. An empty `xcode` becomes `x.0.0`.
     """
-    lines = [piece for line in text.splitlines() or [""] for piece in _wrapped(line)]
-    lines = lines[:MAX_REPLY_LINES]
-    prefixes = [f"{code}-"] * (len(lines) - 1) + [f"{code} "]
+    prefix = f"{xcode or f'{code // 100}.0.0'} "
+    room = MAX_REPLY_LINE - len(f"{code} {prefix}")
+    lines = [
+        piece
+        for line in text.splitlines() or [""]
+        for piece in _wrapped(to_wire(line.translate(_NO_CONTROLS)), room)
+    ][:MAX_REPLY_LINES]
+    separators = ["-"] * (len(lines) - 1) + [" "]
     return "\r\n".join(
-        f"{prefix}{xcode} {line}".rstrip().replace("%", "%%")
-        for prefix, line in zip(prefixes, lines, strict=True)
+        f"{code}{separator}{prefix}{line}".rstrip().replace("%", "%%")
+        for separator, line in zip(separators, lines, strict=True)
     )
 
 
-def _wrapped(line: str) -> list[str]:
-    """The line cut so that each piece fits, at a space where there is one."""
-    pieces = []
-    while len(raw := to_wire(line)) > MAX_REPLY_LINE:
-        cut = len(raw[:MAX_REPLY_LINE].decode(errors="ignore"))
-        space = line.rfind(" ", 1, cut + 1)
-        cut = space if space > 0 else max(cut, 1)
-        pieces.append(line[:cut])
-        line = line[cut:].lstrip(" ")
-    return [*pieces, line]
+def _wrapped(line: bytes, room: int) -> Iterator[str]:
+    """The line cut into pieces that fit, at a space where there is one."""
+    while len(line) > room:
+        space = line.rfind(b" ", 1, room + 1)
+        cut = space if space > 0 else _boundary(line, room)
+        yield to_text(line[:cut])
+        line = line[cut:].lstrip(b" ")
+    yield to_text(line)
+
+
+def _boundary(line: bytes, cut: int) -> int:
+    """The last place up to `cut` that does not split a character."""
+    # A character has at most three continuation bytes; more of them are no character.
+    for place in range(cut, cut - 4, -1):
+        if line[place] & 0xC0 != 0x80:
+            return place
+    return cut

@@ -18,20 +18,15 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
-from sharded_milter.protocol.commands import Macro, Negotiate
+from sharded_milter.protocol.answers import check_replies
+from sharded_milter.protocol.commands import Macro, Negotiate, check_command
 from sharded_milter.protocol.negotiation import Agreement, Handling
-from sharded_milter.protocol.replies import (
-    LEGAL,
-    Accept,
-    Discard,
-    Reject,
-    ReplaceBody,
-    ReplyCode,
-    TempFail,
-    parse_reply,
-)
+from sharded_milter.protocol.replies import Accept, Discard, Reject, ReplyCode, TempFail
 from sharded_milter.protocol.stages import NO_PROTOCOL, STAGES, Protocol, Stage
-from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, PAYLOAD, packets
+from sharded_milter.protocol.wire import LETTER, PAYLOAD
+
+_MACRO = Macro.letter[0]
+_NEGOTIATE = Negotiate.letter[0]
 
 
 class State(Enum):
@@ -167,23 +162,35 @@ TRANSITIONS: Mapping[State, Mapping[int, Cell]] = {
     State.CLOSED: {},
 }
 
+
+def _macros(stay: State, begin: Cell, keep: Keep = Keep.APPEND) -> Mapping[int, Cell]:
+    slot = Cell(stay, Keep.SLOT)
+    return _codes(
+        {
+            b"C": slot,
+            b"H": slot,
+            b"M": begin,
+            **dict.fromkeys((b"R", b"T", b"N", b"E"), Cell(stay, keep)),
+        }
+    )
+
+
+_BEGIN = Cell(State.CONNECTED, Keep.BEGIN, Leaves.MESSAGE)
+
 # Macros come before their command, or without it where the command is suppressed or the MTA
-# itself refused it. Those of MAIL begin a message. Letters that are missing here (Postfix sends
-# L, B and U) tell nothing that the others do not, and are dropped, as libmilter does.
-MACROS: Mapping[int, Keep] = {
-    b"C"[0]: Keep.SLOT,
-    b"H"[0]: Keep.SLOT,
-    b"M"[0]: Keep.BEGIN,
-    b"R"[0]: Keep.APPEND,
-    b"T"[0]: Keep.APPEND,
-    b"N"[0]: Keep.APPEND,
-    b"E"[0]: Keep.APPEND,
-}
-_WITH_MESSAGE = frozenset(State) - {
-    State.START,
-    State.NEGOTIATED,
-    State.CONNECTED,
-    State.CLOSED,
+# itself refused it. Those of MAIL begin a message. A missing row is a protocol error of the MTA.
+# Letters that are missing in a row (Postfix sends L, B and U) tell nothing that the others do
+# not, and are dropped, as libmilter does.
+MACROS: Mapping[State, Mapping[int, Cell]] = {
+    **{
+        state: _macros(state, Cell(state, Keep.BEGIN))
+        for state in (State.NEGOTIATED, State.CONNECTED)
+    },
+    **{
+        state: _macros(state, _BEGIN)
+        for state in (State.MAIL, State.RCPT, State.DATA, State.HEADER, State.BODY)
+    },
+    State.DECIDED: _macros(State.DECIDED, _BEGIN, Keep.NO),
 }
 
 _REFUSALS = frozenset(kind.letter[0] for kind in (Reject, TempFail, ReplyCode))
@@ -252,43 +259,48 @@ class Session:
     def receive(self, packet: bytes) -> Step:
         """What a whole packet of the MTA asks for; moves on to the state after it.
 
-        Raises RemoteProtocolError when the packet cannot come here.
+        Raises RemoteProtocolError, and changes nothing, when the packet is malformed or cannot
+        come here. What was received is well-formed, and so are transcripts.
         """
         code = packet[LETTER]
-        if code == Macro.letter[0]:
+        if code == _MACRO:
             return self._receive_macro(packet)
         cell = TRANSITIONS[self.state].get(code)
         if cell is None:
             raise RemoteProtocolError(f"{_name(code)} in state {self.state.name}")
-        if self._agreement is None:
-            offer = Negotiate.offer(packet[PAYLOAD:]) if code == Negotiate.letter[0] else None
-            self.state = cell.after
-            return Step(leaves=cell.leaves, offer=offer)
-        passed_over = cell.passes & ~self._agreement.protocol
-        if passed_over:
-            raise RemoteProtocolError(
-                f"{_name(code)} in state {self.state.name} without {passed_over.name}"
-            )
-        self.state = cell.after
+        if cell.passes:
+            self._check_passed(code, cell.passes)
+        check_command(packet)
         stage = STAGES.get(code)
         if stage is None:
-            return Step(leaves=cell.leaves)
-        handling = self._agreement.handling[code]
+            self.state = cell.after
+            offer = Negotiate.offer(packet[PAYLOAD:]) if code == _NEGOTIATE else None
+            return Step(leaves=cell.leaves, offer=offer)
+        agreement = self.agreement
+        self.state = cell.after
+        handling = agreement.handling[code]
         if handling is Handling.ASK and not cell.asked:
             handling = Handling.CONTINUE
-        keep = cell.keep if code in self._agreement.recorded else Keep.NO
+        keep = cell.keep if code in agreement.recorded else Keep.NO
         return Step(stage, handling, keep, cell.leaves)
 
+    def _check_passed(self, code: int, passes: Protocol) -> None:
+        missing = passes & ~self.agreement.protocol
+        if missing:
+            raise RemoteProtocolError(
+                f"{_name(code)} in state {self.state.name} without {missing.name}"
+            )
+
     def _receive_macro(self, packet: bytes) -> Step:
-        if self._agreement is None:
+        row = MACROS.get(self.state)
+        if row is None:
             raise RemoteProtocolError(f"macros in state {self.state.name}")
-        if len(packet) <= PAYLOAD:
-            raise RemoteProtocolError("macro packet without the letter of its stage")
-        keep = MACROS.get(packet[PAYLOAD], Keep.NO)
-        if keep is Keep.BEGIN and self.state in _WITH_MESSAGE:
-            self.state = State.CONNECTED
-            return Step(keep=keep, leaves=Leaves.MESSAGE)
-        return Step(keep=keep)
+        check_command(packet)
+        cell = row.get(packet[PAYLOAD])
+        if cell is None:
+            return Step()
+        self.state = cell.after
+        return Step(keep=cell.keep, leaves=cell.leaves)
 
     def decide(self, stage: Stage, replies: bytes) -> Decision:
         """Checks what is about to be sent as the answer at `stage`; moves on to the state after.
@@ -302,48 +314,6 @@ class Session:
             self.state = after
         refused = stage in (Stage.RCPT, Stage.DATA) and final in _REFUSALS
         return Decision(final, REFUSED if refused else b"", after is not None or stage is Stage.EOM)
-
-
-def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
-    """The letter of the one final reply that closes `replies`.
-
-    Raises LocalProtocolError when a reply is unknown, malformed, not legal at the stage, not
-    covered by a negotiated action, out of order, or when the final one is missing.
-    """
-    final = before = None
-    body = ReplaceBody.letter[0]
-    replaced = False
-    try:
-        for code, start, end in packets(replies):
-            if final is not None:
-                raise LocalProtocolError(f"reply {_name(code)} after the final one at {stage.word}")
-            if code not in LEGAL:
-                raise LocalProtocolError(f"reply {_name(code)} does not exist")
-            _check_reply(code, replies[start:end], stage, agreement)
-            if code == body and replaced and before != body:
-                raise LocalProtocolError("the new body is interrupted by another reply")
-            replaced = replaced or code == body
-            final = code if LEGAL[code].final else None
-            before = code
-    except RemoteProtocolError as error:
-        raise LocalProtocolError(f"malformed reply at {stage.word}: {error}") from error
-    if final is None:
-        raise LocalProtocolError(f"no final reply at {stage.word}")
-    return final
-
-
-def _check_reply(code: int, payload: bytes, stage: Stage, agreement: Agreement) -> None:
-    legal = LEGAL[code]
-    if stage not in legal.stages:
-        raise LocalProtocolError(f"reply {_name(code)} is not legal at {stage.word}")
-    if legal.action & ~agreement.actions:
-        raise LocalProtocolError(f"action {legal.action.name} was not negotiated")
-    if code == b"s"[0] and not agreement.protocol & Protocol.SKIP:
-        raise LocalProtocolError("SKIP was not negotiated")
-    if len(payload) > MAX_CHUNK:
-        raise LocalProtocolError(f"reply {_name(code)} of {len(payload)} bytes exceeds {MAX_CHUNK}")
-    if code != ReplaceBody.letter[0]:
-        parse_reply((1 + len(payload)).to_bytes(4, "big") + bytes((code,)) + payload)
 
 
 def _name(code: int) -> str:

@@ -43,6 +43,11 @@ class Protocol(IntFlag):
     NR_EOH = 0x40000
     NR_BODY = 0x80000
     HDR_LEADSPC = 0x100000
+    MDS_256K = 0x10000000
+    MDS_1M = 0x20000000
+    # Ours alone, and outside of what can be offered: a milter without a say at end of message,
+    # which the MTA sends and waits for whatever was negotiated.
+    NR_EOM = 0x80000000
 
 
 NO_ACTIONS = Actions(0)
@@ -80,7 +85,7 @@ class Stage(Enum):
 
     @property
     def no_reply(self) -> Protocol:
-        """The bit that keeps the MTA from waiting for an answer; 0 for end of message."""
+        """The bit that keeps the MTA from waiting; that of end of message never reaches it."""
         return Protocol.__members__.get(f"NR_{self.name}", NO_PROTOCOL)
 
     @property

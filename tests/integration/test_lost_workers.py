@@ -167,6 +167,8 @@ def test_a_mail_that_takes_its_worker_down_is_tempfailed_and_others_pass(
         assert "warning: " not in postfix.log(), "Postfix complains about its milter"
         assert [other.code for other in others] == [250] * 5, daemon.log()
         deliveries = postfix.wait_delivered(5)
+        if subject == "hang":
+            assert f'File "{folder}/deadly.py", line' in daemon.log(), "nobody knows where it hung"
     assert all(b"\nX-Seen: yes\n" in delivery.raw for delivery in deliveries)
 
 

@@ -1,0 +1,60 @@
+"""The answers: whole packets that are about to be sent to the MTA as the answer to a command.
+
+The law: nothing a worker says reaches an MTA unless it is legal at its stage, was negotiated, and
+is well-formed. LEGAL in `replies` says what is; here it is applied.
+"""
+
+from __future__ import annotations
+
+from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
+from sharded_milter.protocol.negotiation import Agreement
+from sharded_milter.protocol.replies import LEGAL, ReplaceBody
+from sharded_milter.protocol.stages import Stage
+from sharded_milter.protocol.wire import MAX_CHUNK, packets
+
+_BODY = ReplaceBody.letter[0]
+
+
+def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
+    """The letter of the one final reply that closes `replies`.
+
+    Raises LocalProtocolError when a reply is unknown, malformed, not legal at the stage, not
+    covered by a negotiated action, out of order, or when the final one is missing.
+    """
+    final = before = None
+    replaced = False
+    try:
+        for code, start, end in packets(replies):
+            if final is not None:
+                raise LocalProtocolError(f"reply {_name(code)} after the final one at {stage.word}")
+            if code not in LEGAL:
+                raise LocalProtocolError(f"reply {_name(code)} does not exist")
+            _check_reply(code, replies[start:end], stage, agreement)
+            if code == _BODY and replaced and before != _BODY:
+                raise LocalProtocolError("the new body is interrupted by another reply")
+            replaced = replaced or code == _BODY
+            final = code if LEGAL[code].final else None
+            before = code
+    except RemoteProtocolError as error:
+        raise LocalProtocolError(f"malformed reply at {stage.word}: {error}") from error
+    if final is None:
+        raise LocalProtocolError(f"no final reply at {stage.word}")
+    return final
+
+
+def _check_reply(code: int, payload: bytes, stage: Stage, agreement: Agreement) -> None:
+    legal = LEGAL[code]
+    if stage not in legal.stages:
+        raise LocalProtocolError(f"reply {_name(code)} is not legal at {stage.word}")
+    if legal.action & ~agreement.actions:
+        raise LocalProtocolError(f"action {legal.action.name} was not negotiated")
+    if legal.option & ~agreement.protocol:
+        raise LocalProtocolError(f"{legal.option.name} was not negotiated")
+    if len(payload) > MAX_CHUNK:
+        raise LocalProtocolError(f"reply {_name(code)} of {len(payload)} bytes exceeds {MAX_CHUNK}")
+    if not legal.payload.fullmatch(payload):
+        raise LocalProtocolError(f"malformed reply {_name(code)} at {stage.word}: {payload[:80]!r}")
+
+
+def _name(code: int) -> str:
+    return repr(bytes((code,)))[1:]

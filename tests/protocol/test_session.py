@@ -1,0 +1,419 @@
+"""Where a conversation stands: every cell of the tables, against matrices written down by hand."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
+from sharded_milter.protocol.commands import parse_command
+from sharded_milter.protocol.negotiation import Handling
+from sharded_milter.protocol.session import REFUSED, Keep, Leaves, Session, State, Step
+from sharded_milter.protocol.stages import Protocol, Stage
+from sharded_milter.protocol.wire import LETTER
+
+from .strategies import (
+    OFFER,
+    PACKETS,
+    agreement,
+    macro,
+    packet,
+    payloads,
+    session_in,
+)
+
+# What a command does: the state it leads to, where it is kept (`=` slot, `+` append, `^` begin),
+# what it leaves behind (`m` the message, `c` the client, `u` us), and `c!` when no milter is asked.
+# A dot is a protocol error. All stages are sent: nothing is suppressed.
+COMMANDS = """
+           | O   | C      | H        | M       | R     | T     | L       | N       | B       | E            | U      | A        | Q       | K
+START      | neg | .      | .        | .       | .     | .     | .       | .       | .       | .            | .      | .        | clo u   | .
+NEGOTIATED | .   | con =  | .        | .       | .     | .     | .       | .       | .       | .            | neg    | neg m    | clo u   | neg c
+CONNECTED  | .   | .      | con =    | mai +   | .     | .     | .       | .       | .       | .            | con    | con m    | clo u   | neg c
+MAIL       | .   | .      | con = m  | mai ^ m | rcp + | .     | .       | .       | .       | .            | mai    | con m    | clo u   | neg c
+RCPT       | .   | .      | con = m  | mai ^ m | rcp + | dat + | hea +   | bod +   | bod +   | con +        | rcp    | con m    | clo u   | neg c
+DATA       | .   | .      | con = m  | mai ^ m | rcp + | dat + | hea +   | bod +   | bod +   | con +        | dat    | con m    | clo u   | neg c
+HEADER     | .   | .      | con = m  | mai ^ m | .     | .     | hea +   | bod +   | bod +   | con +        | hea    | con m    | clo u   | neg c
+BODY       | .   | .      | con = m  | mai ^ m | .     | .     | .       | .       | bod +   | con +        | bod    | con m    | clo u   | neg c
+DECIDED    | .   | .      | con = m  | mai ^ m | dec ! | dec ! | dec !   | dec !   | dec !   | con m !      | dec    | con m    | clo u   | neg c
+CLOSED     | .   | .      | .        | .       | .     | .     | .       | .       | .       | .            | .      | .        | .       | .
+"""  # noqa: E501
+
+# The same for macros, by the letter of their stage. A dash is a packet that is dropped.
+MACROS = """
+           | C     | H     | M       | R     | T     | N     | E     | L | B | U | x
+START      | .     | .     | .       | .     | .     | .     | .     | . | . | . | .
+NEGOTIATED | neg = | neg = | neg ^   | neg + | neg + | neg + | neg + | - | - | - | -
+CONNECTED  | con = | con = | con ^   | con + | con + | con + | con + | - | - | - | -
+MAIL       | mai = | mai = | con ^ m | mai + | mai + | mai + | mai + | - | - | - | -
+RCPT       | rcp = | rcp = | con ^ m | rcp + | rcp + | rcp + | rcp + | - | - | - | -
+DATA       | dat = | dat = | con ^ m | dat + | dat + | dat + | dat + | - | - | - | -
+HEADER     | hea = | hea = | con ^ m | hea + | hea + | hea + | hea + | - | - | - | -
+BODY       | bod = | bod = | con ^ m | bod + | bod + | bod + | bod + | - | - | - | -
+DECIDED    | dec = | dec = | con ^ m | dec   | dec   | dec   | dec   | - | - | - | -
+CLOSED     | .     | .     | .       | .     | .     | .     | .     | . | . | . | .
+"""
+
+KEEPS = {"=": Keep.SLOT, "+": Keep.APPEND, "^": Keep.BEGIN}
+LEAVES = {"m": Leaves.MESSAGE, "c": Leaves.CLIENT, "u": Leaves.US}
+STATES = {state.name[:3].lower(): state for state in State}
+UNKNOWN_LETTERS = [chr(code) for code in range(256) if chr(code) not in {*PACKETS, "D"}]
+
+
+def cells(matrix: str) -> list[tuple[State, str, str]]:
+    """State, letter and expectation of each cell."""
+    header, *rows = [line.split("|") for line in matrix.strip("\n").splitlines()]
+    columns = [letter.strip() for letter in header[1:]]
+    return [
+        (State[name.strip()], letter, cell.strip())
+        for name, *row in rows
+        for letter, cell in zip(columns, row, strict=True)
+    ]
+
+
+def outcome(state: State, step: Step) -> str:
+    """A step in the words of the matrices."""
+    name = state.name[:3].lower()
+    keep = {keep: sign for sign, keep in KEEPS.items()}.get(step.keep, "")
+    leaves = {leaves: sign for sign, leaves in LEAVES.items()}.get(step.leaves, "")
+    humoured = "!" if step.handling is Handling.CONTINUE else ""
+    return " ".join(filter(None, (name, keep, leaves, humoured)))
+
+
+def test_the_matrix_of_commands_has_every_state_and_every_letter() -> None:
+    assert {(state, letter) for state, letter, _ in cells(COMMANDS)} == set(product(State, PACKETS))
+    assert {state for state, _, _ in cells(MACROS)} == set(State)
+
+
+@pytest.mark.parametrize(("state", "letter", "expected"), cells(COMMANDS))
+def test_a_command_does_what_its_cell_says(state: State, letter: str, expected: str) -> None:
+    session = session_in(state)
+    if expected == ".":
+        with pytest.raises(RemoteProtocolError, match=state.name):
+            session.receive(PACKETS[letter])
+        assert session.state is state
+        return
+    step = session.receive(PACKETS[letter])
+    assert outcome(session.state, step) == expected
+    assert step.stage is next((s for s in Stage if s.value == letter.encode()), None)
+    assert step.offer == (OFFER if letter == "O" else None)
+
+
+@pytest.mark.parametrize(("state", "letter", "expected"), cells(MACROS))
+def test_macros_do_what_their_cell_says(state: State, letter: str, expected: str) -> None:
+    session = session_in(state)
+    if expected == ".":
+        with pytest.raises(RemoteProtocolError, match=state.name):
+            session.receive(macro(letter))
+        assert session.state is state
+        return
+    step = session.receive(macro(letter))
+    assert step.stage is None
+    if expected == "-":
+        assert (session.state, step) == (state, Step())
+    else:
+        assert outcome(session.state, step) == expected
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_letter_that_is_no_command_is_an_error_everywhere(state: State) -> None:
+    session = session_in(state)
+    for letter in UNKNOWN_LETTERS:
+        with pytest.raises(RemoteProtocolError):
+            session.receive(packet(letter))
+        assert session.state is state
+
+
+@pytest.mark.parametrize("state", [state for state in State if state is not State.START])
+def test_a_second_negotiation_is_fatal(state: State) -> None:
+    with pytest.raises(RemoteProtocolError, match="'O'"):
+        session_in(state).receive(PACKETS["O"])
+
+
+# Jumps over suppressed stages
+
+# What lies between a state and a command, all of which must have been suppressed.
+NEEDED: dict[State, dict[str, tuple[str, ...]]] = {
+    State.NEGOTIATED: {
+        "H": ("CONNECT",),
+        "M": ("CONNECT",),
+        "R": ("CONNECT", "MAIL"),
+        **dict.fromkeys("TLNBE", ("CONNECT", "MAIL", "RCPT")),
+    },
+    State.CONNECTED: {"R": ("MAIL",), **dict.fromkeys("TLNBE", ("MAIL", "RCPT"))},
+    State.MAIL: dict.fromkeys("TLNBE", ("RCPT",)),
+}
+AFTER = {
+    "H": State.CONNECTED,
+    "M": State.MAIL,
+    "R": State.RCPT,
+    "T": State.DATA,
+    "L": State.HEADER,
+    "N": State.BODY,
+    "B": State.BODY,
+    "E": State.CONNECTED,
+}
+SUPPRESSIBLE = ("CONNECT", "HELO", "MAIL", "RCPT", "DATA", "HEADER", "EOH", "BODY", "UNKNOWN")
+
+
+@pytest.mark.parametrize("suppressed", list(product((False, True), repeat=len(SUPPRESSIBLE))))
+def test_a_stage_is_passed_over_only_if_it_was_suppressed(suppressed: tuple[bool, ...]) -> None:
+    chosen = {name for name, chosen in zip(SUPPRESSIBLE, suppressed, strict=True) if chosen}
+    bits = sum(Protocol[f"NO_{name}"] for name in chosen)
+    agreed = agreement(bits)
+    assert agreed.protocol == bits
+    for state, row in NEEDED.items():
+        for letter, needed in row.items():
+            session = session_in(state, agreed)
+            if chosen.issuperset(needed):
+                session.receive(PACKETS[letter])
+                assert session.state is AFTER[letter]
+            else:
+                with pytest.raises(RemoteProtocolError, match=" without NO_"):
+                    session.receive(PACKETS[letter])
+                assert session.state is state
+
+
+@pytest.mark.parametrize("stage", [s for s in Stage if s not in (Stage.EOM, Stage.UNKNOWN)])
+def test_what_no_milter_needs_is_answered_but_not_kept(stage: Stage) -> None:
+    """An MTA may send a stage although it agreed to leave it out, or never offered to."""
+    agreed = agreement(stage.suppress)
+    for state in State:
+        session = session_in(state, agreed)
+        try:
+            step = session.receive(PACKETS[stage.value.decode()])
+        except RemoteProtocolError:
+            continue
+        assert step.keep is Keep.NO
+        assert step.handling is Handling.CONTINUE
+
+
+@pytest.mark.parametrize("stage", [stage for stage in Stage if stage is not Stage.EOM])
+def test_a_stage_without_reply_is_kept_and_never_answered(stage: Stage) -> None:
+    agreed = agreement(stage.no_reply)
+    for state in State:
+        session = session_in(state, agreed)
+        normal = session_in(state)
+        try:
+            step = session.receive(PACKETS[stage.value.decode()])
+        except RemoteProtocolError:
+            continue
+        assert step.handling is Handling.SILENT
+        assert step.keep is normal.receive(PACKETS[stage.value.decode()]).keep
+
+
+# Verdicts
+
+FINAL = {
+    "c": packet("c"),
+    "a": packet("a"),
+    "r": packet("r"),
+    "t": packet("t"),
+    "d": packet("d"),
+    "y": packet("y", b"550 5.7.1 no\0"),
+    "s": packet("s"),
+}
+# The state when the command was asked about, and the one after each verdict; a dash is a verdict
+# that must not be sent, `*` behind a state says that the message is over.
+VERDICTS = """
+        | before     | c     | a     | r     | t     | y     | d     | s
+CONNECT | CONNECTED  | con   | con   | con   | con   | con   | -     | -
+HELO    | CONNECTED  | con   | con   | con   | con   | con   | -     | -
+MAIL    | MAIL       | mai   | dec * | con * | con * | con * | dec * | -
+RCPT    | RCPT       | rcp   | dec * | rcp   | rcp   | rcp   | dec * | -
+DATA    | DATA       | dat   | dec * | dat   | dat   | dat   | dec * | -
+HEADER  | HEADER     | hea   | dec * | dec * | dec * | dec * | dec * | -
+EOH     | BODY       | bod   | dec * | dec * | dec * | dec * | dec * | -
+BODY    | BODY       | bod   | dec * | dec * | dec * | dec * | dec * | bod
+EOM     | CONNECTED  | con * | con * | con * | con * | con * | con * | -
+UNKNOWN | RCPT       | rcp   | -     | rcp   | rcp   | rcp   | -     | -
+"""
+
+
+def verdict_cells() -> list[tuple[Stage, State, str, str]]:
+    header, *rows = [line.split("|") for line in VERDICTS.strip("\n").splitlines()]
+    return [
+        (Stage[name.strip()], State[before.strip()], letter.strip(), cell.strip())
+        for name, before, *row in rows
+        for letter, cell in zip(header[2:], row, strict=True)
+    ]
+
+
+def test_the_matrix_of_verdicts_has_every_stage_and_every_final_reply() -> None:
+    assert {(stage, letter) for stage, _, letter, _ in verdict_cells()} == set(
+        product(Stage, FINAL)
+    )
+
+
+@pytest.mark.parametrize(("stage", "before", "letter", "expected"), verdict_cells())
+def test_a_verdict_does_what_its_cell_says(
+    stage: Stage, before: State, letter: str, expected: str
+) -> None:
+    session = session_in(before, agreement(Protocol.SKIP))
+    if expected == "-":
+        with pytest.raises(LocalProtocolError, match=f"'{letter}' is not legal at {stage.word}"):
+            session.decide(stage, FINAL[letter])
+        assert session.state is before
+        return
+    decision = session.decide(stage, FINAL[letter])
+    assert f"{session.state.name[:3].lower()}{' *' if decision.ended else ''}" == expected
+    assert decision.final == ord(letter)
+    refused = stage in (Stage.RCPT, Stage.DATA) and letter in "rty"
+    assert decision.mark == (REFUSED if refused else b"")
+
+
+def test_a_verdict_that_must_not_be_sent_changes_nothing() -> None:
+    session = session_in(State.MAIL)
+    with pytest.raises(LocalProtocolError):
+        session.decide(Stage.MAIL, FINAL["r"] + FINAL["r"])
+    assert session.state is State.MAIL
+
+
+# The way in
+
+
+def test_nothing_but_the_negotiation_can_come_before_an_agreement() -> None:
+    session = Session()
+    with pytest.raises(LocalProtocolError, match="nothing is negotiated"):
+        _ = session.agreement
+    session.receive(PACKETS["O"])
+    with pytest.raises(LocalProtocolError, match="nothing is negotiated"):
+        session.receive(PACKETS["C"])
+    session.agree(agreement())
+    assert session.receive(PACKETS["C"]).stage is Stage.CONNECT
+
+
+def test_a_short_offer_changes_nothing() -> None:
+    session = Session()
+    with pytest.raises(RemoteProtocolError, match="needs 12"):
+        session.receive(packet("O", b"\0\0\0\6\0\0"))
+    assert session.state is State.START
+
+
+# What a hostile MTA could try
+
+MALFORMED = [
+    packet("C", b"host\0"),
+    packet("C", b"host\x004\x00\x19192.0.2.1"),
+    packet("H", b"client"),
+    packet("H", b""),
+    packet("H", b"two\0strings\0"),
+    packet("M", b"<a@b>"),
+    packet("M", b""),
+    packet("R", b"<a@b>\0NOTIFY=NEVER"),
+    packet("T", b"x\0"),
+    packet("L", b"Subject\0"),
+    packet("L", b"Subject\0hi"),
+    packet("L", b"Subject\0hi\0more\0"),
+    packet("N", b"\0"),
+    packet("U", b"XYZZY"),
+    packet("D", b""),
+    packet("D", b"Ci\0"),
+    packet("D", b"Mi\0value"),
+    packet("D", b"Rno nul"),
+    packet("A", b"\0"),
+    packet("Q", b"bye\0"),
+    packet("K", b"x"),
+]
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("raw", MALFORMED)
+def test_what_cannot_be_parsed_later_is_refused_at_once(state: State, raw: bytes) -> None:
+    session = session_in(state)
+    with pytest.raises(RemoteProtocolError):
+        session.receive(raw)
+    assert session.state is state
+
+
+@given(st.lists(st.tuples(st.sampled_from([*PACKETS, "D"]), payloads), max_size=30))
+def test_whatever_is_kept_can_be_parsed(attempts: list[tuple[str, bytes]]) -> None:
+    session = Session()
+    for letter, payload in attempts:
+        for raw in (packet(letter, payload), PACKETS.get(letter, macro("M"))):
+            before = session.state
+            try:
+                step = session.receive(raw)
+            except RemoteProtocolError:
+                assert session.state is before
+                continue
+            if step.offer:
+                session.agree(agreement())
+            if step.keep is not Keep.NO or step.stage is not None:
+                parse_command(raw)
+
+
+@given(
+    st.integers(0, 0x1FFFFF),
+    st.lists(
+        st.tuples(
+            st.sampled_from([*PACKETS, *(f"D{c}" for c in "CHMRTNEL")]),
+            st.sampled_from("cartdy"),
+        ),
+        max_size=40,
+    ),
+)
+def test_no_message_reaches_a_milter_without_the_stages_it_needs(
+    protocol: int, conversation: list[tuple[str, str]]
+) -> None:
+    """Of all that is kept at the moment of a question, nothing that was to be sent is missing."""
+    agreed = agreement(protocol)
+    session = session_in(State.NEGOTIATED, agreed)
+    needed = {
+        "C": Protocol.NO_CONNECT,
+        "M": Protocol.NO_MAIL,
+        "R": Protocol.NO_RCPT,
+    }
+    before = {"R": "CM", "T": "CMR", "L": "CMR", "N": "CMR", "B": "CMR", "E": "CMR", "M": "C"}
+    client: set[str] = set()
+    message: set[str] = set()
+    for letter, reply in conversation:
+        raw = macro(letter[1]) if letter[0] == "D" else PACKETS[letter]
+        try:
+            step = session.receive(raw)
+        except RemoteProtocolError:
+            continue
+        if step.leaves in (Leaves.MESSAGE, Leaves.CLIENT):
+            message.clear()
+        if step.leaves is Leaves.CLIENT:
+            client.clear()
+        match step.keep:
+            case Keep.SLOT:
+                client.add(letter)
+            case Keep.BEGIN:
+                message = {letter}
+            case Keep.APPEND:
+                message.add(letter)
+            case Keep.NO:
+                pass
+        if step.stage is None or step.handling is not Handling.ASK:
+            continue
+        for earlier in before.get(letter, ""):
+            assert earlier in client | message or agreed.protocol & needed[earlier]
+        try:
+            decision = session.decide(step.stage, FINAL[reply])
+        except LocalProtocolError:
+            decision = session.decide(step.stage, FINAL["c"])
+        if decision.ended:
+            message.clear()
+
+
+def test_macros_of_a_decided_message_are_not_collected() -> None:
+    session = session_in(State.DECIDED)
+    assert {session.receive(macro(stage)).keep for stage in "RTNE"} == {Keep.NO}
+    assert session.state is State.DECIDED
+
+
+def test_nothing_is_taken_after_the_end() -> None:
+    session = session_in(State.CONNECTED)
+    session.receive(PACKETS["Q"])
+    for raw in (*PACKETS.values(), macro("C"), macro("M")):
+        with pytest.raises(RemoteProtocolError, match="CLOSED"):
+            session.receive(raw)
+
+
+def test_every_packet_of_the_tests_has_its_letter_in_its_place() -> None:
+    assert all(raw[LETTER] == ord(letter) for letter, raw in PACKETS.items())
