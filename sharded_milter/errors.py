@@ -10,6 +10,7 @@ MilterError
 │   ├── WorkerLost         the worker died with the job
 │   ├── DeadlineExceeded   the worker was killed because the job took too long
 │   ├── Poisoned           the message has killed workers before and is not scanned again
+│   ├── Superseded         the milter was reloaded with other stages while the job waited
 │   └── Overloaded         the job never ran: the queue was full or the wait too long
 └── StartError             the operator's fault or the system's; has an exit code of sysexits(3)
     ├── UsageError         64
@@ -64,6 +65,10 @@ class DeadlineExceeded(JobFailed):
 
 class Poisoned(JobFailed):
     """The message's scan has killed workers before; it is answered without being scanned."""
+
+
+class Superseded(JobFailed):
+    """The workers serve another version of the milter than the one that the MTA agreed with."""
 
 
 class Overloaded(JobFailed):

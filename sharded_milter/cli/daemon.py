@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def serve(settings: config.Settings) -> int:
     """
     spec = milter_spec(settings)
     logs.begin(settings.log_level)
+    _allow_descriptors()
     with contextlib.ExitStack() as stack:
         listeners = []
         for address in settings.listen:
@@ -47,6 +50,12 @@ def serve(settings: config.Settings) -> int:
             stack.callback(listener.close)
             listeners.append(listener)
         return _Run(settings, spec, listeners).run()
+
+
+def _allow_descriptors() -> None:
+    """As many as the system lets us have: every MTA connection is one, and 1024 is usual."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def milter_spec(settings: config.Settings) -> str:
@@ -94,6 +103,9 @@ class _Run:
         from sharded_milter.master.pool import Pool
         from sharded_milter.master.service import Service
 
+        # Twisted's own clock is the wall clock, which may be set by hours while a deadline runs.
+        clock: Any = reactor
+        clock.seconds = time.monotonic
         limits = settings.limits
         keep = Keep(Path(settings.keep_dir), settings.keep_quota) if settings.keep_dir else None
         dispatch = Dispatch(limits, reactor, keep)
@@ -105,6 +117,7 @@ class _Run:
         self._log = Logger()
         self._service = Service(listeners, pool, dispatch, limits, policy, reactor)
         self._failure: BaseException | None = None
+        self._stopping = False
 
     def run(self) -> int:
         """Returns the exit code; raises what kept the service from starting."""
@@ -151,9 +164,9 @@ class _Run:
         self._stop(True)
 
     def _stop(self, quick: bool) -> None:
-        stopped = self._service.stop(quick=quick)
-        if not hasattr(self, "_ending"):
-            self._ending = stopped
+        again, self._stopping = self._stopping, True
+        stopped = self._service.stop(quick=quick or again)
+        if not again:
             stopped.addCallback(lambda _: self._reactor.stop())
 
 

@@ -16,6 +16,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.master import conversation
@@ -36,6 +37,7 @@ class Home(conversation.Home, Protocol):
     def disconnected(self, connection: MilterConnection) -> None: ...
 
 
+@implementer(interfaces.IPushProducer)
 class MilterConnection(TwistedProtocol, TimeoutMixin):
     """Speaks the milter protocol with one MTA."""
 
@@ -47,6 +49,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._framer = Framer()
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
+        self._congested = False  # the MTA does not read what it was answered
         self._paused = False
         self._progress: Any = None
 
@@ -56,6 +59,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         transport: Any = self.transport
         if interfaces.ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
+        transport.registerProducer(self, True)
         self.setTimeout(self._home.limits.idle_timeout)
         self._home.connected(self)
 
@@ -165,10 +169,23 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             transport: Any = self.transport
             transport.write(data)
 
+    def pauseProducing(self) -> None:
+        """The MTA reads more slowly than it asks."""
+        self._congested = True
+        self._restrain()
+
+    def resumeProducing(self) -> None:
+        """The MTA has read its answers."""
+        self._congested = False
+        self._restrain()
+
+    def stopProducing(self) -> None:
+        """The connection is lost, as connectionLost says too."""
+
     def _restrain(self) -> None:
         """Stops reading while too much waits, and goes on when it is worked off."""
         transport: Any = self.transport
-        too_much = self._waiting_bytes > self._home.limits.max_waiting
+        too_much = self._congested or self._waiting_bytes > self._home.limits.max_waiting
         if too_much and not self._paused:
             transport.pauseProducing()
         elif self._paused and not too_much:
@@ -180,4 +197,5 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._stop_progress()
         self._conversation.end()
         transport: Any = self.transport
+        transport.unregisterProducer()  # else what it has not read would keep it open
         transport.loseConnection()

@@ -135,6 +135,7 @@ class Conversation:
             return self._decided(step.stage, refusal)
         job = self._question(step.stage, step.keep, packet)
         if job is None:
+            self._count("refused_no_memory")
             return self._decided(step.stage, NO_ROOM)
         return self._ask(job)
 
@@ -174,6 +175,7 @@ class Conversation:
     def _question(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
         """The job that asks the milter; None when there is no memory for it."""
         transcript, eom = self._transcript, stage is Stage.EOM
+        about = self._about()  # as it is now: when the job ends, the MTA may be elsewhere
         try:
             connection = blob(transcript.connection_part())
             # UNKNOWN belongs to no message.
@@ -189,9 +191,10 @@ class Conversation:
             stage in self._manifest.light,
             connection,
             message,
-            self._about,
+            lambda: about,
             self._key(),
             transcript.client() if eom and self._home.limits.join_retries else b"",
+            self._manifest,
         )
 
     def _ask(self, job: Job) -> bytes:
@@ -199,7 +202,7 @@ class Conversation:
         self.job = job
         self._asking = True
         result = self._home.dispatch.submit(job)
-        result.addErrback(self._by_policy, job.stage)
+        result.addErrback(self._by_policy, job)
         result.addCallback(self._answered, job)
         result.addErrback(self._lost)
         self._asking = False
@@ -218,16 +221,18 @@ class Conversation:
             return id(self).to_bytes(8, "big")
         return self._transcript.key(shard_by) if shard_by else b""
 
-    def _by_policy(self, failure: Failure, stage: Stage) -> bytes:
+    def _by_policy(self, failure: Failure, job: Job) -> bytes:
+        if self.job is not job:
+            return b""  # nobody waits for it
         if not failure.check(JobFailed):
             self.log.failure("dispatch failed", failure)
         self.log.error(
             "{about} at {stage}: {why}; answered by policy",
-            about=self._about(),
-            stage=stage.word,
+            about=job.about(),
+            stage=job.stage.word,
             why=failure.getErrorMessage(),
         )
-        return answer_for(failure.value, self._home.policy, stage)
+        return answer_for(failure.value, self._home.policy, job.stage)
 
     def _answered(self, replies: bytes, job: Job) -> None:
         if self.job is not job:

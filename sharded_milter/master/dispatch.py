@@ -20,12 +20,14 @@ from sharded_milter.errors import (
     DeadlineExceeded,
     Overloaded,
     Poisoned,
+    Superseded,
     WorkerLost,
 )
 from sharded_milter.jobs import Memory
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.poison import DEADLY, Keep, Poison, digest
+from sharded_milter.master.poison import Keep, Poison, digest
 from sharded_milter.master.schedule import Schedule
+from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
 # The share of a deadline after which a worker is asked where it hangs.
@@ -44,6 +46,7 @@ class Worker(Protocol):
 
     slot: int
     label: str
+    manifest: Manifest | None
 
     def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any: ...
     def kill(self, reason: str) -> None: ...
@@ -61,6 +64,7 @@ class Job:
     about: Callable[[], str]  # what log lines call it
     key: bytes = b""  # jobs with an equal one go to the same shard
     client: bytes = b""  # who sent the message, as far as a repeat is concerned
+    manifest: Manifest | None = None  # what the MTA was told of the milter; None fits any
     result: Deferred[bytes] = field(default_factory=Deferred)
     attempts: int = 0
     abandoned: bool = False  # nobody waits for the answer
@@ -106,6 +110,7 @@ class Dispatch:
         self._poison = Poison()
         self._keep = keep
         self._running: set[Job] = set()
+        self._overdue_call: Any = None
 
     def submit(self, job: Job) -> Deferred[bytes]:
         """Fires with the reply packets; fails with a JobFailed."""
@@ -131,13 +136,17 @@ class Dispatch:
             self._fail(job, Failure())
             return
         self.assign()
-        if job.shard is None and not job.result.called:
-            self._reactor.callLater(self._limits.queue_wait, self._drop_overdue)
+        self._watch_queue()
 
     def assign(self) -> None:
         """Gives work to whoever is idle; called after every change of capacity."""
         while (pair := self.schedule.next()) is not None:
-            self._run(*pair)
+            job, shard = pair
+            if job.manifest is None or job.manifest == shard.manifest:
+                self._run(job, shard)
+            else:
+                self.schedule.idle(shard)
+                self._fail(job, Failure(Superseded("the milter was reloaded with other stages")))
 
     def _run(self, job: Job, shard: Worker) -> None:
         job.shard = shard
@@ -186,19 +195,25 @@ class Dispatch:
         """The worker has not answered, or with an error."""
         shard, job.shard = job.shard, None
         self._running.discard(job)
-        wanted = not job.abandoned or job.followers
         if failure.check(WorkerLost):
             self.counters["workers_lost"] += 1
-            if wanted and not job.result.called and job.attempts <= self._limits.retries:
-                self.counters["retries"] += 1
-                self.log.warn("{s} died with {a}; another takes it", s=shard, a=job.about())
-                self._queue(job)
-                return
-            if job.attempts >= DEADLY:
-                self._remember(job, job.attempts)
-        elif not failure.check(CallbackFailed):
+            if not job.result.called:  # at its deadline it was
+                self._worker_lost(job, shard, failure)
+            return
+        if not failure.check(CallbackFailed):
             self.log.failure("a job failed in an unforeseen way", failure)
         self._fail(job, failure)
+
+    def _worker_lost(self, job: Job, shard: Worker | None, failure: Failure) -> None:
+        wanted = not job.abandoned or job.followers
+        if self._remember(job):
+            self._fail(job, Failure(Poisoned(f"it has killed workers; {failure.value}")))
+        elif wanted and job.attempts <= self._limits.retries:
+            self.counters["retries"] += 1
+            self.log.warn("{s} died with {a}; another takes it", s=shard, a=job.about())
+            self._queue(job)
+        else:
+            self._fail(job, failure)
 
     def _disarm(self, job: Job) -> None:
         timer, job.timer = job.timer, None
@@ -228,15 +243,24 @@ class Dispatch:
             self.schedule.withdraw(job)
             self._fail(job, Failure(Overloaded(reason)))
             return
-        self._remember(job, 1)
+        poison = self._remember(job)
         job.shard.kill(reason)
-        self._fail(job, Failure(DeadlineExceeded(reason)))
+        self._fail(job, Failure(Poisoned(reason) if poison else DeadlineExceeded(reason)))
+
+    def _watch_queue(self) -> None:
+        """One timer for all that wait; most do not wait long."""
+        due = self.schedule.next_due
+        if due is not None and self._overdue_call is None:
+            wait = max(0.0, due - self._reactor.seconds())
+            self._overdue_call = self._reactor.callLater(wait, self._drop_overdue)
 
     def _drop_overdue(self) -> None:
+        self._overdue_call = None
         wait = self._limits.queue_wait
         for job in self.schedule.overdue(self._reactor.seconds()):
             self.counters["overload_queue_wait"] += 1
             self._fail(job, Failure(Overloaded(f"no worker was free within {wait:g} s")))
+        self._watch_queue()
 
     # Messages that were seen before
 
@@ -245,19 +269,22 @@ class Dispatch:
             return False
         return self._poison.is_poison(job.digest, self._reactor.seconds())
 
-    def _remember(self, job: Job, deaths: int) -> None:
-        """The message has cost workers; once it is poison, a copy is kept."""
+    def _remember(self, job: Job) -> bool:
+        """The message has cost a worker; whether it is poison now. If so, a copy is kept."""
         if job.stage is not Stage.EOM:
-            return
-        if not self._poison.died(job.digest, self._reactor.seconds(), deaths):
-            return
+            return False
+        if not self._poison.died(job.digest, self._reactor.seconds()):
+            return False
         self.counters["poison"] += 1
         self.log.error("{about} is poison: its scan has killed workers", about=job.about())
-        if self._keep is None:
-            return
+        if self._keep is not None:
+            self._save(self._keep, job)
+        return True
+
+    def _save(self, keep: Keep, job: Job) -> None:
         try:
             with view_of(job.message) as view:
-                path = self._keep.save(job.digest.hex()[:16], view)
+                path = keep.save(job.digest.hex()[:16], view)
         except OSError as error:
             self.log.error("cannot keep a copy: {why}", why=str(error))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sharded_milter.errors import JobFailed, Overloaded, Poisoned
+from sharded_milter.errors import JobFailed, Overloaded, Poisoned, Superseded
 from sharded_milter.protocol.replies import Continue, Reject, ReplyCode, TempFail, reply_text
 from sharded_milter.protocol.stages import Stage
 
@@ -48,6 +48,8 @@ def answer_for(error: BaseException | None, policy: Policy, stage: Stage) -> byt
     """
     if isinstance(error, Overloaded):
         return BUSY
+    if isinstance(error, Superseded):
+        return RELOADED
     if isinstance(error, Poisoned):
         return _ANSWERS[policy.on_poison]
     if not isinstance(error, JobFailed) and stage is not Stage.EOM:

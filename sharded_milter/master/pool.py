@@ -118,6 +118,7 @@ class Pool:
     def resize(self, change: int) -> None:
         """One worker more, or one less; at least one stays."""
         if self._stopped is not None or self._reloading:
+            self.log.warn("the pool is not resized during a reload or at the end")
             return
         if change > 0:
             self._slots.append(_Slot(len(self._slots) + 1))
@@ -237,6 +238,11 @@ class Pool:
             return
         if self.manifest is None:
             self.manifest = shard.manifest
+        elif self.manifest != shard.manifest:
+            self.log.warn("the milter's file has changed: all workers must be replaced")
+            self.reload()
+            if self._reloading:
+                return
         self._promote(slot)
         if not self._started.called and all(slot.current for slot in self._slots):
             assert self.manifest is not None  # the first READY brought it
@@ -248,6 +254,8 @@ class Pool:
         first = self._slots[0].successor
         assert first is not None  # all are READY
         self.manifest = first.manifest
+        if any(s.successor and s.successor.manifest != self.manifest for s in self._slots):
+            self._reload_again = True  # the file has changed meanwhile
         for slot in self._slots:
             self._promote(slot)
         self.log.info("reloaded: {n} new workers serve", n=len(self._slots))

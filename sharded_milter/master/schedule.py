@@ -88,8 +88,11 @@ class Schedule(Generic[J, S]):
         return len(self._idle)
 
     def submit(self, job: J, now: float) -> None:
-        """A job to be done; raises Overloaded when nobody is idle and the queue is full."""
-        if not self._idle and len(self._entries) >= self._max_queue:
+        """A job to be done; raises Overloaded when nobody is idle and the queue is full.
+
+        Idle shards need not fit the jobs that wait, so they make room for as many as they are.
+        """
+        if len(self._entries) >= self._max_queue + len(self._idle):
             raise Overloaded(f"the queue is full ({self._max_queue} jobs wait)")
         due = now + self._queue_wait
         entry = _Entry(not job.light, -PROGRESS[job.stage], next(self._numbers), job, due)
@@ -150,6 +153,11 @@ class Schedule(Generic[J, S]):
                 self._debris -= 1
             if heap and (heavy_allowed or not heap[0].heavy):
                 yield heap[0], heap, shard
+
+    @property
+    def next_due(self) -> float | None:
+        """When the first job will have waited too long; None while none waits."""
+        return next((entry.due for entry in self._entries.values()), None)
 
     def overdue(self, now: float) -> list[J]:
         """The jobs that have waited too long; they are withdrawn."""

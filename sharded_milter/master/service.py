@@ -49,6 +49,7 @@ class Service:
         self.listeners = listeners
         self._serving = False
         self._stopping = False
+        self._finished = False
         self._emptied = False
         self._grace: Any = None
         self.stopped: Deferred[None] = Deferred()
@@ -110,12 +111,13 @@ class Service:
             if self._serving:
                 self.log.info("stopping, {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
-        if quick and self._grace.active():
+        if quick and not self._finished and not self._emptied:
             self._grace.reset(0)
         self._check_stopped()
         return self.stopped
 
     def _finish(self) -> None:
+        self._finished = True
         for connection in list(self.connections):
             connection.finish()
         self._grace = self.reactor.callLater(FLUSH_GRACE, self._abort)

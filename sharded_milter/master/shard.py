@@ -57,6 +57,9 @@ PASSED_ENVIRONMENT = (
 # A worker whose socket is closed but that lives on is of no use; it gets this long to exit.
 EXIT_GRACE = 5.0
 
+# Output of a dead worker that its descendants still hold open is read for this long.
+OUTPUT_GRACE = 5.0
+
 # The longest piece of a line of output that is kept while its end has not come.
 MAX_LOG_LINE = 8192
 
@@ -211,7 +214,8 @@ class Shard:
 
     def dump_stacks(self) -> None:
         """Has the worker write the Python stacks of all its threads into the log."""
-        self.signal(signal.SIGUSR1)
+        if self.manifest is not None:  # earlier, the signal would end it
+            self.signal(signal.SIGUSR1)
 
     def signal(self, number: int) -> None:
         """Sends a signal, unless the process is gone."""
@@ -273,7 +277,11 @@ class _Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
             )
             factory = Factory()
             factory.buildProtocol = lambda addr: protocol  # type: ignore[method-assign]
-            reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
+            try:
+                reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
+            except OSError:  # there was no descriptor left
+                shard.signal(signal.SIGKILL)
+                raise
 
 
 class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
@@ -299,6 +307,7 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         for rest in filter(None, self._pieces.values()):
             self._shard.output(rest)
         self._pieces.clear()
+        self._shard._reactor.callLater(OUTPUT_GRACE, self.transport.loseConnection)
         self._shard.exited(reason)
 
     def processEnded(self, reason: Failure) -> None:

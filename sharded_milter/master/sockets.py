@@ -112,6 +112,7 @@ class Listener:
         self._inode = 0
         self._reactor: Any = None
         self._factory: Any = None
+        self._accepted: socket.socket | None = None  # and not given to a protocol yet
         try:
             self._socket = (
                 _bound_unix(address.path, mode, group) if address.path else _bound(address)
@@ -147,6 +148,8 @@ class Listener:
             self._reactor.removeReader(self)
             self._reactor = None
         self._socket.close()
+        if self._accepted is not None:
+            self._accepted.close()
         if self._inode:
             with suppress(FileNotFoundError):
                 if os.stat(self.address.path).st_ino == self._inode:
@@ -168,20 +171,23 @@ class Listener:
         """Takes connections until none is left, but not so many that others starve."""
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                connection, _peer = self._socket.accept()
+                connection = self._accepted or self._socket.accept()[0]
+                self._accepted = connection
+                self._adopt(connection)
             except (BlockingIOError, ConnectionError):
                 return
             except OSError as error:
-                self._pause(error)
-                return
-            try:
-                with connection:
-                    connection.setblocking(False)
-                    family = connection.family
-                    self._reactor.adoptStreamConnection(connection.fileno(), family, self._factory)
-            except OSError as error:  # there was a descriptor, but not a second one
-                self._pause(error)
-                return
+                if error.errno != errno.ENOTCONN:  # which says that the peer has left again
+                    self._pause(error)
+                    return
+            connection.close()
+            self._accepted = None
+
+    def _adopt(self, connection: socket.socket) -> None:
+        """Twisted takes a copy of the descriptor; if there is none left, the next turn tries."""
+        connection.setblocking(False)
+        family = connection.family
+        self._reactor.adoptStreamConnection(connection.fileno(), family, self._factory)
 
     def _pause(self, error: OSError) -> None:
         """No descriptor is left: the kernel holds new connections until some are free."""

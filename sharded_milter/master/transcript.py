@@ -8,7 +8,10 @@ moves into anonymous memory that workers map instead of receiving a copy.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum, auto
+
+from twisted.logger import Logger
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.jobs import MAX_INLINE, Memory
@@ -50,6 +53,8 @@ class Transcript:
         "size",
     )
 
+    log = Logger()
+
     def __init__(self, max_size: int, inflight: Inflight) -> None:
         """A message may have `max_size` bytes; what all messages have is counted in `inflight`."""
         self.size = 0  # bytes of the message's part
@@ -78,11 +83,12 @@ class Transcript:
             return bytes(self._recent)
         try:
             self._flush(self._memory)
-            if complete:
-                self._memory.seal()
-        except OSError:
-            self._refuse(Refusal.NO_MEMORY)
+        except OSError as error:
+            self._refuse(Refusal.NO_MEMORY, str(error))
             return b""
+        if complete:
+            with suppress(OSError):  # a worker that was asked earlier has it mapped
+                self._memory.seal()
         return self._memory
 
     def keep(self, packet: bytes) -> None:
@@ -99,18 +105,18 @@ class Transcript:
         """Adds a packet to the message's part, or refuses the message for want of room."""
         try:
             self._append(packet)
-        except OSError:
-            self._refuse(Refusal.NO_MEMORY)
+        except OSError as error:
+            self._refuse(Refusal.NO_MEMORY, str(error))
 
     def _append(self, packet: bytes) -> None:
         size = len(packet)
         if self.refusal is not None:
             return
         if self.size + size > self._max_size:
-            self._refuse(Refusal.TOO_LARGE)
+            self._refuse(Refusal.TOO_LARGE, f"it is larger than {self._max_size} bytes")
             return
         if not self._inflight.take(size):
-            self._refuse(Refusal.NO_ROOM)
+            self._refuse(Refusal.NO_ROOM, f"{self._inflight.used} bytes are in hand already")
             return
         code = packet[LETTER]
         if code == _MACRO:
@@ -128,7 +134,8 @@ class Transcript:
         memory.append(self._recent)
         self._recent.clear()
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal, why: str) -> None:
+        self.log.warn("a message (qid={qid}) is refused: {why}", qid=self.queue_id(), why=why)
         self.clear_message()
         self.refusal = refusal
 

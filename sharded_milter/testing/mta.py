@@ -52,9 +52,11 @@ class Outcome:
 class MtaClient:
     """One connection of an MTA to a milter."""
 
-    def __init__(self, sock: socket.socket, *, mta: str = "Postfix 3.9.0") -> None:
+    def __init__(
+        self, sock: socket.socket, *, mta: str = "Postfix 3.9.0", timeout: float = TIMEOUT
+    ) -> None:
         self._socket = sock
-        self._socket.settimeout(TIMEOUT)
+        self._socket.settimeout(timeout)
         self._framer = Framer()
         self._packets: list[bytes] = []
         self.protocol = Protocol(0)

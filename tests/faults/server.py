@@ -1,0 +1,86 @@
+"""A daemon that is going to suffer, and what the tests want to know of it."""
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from integration.daemon import Daemon
+
+from sharded_milter.testing.mta import MtaClient
+
+from .milters import OBEDIENT, write
+
+#: No test waits for less, and none should ever come near it.
+PATIENCE = 30.0
+
+
+def until(condition: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:
+    """Returns when the condition holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.01)
+
+
+class Server(Daemon):
+    """`with Server(folder, "--workers", "2") as server:` listens on a UNIX socket there."""
+
+    def __init__(
+        self, folder: Path, *options: str, workers: int = 2, source: str = OBEDIENT
+    ) -> None:
+        self.path = folder / "s"
+        write(folder, source)
+        super().__init__(
+            "--workers",
+            str(workers),
+            "--listen",
+            f"unix:{self.path}",
+            *options,
+            "./milter.py:milter",
+            cwd=folder,
+        )
+
+    def socket(self) -> socket.socket:
+        """A connection on which nothing was said."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
+        sock.connect(str(self.path))
+        return sock
+
+    def client(self) -> MtaClient:
+        """A connection that has greeted."""
+        return MtaClient(self.socket(), timeout=PATIENCE)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def is_whole(self, workers: int = 2) -> bool:
+        return len(self.workers()) == workers
+
+    def counters(self) -> dict[str, int]:
+        """What the master has counted until now."""
+        lines = re.compile(r" bytes in flight; (.*)")
+        before = len(lines.findall(self.log()))
+        os.kill(self.pid, signal.SIGUSR2)
+        until(lambda: len(lines.findall(self.log())) > before, "the counters are logged")
+        pairs = (pair.split("=") for pair in lines.findall(self.log())[-1].split())
+        return {name: int(count) for name, count in pairs}
+
+    def descriptors(self) -> int:
+        return psutil.Process(self.pid).num_fds()
+
+    def scans(self, subject: str) -> int:
+        """How often a scan of the message has begun."""
+        return self.log().count(f"scans {subject}\n")
+
+    def is_sound(self) -> bool:
+        """Nothing has failed in the master in a way that nobody has foreseen."""
+        return not any(
+            sign in self.log()
+            for sign in ("Unhandled", "unforeseen", "got lost", "dispatch failed", "Deferred")
+        )
