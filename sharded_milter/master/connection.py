@@ -268,7 +268,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             self.log.error("{about}: {why}; not sent", about=self._about(), why=str(error))
             replies = answer_for(error, self._home.on_error, stage)
             decision = self._session.decide(stage, replies)
-        if decision.mark:
+        if decision.mark and not self._refusal:
             self._transcript.append(decision.mark)
         if decision.ended:
             self._message_over()
