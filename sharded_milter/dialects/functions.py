@@ -90,8 +90,13 @@ class FunctionDialect:
         transcript = read(connection, message)
         verdict = self._callbacks[stage].function(*ARGUMENTS[stage](transcript))
         if inspect.isawaitable(verdict):
-            return self._later(stage, verdict, transcript.protocol)
-        return to_replies(check_verdict(stage.word, verdict), transcript.protocol)
+            return self._later(stage, verdict, transcript)
+        return _replies(stage, verdict, transcript)
 
-    async def _later(self, stage: Stage, verdict: Awaitable[Any], protocol: Protocol) -> bytes:
-        return to_replies(check_verdict(stage.word, await verdict), protocol)
+    async def _later(self, stage: Stage, verdict: Awaitable[Any], transcript: Transcript) -> bytes:
+        return _replies(stage, await verdict, transcript)
+
+
+def _replies(stage: Stage, verdict: object, transcript: Transcript) -> bytes:
+    seen = [name for name, _ in transcript.headers]
+    return to_replies(check_verdict(stage.word, verdict), transcript.protocol, seen)

@@ -18,8 +18,9 @@ from sharded_milter.errors import MilterLoadError, StartError, UsageError
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
-# Frames of this package are left out of an author's traceback.
+# Frames of this package and of the import system are left out of an author's traceback.
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_NOT_HIS = (_PACKAGE, "<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 
 
 class Dialect(Protocol):
@@ -107,7 +108,7 @@ def _guarded(spec: str, importing: Callable[[], ModuleType]) -> ModuleType:
 def _failed(spec: str, error: BaseException) -> MilterLoadError:
     """The author's own frames, without those of this package and of importlib."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith((_PACKAGE, "<frozen importlib"))]
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_HIS)]
     lines = traceback.format_list(own) + traceback.format_exception_only(error)
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
     if own:

@@ -6,7 +6,8 @@ same to both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sharded_milter.api import verdicts
@@ -21,28 +22,37 @@ from sharded_milter.protocol.wire import MAX_CHUNK
 LAST = 0x7FFFFFFF
 
 
-def to_replies(verdict: Verdict, protocol: Protocol) -> bytes:
-    """The packets of a checked verdict: actions first, the final reply last."""
+def to_replies(verdict: Verdict, protocol: Protocol, seen: Sequence[str] | None = None) -> bytes:
+    """The packets of a checked verdict: actions first, the final reply last.
+
+    `seen` are the names of the header fields that the author saw, as far as they are known.
+    """
     match verdict:
         case None:
             packets: Iterable[Packet] = [replies.Continue()]
         case verdicts.Accept(actions=actions):
-            packets = [*action_packets(actions, protocol), replies.Accept()]
+            packets = [*action_packets(actions, protocol, seen), replies.Accept()]
         case verdicts.Discard():
             packets = [replies.Discard()]
-        case verdicts.Reject(text, code, xcode) | verdicts.TempFail(text, code, xcode):
-            packets = [replies.ReplyCode(replies.reply_text(code, xcode, text))]
+        case refusal:
+            text = replies.reply_text(refusal.code, refusal.xcode, refusal.text)
+            packets = [replies.ReplyCode(text)]
     return b"".join(packet.encode() for packet in packets)
 
 
-def action_packets(actions: Iterable[Action], protocol: Protocol) -> Iterator[Packet]:
+def action_packets(
+    actions: Iterable[Action], protocol: Protocol, seen: Sequence[str] | None = None
+) -> Iterator[Packet]:
     """The packets of an author's actions.
 
     Indexes mean the header as the author saw it. Changes go first, then deletions from the
     highest index down, because Postfix counts anew after each and Sendmail does not; then what
     is added. The others keep their order among themselves. A deletion that is said twice is done
-    once: to Postfix the second would be of the next field.
+    once: to Postfix the second would be of the next field. A change of a field that is not there
+    is an addition: Sendmail would put it before the first field of that name and count it.
     """
+    if seen is not None:
+        actions = _with_additions(actions, Counter(name.lower() for name in seen))
     space = " " if protocol & Protocol.HDR_LEADSPC else ""
     deleted = set()
     for action in sorted(actions, key=_rank):
@@ -52,6 +62,15 @@ def action_packets(actions: Iterable[Action], protocol: Protocol) -> Iterator[Pa
                 continue
             deleted.add(field)
         yield from _PACKETS[type(action)](action, space)
+
+
+def _with_additions(actions: Iterable[Action], count: Mapping[str, int]) -> Iterator[Action]:
+    for action in actions:
+        match action:
+            case verdicts.ChangeHeader(name, index, value) if index > count[name.lower()]:
+                yield verdicts.AddHeader(name, value)
+            case _:
+                yield action
 
 
 def _rank(action: Action) -> tuple[int, int]:

@@ -84,12 +84,10 @@ def parse_listen(spec: str) -> Address:
                 host = "::"
             port = int(found["port"])
             if port > 0xFFFF:
-                raise UsageError(f"--listen {spec!r}: port {port} is above 65535")
+                raise UsageError(f"{spec!r}: port {port} is above 65535")
             family = socket.AF_INET6 if v6 else socket.AF_INET
             return Address(spec, host=host, port=port, family=family)
-    raise UsageError(
-        f"--listen {spec!r} is neither inet:PORT@HOST nor inet:HOST:PORT nor unix:/PATH"
-    )
+    raise UsageError(f"{spec!r} is neither inet:PORT@HOST nor inet:HOST:PORT nor unix:/PATH")
 
 
 @implementer(IReadDescriptor)

@@ -320,20 +320,25 @@ def read_file(path: str, known: set[str]) -> dict[str, Any]:
     for key, value in tables.items():
         nested = value.items() if isinstance(value, dict) else [("", value)]
         for inner, setting in nested:
-            name = "_".join(filter(None, (key, inner))).replace("-", "_")
+            words = [word for word in (key, inner) if word]
+            name = "_".join(words).replace("-", "_")
+            place = f"configuration file {path}: {'.'.join(words)}"
             if name not in known:
-                raise ConfigError(
-                    f"configuration file {path}: unknown key {'.'.join(filter(None, (key, inner)))}"
-                )
-            values[name] = _as_typed(name, setting)
+                raise ConfigError(f"{place} is an unknown key")
+            values[name] = _as_typed(name, setting, place)
     return values
 
 
-def _as_typed(name: str, setting: Any) -> Any:
-    """A setting as an operator would type it, so that a file is no less strictly read."""
+def _as_typed(name: str, setting: Any, place: str) -> Any:
+    """A setting as an operator would type it, so that a file is read as strictly."""
+    settings = setting if isinstance(setting, list) else [setting]
+    if any(isinstance(each, list | dict) for each in settings) or not settings:
+        raise ConfigError(f"{place} = {setting!r} is not a value")
     if name in _MANY:
-        return [str(each) for each in setting] if isinstance(setting, list) else [str(setting)]
-    return str(setting)
+        return [str(each) for each in settings]
+    if len(settings) > 1:
+        raise ConfigError(f"{place} can have one value only")
+    return str(settings[0])
 
 
 def origin_of(error: click.UsageError) -> str:

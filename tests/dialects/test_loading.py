@@ -1,0 +1,179 @@
+"""Loading a milter from what the operator wrote: file or module, and every way to fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sharded_milter.dialects.loader import checked_spec, load, split_spec
+from sharded_milter.errors import ConfigError, MilterLoadError, UsageError
+
+GOOD = """
+from sharded_milter import Milter
+milter = Milter("good")
+milter.eom(lambda message: None)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current directory, and afterwards the modules and the path as before."""
+    monkeypatch.chdir(tmp_path)
+    before, path = set(sys.modules), list(sys.path)
+    sys.path[:] = [entry for entry in path if entry]
+    yield tmp_path
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def refusal(spec: str) -> MilterLoadError:
+    with pytest.raises(MilterLoadError) as caught:
+        load(spec)
+    assert caught.value.exit_code == os.EX_CONFIG
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("spec", "where", "name"),
+    [
+        ("a:b", "a", "b"),
+        ("a.b.c:milter", "a.b.c", "milter"),
+        ("/etc/x.py:milter", "/etc/x.py", "milter"),
+        ("a:b:c", "a:b", "c"),
+    ],
+)
+def test_a_spec_is_a_place_and_a_name(spec: str, where: str, name: str) -> None:
+    assert split_spec(spec) == (where, name)
+    assert checked_spec(spec) == spec
+
+
+@pytest.mark.parametrize("spec", ["", "a", ":", ":b", "a:", "a:b.c", "a:1", "x.py", "a:b c"])
+def test_any_other_spec_is_a_usage_error(spec: str) -> None:
+    with pytest.raises(UsageError, match="is neither MODULE:NAME nor FILE"):
+        checked_spec(spec)
+
+
+@pytest.mark.parametrize("spelling", ["{}/good.py:milter", "./good.py:milter", "good.py:milter"])
+def test_a_file_is_loaded_by_any_path(folder: Path, spelling: str) -> None:
+    (folder / "good.py").write_text(GOOD)
+    assert load(spelling.format(folder)).manifest.name == "good"
+
+
+def test_a_module_is_found_in_the_current_directory(folder: Path) -> None:
+    (folder / "package").mkdir()
+    (folder / "package" / "good.py").write_text(GOOD)
+    assert load("package.good:milter").manifest.name == "good"
+
+
+def test_the_current_directory_comes_last(folder: Path) -> None:
+    (folder / "this.py").write_text("raise RuntimeError('hijacked')")
+    refused = refusal("this:milter")
+    assert str(refused) == "milter this:milter: this has no 'milter'"
+    assert sys.path[-1] == str(folder)
+
+
+def test_a_file_may_import_its_neighbours(folder: Path) -> None:
+    (folder / "milters").mkdir()
+    (folder / "milters" / "neighbour.py").write_text("NAME = 'near'")
+    (folder / "milters" / "good.py").write_text(GOOD.replace('"good"', "NAME").replace(
+        "from", "from neighbour import NAME\nfrom", 1))  # fmt: skip
+    assert load("milters/good.py:milter").manifest.name == "near"
+
+
+def test_a_file_is_a_module_that_can_be_looked_up(folder: Path) -> None:
+    (folder / "good.py").write_text(
+        "import sys\nassert sys.modules[__name__].__file__ == __file__" + GOOD
+    )
+    assert load("good.py:milter").manifest.name == "good"
+
+
+def test_a_missing_file_is_named() -> None:
+    assert str(refusal("./none.py:milter")) == "milter file ./none.py does not exist"
+
+
+@pytest.mark.parametrize("missing", ["none", "none.sub", "os.none"])
+def test_a_missing_module_is_named_without_a_traceback(missing: str) -> None:
+    refused = refusal(f"{missing}:milter")
+    assert str(refused).startswith(f"milter {missing}:milter: there is no module '")
+    assert refused.details == ""
+
+
+def test_a_module_that_the_milter_lacks_is_its_own_fault(folder: Path) -> None:
+    (folder / "good.py").write_text("import none_such" + GOOD)
+    for spec in ("good:milter", "good.py:milter"):
+        refused = refusal(spec)
+        assert "ModuleNotFoundError: No module named 'none_such'" in str(refused)
+        assert "good.py" in refused.details
+
+
+def test_a_missing_name_is_named(folder: Path) -> None:
+    (folder / "good.py").write_text(GOOD)
+    assert str(refusal("good:filter")) == "milter good:filter: good has no 'filter'"
+
+
+@pytest.mark.parametrize(("value", "kind"), [("5", "int"), ("None", "NoneType"), ("int", "type")])
+def test_what_is_no_milter_is_named(folder: Path, value: str, kind: str) -> None:
+    (folder / "wrong.py").write_text(f"milter = {value}")
+    assert str(refusal("wrong:milter")) == f"milter wrong:milter: milter is a {kind}, not a Milter"
+
+
+def test_a_milter_without_callbacks_is_refused(folder: Path) -> None:
+    (folder / "idle.py").write_text("from sharded_milter import Milter\nmilter = Milter('idle')")
+    assert str(refusal("idle:milter")) == "milter idle:milter: milter has no callback"
+
+
+FAILURES = {
+    "exception": ("def f():\n    raise ValueError('one\\ntwo')\nf()", "ValueError: one", "line 2"),
+    "exit": ("import sys\nsys.exit('no model')", "SystemExit: no model", "line 2"),
+    "syntax error": ("def f(:", "SyntaxError: invalid syntax", "line 1"),
+    "bad value": ("from sharded_milter import Milter\nMilter('')", "InvalidValue:", "line 2"),
+}
+
+
+@pytest.mark.parametrize("spelling", ["broken.py:milter", "broken:milter"])
+@pytest.mark.parametrize(("source", "summary", "line"), FAILURES.values(), ids=FAILURES)
+def test_the_authors_failure_is_one_line_and_his_traceback(
+    folder: Path, spelling: str, source: str, summary: str, line: str
+) -> None:
+    (folder / "broken.py").write_text(source)
+    refused = refusal(spelling)
+    assert str(refused).startswith(f"milter {spelling} cannot be imported: {summary}")
+    assert "\n" not in str(refused)
+    assert line in str(refused)
+    assert f'broken.py", {line}' in refused.details
+    assert "importlib" not in refused.details
+    assert "loader.py" not in refused.details
+
+
+def test_a_failure_below_the_authors_code_names_his_line(folder: Path) -> None:
+    (folder / "broken.py").write_text("import json\njson.loads('{')")
+    refused = refusal("broken:milter")
+    assert "JSONDecodeError" in str(refused)
+    assert 'broken.py", line 2' in refused.details
+
+
+def test_an_error_of_ours_in_a_module_keeps_its_words(folder: Path) -> None:
+    source = "from sharded_milter.errors import ConfigError\nraise ConfigError('no such rules')"
+    (folder / "scanner.py").write_text(source)
+    assert str(refusal("scanner:milter")) == "no such rules"
+    assert isinstance(refusal("scanner:milter"), ConfigError)
+
+
+def test_a_directory_that_is_called_like_a_file_is_no_file(folder: Path) -> None:
+    (folder / "good.py").mkdir()
+    assert str(refusal("good.py:milter")) == "milter file good.py does not exist"
+
+
+def test_a_file_that_no_loader_takes_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "good.py").write_text(GOOD)
+    nothing: Any = lambda name, path: None  # noqa: E731
+    monkeypatch.setattr("importlib.util.spec_from_file_location", nothing)
+    assert str(refusal("good.py:milter")) == "milter file good.py is not a Python file"

@@ -1,0 +1,366 @@
+"""Random MTAs talk to the master's connection, random milters answer late, wrongly or not at all.
+
+The law that is checked after every step: nothing is raised, whatever comes; every command that
+waits for an answer gets one final reply, in order, unless the connection ends; nobody else gets
+one; what is kept is bounded; a connection that is over says nothing more and leaves nothing.
+
+`FUZZ_SECONDS=60 pytest tests/fuzz` goes on with other examples for so long.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import ClassVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import ILogObserver, LogEvent, LogLevel, globalLogPublisher
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from sharded_milter.errors import CallbackFailed, Overloaded, WorkerLost
+from sharded_milter.jobs import Memory
+from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.policy import ON_ERROR
+from sharded_milter.master.pool import Job
+from sharded_milter.protocol.negotiation import Manifest
+from sharded_milter.protocol.stages import Actions, Protocol
+
+from . import packets
+from .mta import FINAL, MODIFICATIONS, PROGRESS, REPLY_BEARING, Reader, packet
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
+
+#: Small, so that few packets reach them.
+LIMITS = Limits(max_message_size=3000, max_waiting=1000, progress_interval=5.0, idle_timeout=600.0)
+#: No generated packet is longer than this.
+LARGEST_PACKET = 4000
+#: The connection's part has five slots.
+CONNECTION_PART = 5 * LARGEST_PACKET
+#: Behind a refused recipient stands a mark of one packet without payload.
+MARK = 5
+
+#: Of many thousands: Twisted keeps the last 200 log events with the connections they are of,
+#: Hypothesis its last example.
+CONNECTIONS_KEPT = 300
+
+SETTINGS = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+ERRORS: list[Callable[[], Exception]] = [
+    lambda: CallbackFailed("it raised"),
+    lambda: WorkerLost("it died"),
+    lambda: Overloaded("no room"),
+]
+
+
+def size_of(part: bytes | Memory) -> int:
+    return part.size if isinstance(part, Memory) else len(part)
+
+
+@implementer(ILogObserver)
+class Problems:
+    """The failures that were logged and not raised."""
+
+    def __init__(self) -> None:
+        self.events: list[LogEvent] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        if event["log_level"] is LogLevel.critical:
+            self.events.append(event)
+
+
+class RandomPool:
+    """Answers at once when it was told how, else when it is asked to."""
+
+    def __init__(self, asked: Callable[[Job], None], cancelled: Callable[[Job], None]) -> None:
+        self._asked = asked
+        self._cancelled = cancelled
+        self.prompt: deque[bytes | Exception] = deque()
+        self.open: Job | None = None
+        self.late: list[Job] = []
+
+    def submit(self, job: Job) -> Deferred[bytes]:
+        assert self.open is None, "two jobs of one connection at once"
+        self._asked(job)
+        if self.prompt:
+            answer = self.prompt.popleft()
+            return fail(answer) if isinstance(answer, Exception) else succeed(answer)
+        self.open = job
+        return job.result
+
+    def cancel(self, job: Job) -> None:
+        assert job is self.open, "a job is cancelled that is not out"
+        self.open = None
+        self.late.append(job)
+        self._cancelled(job)
+
+    def answer(self, answer: bytes | Exception) -> None:
+        job, self.open = self.open, None
+        assert job is not None
+        if isinstance(answer, Exception):
+            job.result.errback(Failure(answer))
+        else:
+            job.result.callback(answer)
+
+
+class Home:
+    """What a connection needs around it."""
+
+    def __init__(self, manifest: Manifest, on_error: str, pool: RandomPool) -> None:
+        self.manifest = manifest
+        self.limits = LIMITS
+        self.on_error = on_error
+        self.pool = pool
+        self.reactor = Clock()
+        self.connections: list[MilterConnection] = []
+
+    def connected(self, connection: MilterConnection) -> None:
+        self.connections.append(connection)
+
+    def disconnected(self, connection: MilterConnection) -> None:
+        self.connections.remove(connection)
+
+
+class Conversation(RuleBasedStateMachine):
+    """One MTA after the other on one clock; `due` are the commands that wait for an answer."""
+
+    everything: ClassVar[weakref.WeakSet[MilterConnection]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems = Problems()
+        globalLogPublisher.addObserver(self.problems)
+
+    def teardown(self) -> None:
+        try:
+            self._lose()
+        finally:
+            globalLogPublisher.removeObserver(self.problems)
+        assert self.problems.events == []
+
+    # A connection
+
+    @initialize(
+        protocol=st.integers(0, 0x1FFFFF) | st.just(0x80080),
+        actions=st.just(0x1FF) | st.integers(0, 0x1FF),
+        on_error=st.sampled_from(ON_ERROR),
+        offer=packets.offers,
+    )
+    def begin(self, protocol: int, actions: int, on_error: str, offer: bytes) -> None:
+        manifest = Manifest("random", Actions(actions), Protocol(protocol))
+        self.home = Home(manifest, on_error, RandomPool(self._asked, self._cancelled))
+        self.offer = packet("O", offer)
+        self._connect()
+
+    def _connect(self) -> None:
+        self.due: deque[str] = deque()
+        self.negotiated: int | None = None
+        self.postfix = False
+        self.stopping = False
+        self.unsent: deque[bytes] = deque()
+        self.largest = 0
+        self.heard = Reader()
+        self.told = Reader()
+        self.transport = StringTransport()
+        self.connection = MilterConnection(self.home)
+        self.everything.add(self.connection)
+        self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]
+        self._say(self.offer, [])
+
+    @property
+    def over(self) -> bool:
+        return bool(self.transport.disconnecting)
+
+    def _lose(self) -> None:
+        """The socket is gone: nothing of the connection stays."""
+        self.connection.connectionLost()
+        assert self.home.pool.open is None
+        assert self.home.connections == []
+        assert self.home.reactor.getDelayedCalls() == []
+
+    # The MTA
+
+    def _say(self, data: bytes, cuts: list[int]) -> None:
+        for size in cuts:
+            self.unsent.append(data[:size])
+            data = data[size:]
+        self.unsent.append(data)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Everything that may be sent is sent and what comes back is heard."""
+        self._hear()
+        while self.unsent and not self.over and self.transport.producerState == "producing":
+            data = self.unsent.popleft()
+            self.largest = max(self.largest, len(data))
+            for letter, payload in self.told.read(data):
+                self._expect(letter, payload)
+            self.connection.dataReceived(data)
+            self._hear()
+
+    def _expect(self, letter: str, payload: bytes) -> None:
+        if letter == "O" and self.negotiated is None:
+            self.due.append("O")
+        elif letter in REPLY_BEARING and not (self.negotiated or 0) & REPLY_BEARING[letter]:
+            self.due.append(letter)
+        elif letter == "D" and payload == b"C\x76\0Postfix 3.9.0\0":
+            self.postfix = True
+
+    def _asked(self, job: Job) -> None:
+        self._hear()
+        assert size_of(job.message) <= LIMITS.max_message_size + MARK
+        assert size_of(job.connection) <= CONNECTION_PART
+
+    def _cancelled(self, job: Job) -> None:
+        self._hear()
+        assert self.due[0] == job.stage.value.decode()
+        if not self.stopping:
+            self.due.popleft()
+
+    def _hear(self) -> None:
+        data = bytes(self.transport.value())
+        self.transport.clear()
+        for letter, payload in self.heard.read(data):
+            assert self.due, f"reply {letter!r} to nobody"
+            command = self.due[0]
+            if letter in FINAL:
+                assert command in FINAL[letter], f"reply {letter!r} to {command!r}"
+                self.due.popleft()
+                if letter == "O":
+                    self.negotiated = int.from_bytes(payload[8:12], "big")
+            elif letter == PROGRESS:
+                assert command == "E" or self.postfix, f"progress at {command!r}"
+            else:
+                assert letter in MODIFICATIONS, f"unknown reply {letter!r}"
+                assert command == "E", f"modification {letter!r} at {command!r}"
+        assert self.heard.whole()
+        assert not self.heard.broken
+
+    # What happens
+
+    @rule(data=packets.command("C") | packets.command("H") | packets.commands)
+    def one_command(self, data: bytes) -> None:
+        self._say(data, [])
+
+    @rule(data=packets.conversations(), cuts=st.lists(st.integers(1, 200), max_size=6))
+    def a_conversation(self, data: bytes, cuts: list[int]) -> None:
+        self._say(data, cuts)
+
+    @rule(data=packets.conversations(), size=st.integers(1, 9))
+    def a_conversation_in_small_pieces(self, data: bytes, size: int) -> None:
+        self._say(data, [size] * (len(data) // size))
+
+    @rule(data=packets.mutations() | packets.noise, cuts=st.lists(st.integers(1, 5), max_size=3))
+    def nonsense(self, data: bytes, cuts: list[int]) -> None:
+        self._say(data, cuts)
+
+    @rule(data=packets.command("A") | packets.command("Q") | packets.command("K"))
+    def a_farewell(self, data: bytes) -> None:
+        self._say(data, [])
+
+    @precondition(lambda self: self.home.pool.open is not None)
+    @rule(answer=packets.answers)
+    def an_answer(self, answer: bytes) -> None:
+        self.home.pool.answer(answer)
+        self._flush()
+
+    @precondition(lambda self: self.home.pool.open is not None)
+    @rule(answer=packets.intermediate, accept=st.sampled_from("ca"))
+    def a_modification(self, answer: bytes, accept: str) -> None:
+        self.home.pool.answer(answer + packet(accept))
+        self._flush()
+
+    @precondition(lambda self: self.home.pool.open is not None)
+    @rule(error=st.sampled_from(ERRORS))
+    def a_failure(self, error: Callable[[], Exception]) -> None:
+        self.home.pool.answer(error())
+        self._flush()
+
+    @rule(answers=st.lists(packets.answers, max_size=8))
+    def the_next_answers_come_at_once(self, answers: list[bytes]) -> None:
+        self.home.pool.prompt.extend(answers)
+
+    @precondition(lambda self: self.home.pool.late)
+    @rule(answer=packets.answers)
+    def an_answer_that_nobody_wants_any_more(self, answer: bytes) -> None:
+        self._hear()
+        self.home.pool.late.pop().result.callback(answer)
+        assert self.transport.value() == b""
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 30.0, 601.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.home.reactor.advance(seconds)
+        self._flush()
+
+    @rule()
+    def the_mta_is_lost(self) -> None:
+        self._lose()
+        self._connect()
+
+    @rule()
+    def the_service_stops(self) -> None:
+        answers = 0 if self.home.pool.open is None else 1
+        count = len(self.due)
+        self.stopping = True
+        self.connection.finish()
+        self._hear()
+        assert self.over
+        assert len(self.due) == count - answers
+
+    # The law
+
+    @invariant()
+    def every_command_is_answered(self) -> None:
+        if not self.over and self.home.pool.open is None:
+            assert not self.due, f"no answer to {''.join(self.due)}"
+            assert not self.told.broken
+
+    @invariant()
+    def memory_is_bounded(self) -> None:
+        connection = self.connection
+        assert connection._transcript.size <= LIMITS.max_message_size + MARK
+        assert len(connection._transcript.connection_part()) <= CONNECTION_PART
+        assert connection._waiting_bytes <= LIMITS.max_waiting + self.largest + LARGEST_PACKET
+        assert connection._waiting_bytes == sum(map(len, connection._waiting))
+
+    @invariant()
+    def after_its_end_a_connection_is_silent(self) -> None:
+        if self.over:
+            self.home.reactor.advance(2 * LIMITS.progress_interval)
+            assert self.transport.value() == b""
+            self._lose()
+            self._connect()
+
+
+def test_conversations() -> None:
+    """A few seconds with the same examples everywhere; FUZZ_SECONDS more with new ones."""
+    run_state_machine_as_test(Conversation, settings=SETTINGS)
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        run_state_machine_as_test(Conversation, settings=settings(SETTINGS, derandomize=False))
+        gc.collect()
+        assert len(Conversation.everything) <= CONNECTIONS_KEPT, "connections outlive their sockets"

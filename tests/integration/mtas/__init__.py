@@ -1,0 +1,1 @@
+"""What has to be the same behind Postfix and behind Sendmail."""

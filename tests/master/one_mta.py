@@ -1,0 +1,132 @@
+"""One MTA connection without a network: the transport, the clock and the pool are recorded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+
+from sharded_milter.jobs import Memory
+from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.pool import Job
+from sharded_milter.protocol import commands
+from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.protocol.stages import NO_PROTOCOL, Actions, Stage
+
+OFFER = commands.Negotiate(6, KNOWN_ACTIONS, KNOWN_PROTOCOL)
+EVERYTHING = Manifest("everything", Actions(KNOWN_ACTIONS & ~Actions.SETSYMLIST), NO_PROTOCOL)
+
+
+def packed(*packets: Packet) -> bytes:
+    return b"".join(packet.encode() for packet in packets)
+
+
+class Transport(StringTransport):
+    """Keeps each write apart, because one write is one segment on a real socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+
+
+@dataclass
+class RecordedPool:
+    """Keeps the jobs until the test answers them; or answers at once with `at_once`."""
+
+    jobs: list[Job] = field(default_factory=list)
+    cancelled: list[Job] = field(default_factory=list)
+    at_once: list[bytes | Exception] = field(default_factory=list)
+
+    def submit(self, job: Job) -> Deferred[bytes]:
+        self.jobs.append(job)
+        if self.at_once:
+            answer = self.at_once.pop(0)
+            return succeed(answer) if isinstance(answer, bytes) else fail(answer)
+        return job.result
+
+    def cancel(self, job: Job) -> None:
+        self.cancelled.append(job)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [job.stage for job in self.jobs]
+
+
+class Mta:
+    """The MTA's side, and the home of the connection."""
+
+    def __init__(
+        self,
+        *conversation: Packet,
+        manifest: Manifest = EVERYTHING,
+        on_error: str = "tempfail",
+        offer: Packet | None = OFFER,
+        **limits: Any,
+    ) -> None:
+        self.manifest = manifest
+        self.limits = Limits(**limits)
+        self.on_error = on_error
+        self.reactor = Clock()
+        self.pool = RecordedPool()
+        self.open: list[MilterConnection] = []
+        self.transport = Transport()
+        self.connection = MilterConnection(self)
+        self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]
+        if offer is not None:
+            self.say(offer)
+            self.written()
+        for command in conversation:
+            self.say(command)
+
+    def connected(self, connection: MilterConnection) -> None:
+        self.open.append(connection)
+
+    def disconnected(self, connection: MilterConnection) -> None:
+        self.open.remove(connection)
+
+    def say(self, *packets: Packet) -> None:
+        """In one segment."""
+        self.connection.dataReceived(packed(*packets))
+
+    def hang_up(self) -> None:
+        self.connection.connectionLost()
+
+    @property
+    def job(self) -> Job:
+        """The latest job."""
+        return self.pool.jobs[-1]
+
+    def answer(self, *packets: Packet) -> None:
+        """The latest job is answered."""
+        self.job.result.callback(packed(*packets))
+
+    def written(self) -> list[bytes]:
+        """What was written since the last call, write by write."""
+        writes, self.transport.writes = self.transport.writes, []
+        return writes
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.transport.disconnecting)
+
+    @property
+    def paused(self) -> bool:
+        return bool(self.transport.producerState == "paused")
+
+
+def transcript_of(job: Job) -> bytes:
+    """All that a worker would read."""
+    return content(job.connection) + content(job.message)
+
+
+def content(part: bytes | Memory) -> bytes:
+    return os.pread(part.fd, part.size, 0) if isinstance(part, Memory) else part
