@@ -41,11 +41,11 @@ class Memory:
 
     def append(self, data: bytes | bytearray) -> None:
         """Writes all of `data` behind what is there."""
-        view = memoryview(data)
-        while view:
-            written = os.write(self.fd, view)
-            self.size += written
-            view = view[written:]
+        end = self.size + len(data)
+        with memoryview(data) as view:  # which an error must not keep: `data` could not change
+            while self.size < end:
+                with view[self.size - end :] as rest:
+                    self.size += os.write(self.fd, rest)
 
     def view(self) -> memoryview:
         """What is in it now, read-only."""

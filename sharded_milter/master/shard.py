@@ -54,15 +54,23 @@ PASSED_ENVIRONMENT = (
     "VIRTUAL_ENV",
 )
 
-# A worker whose socket is closed but that lives on is of no use; it gets this long to exit.
+# A worker that was told to end gets this long.
 EXIT_GRACE = 5.0
 
+# A socket is closed a moment before the exit that explains it; a worker that has closed it and
+# lives on is killed after this long.
+SILENCE_GRACE = 1.0
+
 # Output of a dead worker that its descendants still hold open is read for this long.
-OUTPUT_GRACE = 5.0
+OUTPUT_GRACE = 2.0
 
 # The longest piece of a line of output that is kept while its end has not come.
 MAX_LOG_LINE = 8192
 
+# Reads of 8 KB from a pipe before other work goes on: it holds 64 KB.
+MAX_CATCH_UP = 8
+
+_OUTPUTS = (1, 2)
 _CHANNEL = 3
 _BOOTSTRAP = (
     "import sys; from sharded_milter.workers.bootstrap import main;"
@@ -129,6 +137,7 @@ class Shard:
         self._reactor = reactor
         self._events = events
         self._amp: Any = None
+        self._connector: Any = None
 
     def __repr__(self) -> str:
         return f"shard {self.slot} (pid {self.pid})"
@@ -139,10 +148,14 @@ class Shard:
         starter = _Starter(
             bootstrap=place.bootstrap(self.slot), args=(place.spec,), env=dict(place.env)
         )
-        starter.connectorFactory = lambda protocol: _Connector(protocol, self)
+        starter.connectorFactory = self._connect
         self._amp = _Parent(self)
         starter.start(self, self._amp, self._reactor)
         self.pid = self.process.pid
+
+    def _connect(self, protocol: _Parent) -> _Connector:
+        self._connector = _Connector(protocol, self)
+        return self._connector
 
     def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any:
         """A Deferred of the reply packets.
@@ -159,6 +172,7 @@ class Shard:
 
     def _answered(self, answer: dict[str, Any]) -> bytes:
         self.answered += 1
+        self._connector.catch_up()
         replies = bytes(answer["replies"])
         release(answer["replies"])
         if self.state is State.BUSY:
@@ -291,11 +305,23 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         super().__init__(protocol, shard.slot)
         self._shard = shard
         self._pieces: dict[int, bytes] = {}
+        self._said_more = False
 
     def connectionMade(self) -> None:
         self.transport.closeStdin()
 
+    def catch_up(self) -> None:
+        """Takes what was written so far: it belongs to the job that was answered just now."""
+        for fd in _OUTPUTS:
+            for _ in range(MAX_CATCH_UP):
+                self._said_more = False
+                if fd in self.transport.pipes:
+                    self.transport.pipes[fd].doRead()
+                if not self._said_more:
+                    break
+
     def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self._said_more = True
         *lines, rest = (self._pieces.get(childFD, b"") + data).split(b"\n")
         if len(rest) > MAX_LOG_LINE:
             lines, rest = [*lines, rest], b""
@@ -346,7 +372,7 @@ class _Parent(amp.AMP):
         shard = self._shard
         if shard.state is not State.GONE:
             shard._events.shard_deaf(shard)
-            call = shard._reactor.callLater(EXIT_GRACE, shard.kill, "its socket was closed")
+            call = shard._reactor.callLater(SILENCE_GRACE, shard.kill, "it closed its socket")
             self._impatience = call.cancel
 
     def process_gone(self, reason: Failure) -> None:

@@ -36,7 +36,7 @@ def word(outcome: Outcome) -> str:
 
 def marks(outcome: Outcome) -> dict[str, str]:
     """The header fields that the milter has added."""
-    return {a.name: a.value.strip() for a in outcome.actions if isinstance(a, replies.AddHeader)}
+    return {a.name: a.value.strip() for a in outcome.actions if isinstance(a, replies.InsertHeader)}
 
 
 @dataclass(frozen=True)

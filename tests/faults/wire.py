@@ -10,8 +10,8 @@ from sharded_milter.protocol.replies import LEGAL, parse_reply
 from sharded_milter.protocol.wire import LETTER, Framer
 from sharded_milter.testing.mta import Mail
 
-from .flow import subject
-from .server import Server
+from .flow import mail, subject
+from .server import Server, until
 
 GREETING: list[Packet] = [
     commands.Connect("client.example.test", "4", 25, "192.0.2.1"),
@@ -21,7 +21,11 @@ GREETING: list[Packet] = [
 
 def opened(server: Server) -> socket.socket:
     """A connection that has negotiated with a milter which answers nothing but the end."""
-    sock = server.socket()
+    return negotiated(server.socket())
+
+
+def negotiated(sock: socket.socket) -> socket.socket:
+    """The same on a connection that is there."""
     sock.sendall(commands.Negotiate(VERSION, KNOWN_ACTIONS, KNOWN_PROTOCOL).encode())
     assert read(sock)[LETTER] == commands.Negotiate.letter[0]
     say(sock, GREETING)
@@ -65,3 +69,12 @@ def verdict(sock: socket.socket) -> Packet | None:
         if LEGAL[packet[LETTER]].final:
             return parse_reply(packet)
     return None
+
+
+def scanned(server: Server, order: str) -> socket.socket:
+    """A connection whose message is being scanned."""
+    message = mail(order)
+    sock = opened(server)
+    say(sock, [*beginning(message), *end(message)])
+    until(lambda: server.scans(subject(message)) == 1, "the scan runs")
+    return sock

@@ -21,8 +21,11 @@ STOP_TIMEOUT = 45.0
 REFUSAL_TIMEOUT = 90.0
 
 
-def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "sharded_milter", *options]
+PROGRAM = ("-m", "sharded_milter")
+
+
+def command(*options: str, program: Sequence[str] = PROGRAM) -> list[str]:
+    return [sys.executable, *program, *options]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -39,7 +42,14 @@ class Daemon:
     Inside the `with` it serves. Leaving it is SIGTERM, and the exit status must be 0.
     """
 
-    def __init__(self, *options: str, cwd: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *options: str,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        self.program = program
         self.options = options
         self.cwd = cwd
         self.env = environment(env)
@@ -64,7 +74,7 @@ class Daemon:
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    command("--ready-fd", str(writing), *self.options),
+                    command("--ready-fd", str(writing), *self.options, program=self.program),
                     cwd=self.cwd,
                     env=self.env,
                     stdin=subprocess.DEVNULL,
