@@ -13,7 +13,7 @@ import gc
 import os
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -37,9 +37,10 @@ from zope.interface import implementer
 from sharded_milter.errors import CallbackFailed, Overloaded, WorkerLost
 from sharded_milter.jobs import Memory
 from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.dispatch import Job
+from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.policy import ON_ERROR
-from sharded_milter.master.pool import Job
+from sharded_milter.master.policy import CHOICES, Policy
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Actions, Protocol
 
@@ -102,6 +103,7 @@ class RandomPool:
         self.prompt: deque[bytes | Exception] = deque()
         self.open: Job | None = None
         self.late: list[Job] = []
+        self.counters: Counter[str] = Counter()
 
     def submit(self, job: Job) -> Deferred[bytes]:
         assert self.open is None, "two jobs of one connection at once"
@@ -130,11 +132,13 @@ class RandomPool:
 class Home:
     """What a connection needs around it."""
 
-    def __init__(self, manifest: Manifest, on_error: str, pool: RandomPool) -> None:
+    def __init__(self, manifest: Manifest, on_error: str, inflight: int, pool: RandomPool) -> None:
         self.manifest = manifest
         self.limits = LIMITS
-        self.on_error = on_error
-        self.pool = pool
+        self.policy = Policy(on_error)
+        self.dispatch = self.pool = pool
+        self.inflight = Inflight(inflight)
+        self.full = False
         self.reactor = Clock()
         self.connections: list[MilterConnection] = []
 
@@ -167,12 +171,16 @@ class Conversation(RuleBasedStateMachine):
     @initialize(
         protocol=st.integers(0, 0x1FFFFF) | st.just(0x80080),
         actions=st.just(0x1FF) | st.integers(0, 0x1FF),
-        on_error=st.sampled_from(ON_ERROR),
+        on_error=st.sampled_from(CHOICES),
+        inflight=st.sampled_from([LIMITS.max_inflight_bytes, 2000]),
         offer=packets.offers,
     )
-    def begin(self, protocol: int, actions: int, on_error: str, offer: bytes) -> None:
+    def begin(
+        self, protocol: int, actions: int, on_error: str, inflight: int, offer: bytes
+    ) -> None:
         manifest = Manifest("random", Actions(actions), Protocol(protocol))
-        self.home = Home(manifest, on_error, RandomPool(self._asked, self._cancelled))
+        pool = RandomPool(self._asked, self._cancelled)
+        self.home = Home(manifest, on_error, inflight, pool)
         self.offer = packet("O", offer)
         self._connect()
 
@@ -201,6 +209,7 @@ class Conversation(RuleBasedStateMachine):
         assert self.home.pool.open is None
         assert self.home.connections == []
         assert self.home.reactor.getDelayedCalls() == []
+        assert self.home.inflight.used == 0
 
     # The MTA
 
@@ -342,8 +351,10 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         connection = self.connection
-        assert connection._transcript.size <= LIMITS.max_message_size + MARK
-        assert len(connection._transcript.connection_part()) <= CONNECTION_PART
+        transcript = connection._conversation._transcript
+        assert transcript.size <= LIMITS.max_message_size + MARK
+        assert len(transcript.connection_part()) <= CONNECTION_PART
+        assert self.home.inflight.used >= transcript.size
         assert connection._waiting_bytes <= LIMITS.max_waiting + self.largest + LARGEST_PACKET
         assert connection._waiting_bytes == sum(map(len, connection._waiting))
 

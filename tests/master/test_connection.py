@@ -406,7 +406,9 @@ def test_a_too_large_message_is_refused_and_not_kept_and_later_ones_are_fine() -
         mta.say(*LARGE)
     assert descriptors() == before
     assert mta.written() == []
-    assert lines(events, LogLevel.warn) == ["qid=4F1 is not scanned, it has more than 100000 bytes"]
+    assert lines(events, LogLevel.warn) == [
+        "a message (qid=4F1) is refused: it is larger than 100000 bytes"
+    ]
     mta.say(EOM)
     assert mta.written() == [TOO_LARGE]
     assert mta.pool.jobs == []
@@ -439,7 +441,7 @@ def test_a_message_without_room_is_refused_at_the_next_question(stage: str) -> N
     assert mta.pool.jobs == []
 
 
-@pytest.mark.parametrize("method", ["append", "message_part"])
+@pytest.mark.parametrize("method", ["_append", "_flush"])
 def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,7 +450,7 @@ def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Transcript, method, refuse)
-        mta = at_the_end(*MESSAGE)
+        mta = at_the_end(*ENVELOPE, *LARGE, EOM)
     assert mta.written() == [NO_ROOM]
     assert not mta.closed
     mta.say(*MESSAGE)
@@ -520,7 +522,7 @@ def test_changes_and_verdict_go_in_one_write() -> None:
     assert mta.written() == [packed(*answer)]
     size = len(packed(*MESSAGE))
     assert lines(events) == [
-        f"qid=4F1 size={size} verdict=accept actions=2 shard=0 queue_ms=0.0 scan_ms=0.0"
+        f"qid=4F1 size={size} verdict=quarantine actions=2 shard=0 queue_ms=0.0 scan_ms=0.0"
     ]
 
 
