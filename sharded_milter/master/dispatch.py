@@ -205,13 +205,15 @@ class Dispatch:
         self._fail(job, failure)
 
     def _worker_lost(self, job: Job, shard: Worker | None, failure: Failure) -> None:
+        # Only a job that nobody else finishes counts: a machine short of memory kills workers
+        # with many copies of an innocent message in hand.
         wanted = not job.abandoned or job.followers
-        if self._remember(job):
-            self._fail(job, Failure(Poisoned(f"it has killed workers; {failure.value}")))
-        elif wanted and job.attempts <= self._limits.retries:
+        if wanted and job.attempts <= self._limits.retries:
             self.counters["retries"] += 1
             self.log.warn("{s} died with {a}; another takes it", s=shard, a=job.about())
             self._queue(job)
+        elif self._remember(job, job.attempts):
+            self._fail(job, Failure(Poisoned(f"it has killed workers; {failure.value}")))
         else:
             self._fail(job, failure)
 
@@ -243,7 +245,7 @@ class Dispatch:
             self.schedule.withdraw(job)
             self._fail(job, Failure(Overloaded(reason)))
             return
-        poison = self._remember(job)
+        poison = self._remember(job, 1)
         job.shard.kill(reason)
         self._fail(job, Failure(Poisoned(reason) if poison else DeadlineExceeded(reason)))
 
@@ -269,11 +271,11 @@ class Dispatch:
             return False
         return self._poison.is_poison(job.digest, self._reactor.seconds())
 
-    def _remember(self, job: Job) -> bool:
-        """The message has cost a worker; whether it is poison now. If so, a copy is kept."""
+    def _remember(self, job: Job, deaths: int) -> bool:
+        """The message has cost workers; whether it is poison now. If so, a copy is kept."""
         if job.stage is not Stage.EOM:
             return False
-        if not self._poison.died(job.digest, self._reactor.seconds()):
+        if not self._poison.died(job.digest, self._reactor.seconds(), deaths):
             return False
         self.counters["poison"] += 1
         self.log.error("{about} is poison: its scan has killed workers", about=job.about())
