@@ -262,7 +262,13 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="Bytes of address space of a worker, a hard limit; 0: none.",
     ),
-    click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True),
+    click.option(
+        "--log-level",
+        type=click.Choice(LEVELS),
+        default="info",
+        show_default=True,
+        help="The least severe messages that are logged.",
+    ),
     click.option(
         "--ready-fd",
         type=click.IntRange(min=0),
