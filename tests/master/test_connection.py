@@ -17,7 +17,7 @@ from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.policy import BUSY, NO_ROOM, STOPPING, TOO_LARGE
 from sharded_milter.master.transcript import SPOOL_ABOVE, Transcript
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.negotiation import Manifest
+from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import NO_ACTIONS, Actions, Protocol, Stage
 from sharded_milter.protocol.wire import frame
@@ -648,13 +648,32 @@ def test_when_the_service_stops_an_idle_connection_just_ends() -> None:
 
 def test_a_tcp_connection_does_not_wait_to_fill_its_segments() -> None:
     from twisted.internet.interfaces import ITCPTransport
-    from zope.interface import implementer
+    from zope.interface import directlyProvides
 
-    @implementer(ITCPTransport)
     class Tcp(StringTransport):
         def setTcpNoDelay(self, enabled: bool) -> None:
             self.no_delay = enabled
 
-    tcp = Tcp()
+    tcp = Tcp()  # type: ignore[no-untyped-call]
+    directlyProvides(tcp, ITCPTransport)
     MilterConnection(Mta()).makeConnection(tcp)  # type: ignore[no-untyped-call]
     assert tcp.no_delay
+
+
+@pytest.mark.parametrize(
+    ("size", "offered", "agreed"),
+    [
+        ("64K", 0x30000000, 0),
+        ("256K", 0x30000000, 0x10000000),
+        ("1M", 0x30000000, 0x20000000),
+        ("1M", 0x10000000, 0),
+        ("1M", 0, 0),
+    ],
+)
+def test_larger_packets_are_agreed_only_if_asked_for_and_offered(
+    size: str, offered: int, agreed: int
+) -> None:
+    mta = Mta(offer=None, max_data_size=size)
+    mta.say(commands.Negotiate(6, KNOWN_ACTIONS, KNOWN_PROTOCOL | offered))
+    [reply] = mta.written()
+    assert commands.Negotiate.parse(reply[5:]).protocol & ~KNOWN_PROTOCOL == agreed
