@@ -34,7 +34,7 @@ class Transport(StringTransport):
     """Keeps each write apart, because one write is one segment on a real socket."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.writes: list[bytes] = []
 
     def write(self, data: bytes) -> None:

@@ -25,7 +25,7 @@ from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Stage
 
-DEADLINES = {"command_deadline": 20.0, "eom_deadline": 200.0, "queue_wait": 50.0}
+DEADLINES: dict[str, Any] = {"command_deadline": 20.0, "eom_deadline": 200.0, "queue_wait": 50.0}
 
 
 def message(*packets: Packet) -> bytes:
@@ -130,15 +130,33 @@ def test_a_shard_that_can_be_told_nothing_gets_no_job() -> None:
 # Poison
 
 
-@pytest.mark.parametrize("retries", [1, 5])
-def test_a_message_that_kills_twice_is_poison(retries: int) -> None:
-    workers = Workers(5, retries=retries)
+@pytest.mark.parametrize("retries", [1, 3])
+def test_a_message_that_nobody_survives_is_poison(retries: int) -> None:
+    workers = Workers(retries + 2, retries=retries)
     result = workers.submit()
-    workers.shards[0].exit()
-    workers.shards[1].exit("killed by SIGABRT")
+    for shard in workers.shards[: retries + 1]:
+        assert result.values == []
+        shard.exit("killed by SIGABRT")
     assert isinstance(result.only, Poisoned)
     assert "killed by SIGABRT" in str(result.only)
-    assert workers.shards[2].asked == []
+    assert workers.shards[-1].asked == []
+
+
+def test_without_retries_the_second_death_makes_it_poison() -> None:
+    workers = Workers(3, retries=0)
+    results = [workers.submit(), workers.submit()]
+    for shard in workers.shards[:2]:
+        shard.exit()
+    assert [type(result.only) for result in results] == [WorkerLost, Poisoned]
+
+
+def test_a_message_that_another_worker_survives_is_no_poison() -> None:
+    workers = Workers(1)
+    for _ in range(5):
+        result = workers.submit()
+        workers.shards[-1].exit()
+        workers.hire().answer(b"replies")
+        assert result.only == b"replies"
 
 
 def poisoned(workers: Workers, content: Any = MESSAGE) -> None:
@@ -185,9 +203,8 @@ def test_commands_are_never_poison() -> None:
 
 
 def test_a_message_that_hangs_twice_is_poison() -> None:
-    workers = Workers(3, **DEADLINES)
-    first, second, third = (workers.submit(name=f"qid={n}") for n in range(3))
-    del third
+    workers = Workers(2, **DEADLINES)
+    first, second = workers.submit(name="qid=1"), workers.submit(name="qid=2")
     workers.wait(200.0)
     assert isinstance(first.only, DeadlineExceeded)
     assert isinstance(second.only, Poisoned)
@@ -299,13 +316,13 @@ def test_who_waits_too_long_is_told_that_we_are_busy() -> None:
 def test_each_of_those_who_wait_has_its_own_time() -> None:
     workers = Workers(**DEADLINES)
     workers.submit()
-    ended: list[int] = []
-    for number in range(4):
-        workers.submit().job.result.addBoth(lambda _, n=number: ended.append(n))
+    waiting = []
+    for _ in range(4):
+        waiting.append(workers.submit())
         workers.wait(10.0)
-    for number in range(4):
+    for count in range(1, 5):
         workers.wait(10.0)
-        assert ended == list(range(number + 1))
+        assert [len(result.values) for result in waiting] == [1] * count + [0] * (4 - count)
 
 
 def test_a_command_waits_no_longer_than_its_deadline() -> None:

@@ -396,3 +396,19 @@ def test_the_next_job_that_waits_too_long_is_known() -> None:
     jobs.submit(Job(), 3.0)
     jobs.submit(Job(), 5.0)
     assert jobs.next_due == 13.0
+
+
+def test_how_many_shards_could_take_a_job_is_known() -> None:
+    jobs = schedule()
+    assert jobs.idle_shards == 0
+    jobs.idle(A)
+    assert jobs.idle_shards == 1
+
+
+def test_a_withdrawn_job_at_the_top_is_passed_over() -> None:
+    jobs = schedule()
+    first, second = Job(), Job()
+    jobs.submit(first, 0.0)
+    jobs.submit(second, 0.0)
+    jobs.withdraw(first)
+    assert drained(jobs) == [second]
