@@ -41,7 +41,9 @@ class Wire:
 
 def sent(value: bytes | Memory) -> Any:
     """What the other side receives, and that the box itself is one AMP can carry."""
-    wire, box, received = Wire(), {}, {}
+    wire = Wire()
+    box: dict[bytes, bytes] = {}
+    received: dict[str, Any] = {}
     argument: Any = Blob()
     argument.toBox(b"value", box, {"value": value}, wire)
     assert len(box[b"value"]) <= 0xFFFF

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import traceback
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, cast
 
 from ampoule.child import AMPChild
 from twisted.internet import defer
@@ -65,12 +65,13 @@ class Child(AMPChild):  # type: ignore[misc]  # ampoule is not typed
     ) -> defer.Deferred[dict[str, Any]]:
         """Answers one job; fires when the milter has, at once unless it is a coroutine."""
         self._reply = b""
-        answer = defer.maybeDeferred(self._answer, STAGES[stage[0]], connection, message)
+        # Not maybeDeferred: it would run coroutines itself, and cannot do what asyncio does.
+        answer: Any = defer.execute(self._answer, STAGES[stage[0]], connection, message)
         answer.addCallback(_awaited)
         answer.addCallback(self._answered)
         answer.addErrback(self._failed)
         answer.addBoth(_released, connection, message)
-        return answer
+        return cast("defer.Deferred[dict[str, Any]]", answer)
 
     def _answer(self, stage: Stage, connection: Bytes, message: Bytes) -> Any:
         assert self._dialect is not None  # the master asks nobody who is not READY

@@ -12,7 +12,7 @@ from ..errors import CallbackFailed
 
 
 class _Bridge:
-    """Drives an awaitable inside an asyncio task; Deferreds it waits for become futures."""
+    """Drives an awaitable inside an asyncio task, which waits for Deferreds in its place."""
 
     def __init__(self, awaitable: Awaitable[Any]) -> None:
         self._awaitable = awaitable
@@ -27,13 +27,35 @@ class _Bridge:
                 return stop.value
             try:
                 if isinstance(waiting_for, Deferred):
-                    future = waiting_for.asFuture(asyncio.get_running_loop())
-                    value = yield from future.__await__()
+                    yield from _fired(waiting_for).__await__()
+                    value = None
                 else:
                     value = yield waiting_for
                 send = steps.send
             except BaseException as error:  # the author's own try must see it
                 send, value = steps.throw, error
+
+
+def _fired(deferred: Deferred[Any]) -> asyncio.Future[None]:
+    """Done when the Deferred has fired; the result stays there, where its awaiter looks for it.
+
+    (`asFuture` would take it away.) Cancelling the future cancels the Deferred.
+    """
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def fire(result: Any) -> Any:
+        if not future.done():
+            future.set_result(None)
+        return result
+
+    def check_cancelled(future: asyncio.Future[None]) -> None:
+        if future.cancelled():
+            deferred.addErrback(lambda _: None)
+            deferred.cancel()
+
+    deferred.addBoth(fire)
+    future.add_done_callback(check_cancelled)
+    return future
 
 
 async def bridged(awaitable: Awaitable[Any]) -> Any:

@@ -99,7 +99,7 @@ class Header:
         return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") + b"\r\n"
 
 
-class Headers(Sequence[Header]):
+class Headers:
     """The header fields in the order of the message; looking a name up ignores its case.
 
     `headers["subject"]` is the first such value (KeyError if there is none),
@@ -107,6 +107,7 @@ class Headers(Sequence[Header]):
     `headers[0]` the first field whatever its name.
     """
 
+    # A Sequence in all but name: to type checkers that would hold fields only, and no names.
     __slots__ = ("_fields",)
 
     def __init__(self, fields: Iterable[Header] = ()) -> None:
@@ -125,6 +126,9 @@ class Headers(Sequence[Header]):
         if value is None:
             raise KeyError(key)
         return value
+
+    def __iter__(self) -> Iterator[Header]:
+        return iter(self._fields)
 
     def __len__(self) -> int:
         return len(self._fields)

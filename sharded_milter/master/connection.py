@@ -69,13 +69,15 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     def timeoutConnection(self) -> None:
         """The MTA has said nothing for longer than any SMTP client may be idle."""
-        if self._conversation.job is not None:
-            self.resetTimeout()
+        if self._conversation.job is not None:  # it waits for us
+            self.setTimeout(self._home.limits.idle_timeout)
             return
         self.log.info("closing a connection that was idle for too long")
         self._close()
 
     def dataReceived(self, data: bytes) -> None:
+        if self._conversation.over:  # nothing is taken any more
+            return
         self.resetTimeout()
         try:
             received = self._framer.receive(data)
@@ -197,5 +199,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._stop_progress()
         self._conversation.end()
         transport: Any = self.transport
+        if transport.disconnecting:
+            return
         transport.unregisterProducer()  # else what it has not read would keep it open
         transport.loseConnection()

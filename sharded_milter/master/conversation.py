@@ -28,7 +28,7 @@ from sharded_milter.master.policy import (
     answer_for,
 )
 from sharded_milter.master.transcript import Refusal, Transcript
-from sharded_milter.protocol.negotiation import Handling, Manifest, negotiate
+from sharded_milter.protocol.negotiation import DATA_SIZES, Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Quarantine
 from sharded_milter.protocol.session import Keep, Leaves, Session, State
 from sharded_milter.protocol.stages import NO_PROTOCOL, Stage
@@ -117,7 +117,8 @@ class Conversation:
         step = self._session.receive(packet)
         if step.offer is not None:
             self._manifest = TURNED_AWAY if self._home.full else self._home.manifest
-            agreement = negotiate(step.offer, [self._manifest])
+            mds = DATA_SIZES[self._home.limits.max_data_size]
+            agreement = negotiate(step.offer, [self._manifest], mds)
             self._session.agree(agreement)
             answer = agreement.reply.encode()
             self._transcript.keep(answer)

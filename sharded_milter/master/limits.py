@@ -49,5 +49,7 @@ class Limits:
     max_connections: int = 20_000
     # Bytes of all messages that are not answered yet; above it new ones get a 452.
     max_inflight_bytes: int = 1024 * 1024 * 1024
+    # The packets that an MTA may send if it offers them: 64K, 256K or 1M. None of today's does.
+    max_data_size: str = "64K"
     # The largest message that is kept; Postfix's message_size_limit is 10,240,000 by default.
     max_message_size: int = 100 * 1024 * 1024

@@ -144,6 +144,7 @@ class Pool:
             if self._tick_call is not None and self._tick_call.active():
                 self._tick_call.cancel()
             for shard in self.shards:
+                self._dispatch.schedule.gone(shard)
                 if shard.state is State.IDLE:
                     shard.drain()
                 else:

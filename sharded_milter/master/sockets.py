@@ -44,9 +44,10 @@ ACCEPTS_PER_TURN = 100
 # Seconds without accepting when the system has no descriptor left.
 ACCEPT_PAUSE = 1.0
 
-_SENDMAIL = re.compile(r"(?P<kind>inet6?):(?P<port>\d+)(?:@(?P<host>[^@]+))?")
-_POSTFIX = re.compile(r"(?P<kind>inet6?):(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:@]+)):(?P<port>\d+)")
-_TWISTED = re.compile(r"(?P<kind>tcp6?):(?:port=)?(?P<port>\d+)(?::interface=(?P<host>.+))?")
+_PORT = r"(?P<port>[0-9]+)"
+_SENDMAIL = re.compile(rf"(?P<kind>inet6?):{_PORT}(?:@(?P<host>[^@\[\]]+|\[[^@\[\]]+\]))?")
+_POSTFIX = re.compile(rf"(?P<kind>inet6?):(?P<host>[^:@\[\]]+|\[[^@\[\]]+\]):{_PORT}")
+_TWISTED = re.compile(rf"(?P<kind>tcp6?):(?:port=)?{_PORT}(?::interface=(?P<host>[^@\[\]]+))?")
 _UNIX = re.compile(r"(?:(?:unix|local):)?(?P<path>/.+)")
 
 # Where clients on this machine find a server that listens everywhere.
@@ -78,7 +79,7 @@ def parse_listen(spec: str) -> Address:
     for pattern in (_SENDMAIL, _POSTFIX, _TWISTED):
         if match := pattern.fullmatch(spec):
             found = match.groupdict()
-            host = (found.get("v6") or found["host"] or "").strip("[]").replace("\\:", ":")
+            host = (found["host"] or "").strip("[]").replace("\\:", ":")
             v6 = ":" in host or found["kind"].endswith("6")
             if not host and v6:
                 host = "::"

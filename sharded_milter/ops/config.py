@@ -25,6 +25,7 @@ from sharded_milter.master.policy import CHOICES
 from sharded_milter.master.sockets import Address, parse_listen
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.ops.logs import LEVELS
+from sharded_milter.protocol.negotiation import DATA_SIZES
 
 ENVIRONMENT_PREFIX = "SHARDED_MILTER"
 DEFAULT_LISTEN = "inet:8890@127.0.0.1"
@@ -85,7 +86,7 @@ class CpuList(click.ParamType[tuple[int, ...]]):
             return tuple(usable)
         try:
             ranges = [piece.partition("-") for piece in str(value).split(",")]
-            cpus = [n for a, _, b in ranges for n in range(int(a), int(b or a) + 1)]
+            cpus = [n for a, dash, b in ranges for n in range(int(a), int(b if dash else a) + 1)]
         except ValueError:
             cpus = []
         if not cpus or not set(cpus) <= set(usable):
@@ -98,7 +99,7 @@ KEEP_QUOTA = 256 * 1024 * 1024
 
 
 class Seconds(click.FloatRange):
-    """A time above 0 that ends."""
+    """A time that ends."""
 
     name = "seconds"
 
@@ -138,7 +139,7 @@ _LIMITS: Mapping[str, tuple[Any, str]] = {
     "reserve": (click.IntRange(min=0), "Workers that large scans leave to light callbacks."),
     "max_messages": (click.IntRange(min=0), "Answers after which a worker is replaced; 0: never."),
     "worker_lifetime": (
-        click.FloatRange(min=0),
+        Seconds(min=0),
         "Seconds after which a worker is replaced; 0: never.",
     ),
     "worker_max_rss": (
@@ -152,6 +153,10 @@ _LIMITS: Mapping[str, tuple[Any, str]] = {
     "idle_timeout": (_SECONDS, "Seconds after which a silent MTA connection is closed."),
     "graceful_timeout": (_SECONDS, "Seconds for open sessions to end on TERM."),
     "progress_interval": (_SECONDS, "Seconds between signs of life to a waiting MTA."),
+    "max_data_size": (
+        click.Choice(tuple(DATA_SIZES)),
+        "Bytes of the largest packets, if the MTA offers more than 64K (smfi_setmaxdatasize).",
+    ),
     "max_message_size": (_COUNT, "Bytes of the largest message that is scanned; more gets a 552."),
 }
 
@@ -262,7 +267,13 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="Bytes of address space of a worker, a hard limit; 0: none.",
     ),
-    click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True),
+    click.option(
+        "--log-level",
+        type=click.Choice(LEVELS),
+        default="info",
+        show_default=True,
+        help="The least severe messages that are logged.",
+    ),
     click.option(
         "--ready-fd",
         type=click.IntRange(min=0),

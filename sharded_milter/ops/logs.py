@@ -45,7 +45,7 @@ class LineObserver:
         if text is None:
             return
         # The classic text is "time [system] message" with tabs before continuation lines.
-        message = text.partition("] ")[2].rstrip("\n").replace("\n\t", "\n")
+        message = text.partition("] ")[2].replace("\n\t", "\n").rstrip("\n")
         level = event.get("log_level", LogLevel.info)
         if self._journald:
             prefix = f"<{_SYSLOG[level]}>"

@@ -41,6 +41,9 @@ OPTIONS = Protocol.SKIP | Protocol.RCPT_REJ | Protocol.HDR_LEADSPC
 # Larger packets than everybody takes; echoed only where the operator wants them.
 MDS = Protocol.MDS_256K | Protocol.MDS_1M
 
+# How operators name the sizes, as smfi_setmaxdatasize does.
+DATA_SIZES = {"64K": NO_PROTOCOL, "256K": Protocol.MDS_256K, "1M": Protocol.MDS_1M}
+
 HEADER_ACTIONS = Actions.ADDHDRS | Actions.CHGHDRS
 
 # Sendmail's limit on the names of one symbol list.

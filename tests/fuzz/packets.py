@@ -36,11 +36,12 @@ connects = st.one_of(
 )
 envelope = st.lists(texts, min_size=1, max_size=3).map(lambda texts: strings(*texts))
 macro_pairs = st.lists(texts, max_size=4).map(lambda texts: strings(*texts[: len(texts) & ~1]))
-macros = st.one_of(
-    st.just(b"C" + strings(b"v", b"Postfix 3.9.0")),
-    st.tuples(st.sampled_from("CHMRTNELBUx"), macro_pairs).map(
-        lambda two: two[0].encode() + two[1]
-    ),
+POSTFIX = b"C" + strings(b"v", b"Postfix 3.9.0")
+macros = st.sampled_from("CCHMRTNELBUx").flatmap(
+    lambda stage: st.one_of(
+        macro_pairs.map(lambda pairs: stage.encode() + pairs),
+        st.just(POSTFIX if stage == "C" else stage.encode()),
+    )
 )
 
 _PAYLOADS = {
@@ -122,8 +123,18 @@ final = st.sampled_from("ccccarrtdsyf4O").flatmap(
     lambda letter: _REPLIES.get(letter, st.just(b"")).map(lambda payload: packet(letter, payload))
 )
 
+#: Stands for a refusal that names the stage at which it is given.
+SIGNED = b"?"
+
+
+def signed(letter: str) -> bytes:
+    return packet("y", b"550 5.7.1 at " + letter.encode() + b"\0")
+
+
 #: Legal or not, whole or not.
 answers = st.one_of(
+    st.just(SIGNED),
+    st.just(SIGNED),
     final,
     st.tuples(st.lists(intermediate, max_size=4), final).map(
         lambda two: b"".join([*two[0], two[1]])

@@ -27,31 +27,24 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.logger import ILogObserver, LogEvent, LogLevel, globalLogPublisher
-from twisted.python.failure import Failure
-from zope.interface import implementer
+from twisted.logger import globalLogPublisher
 
 from sharded_milter.errors import CallbackFailed, Overloaded, WorkerLost
-from sharded_milter.jobs import Memory
 from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.limits import Limits
-from sharded_milter.master.policy import ON_ERROR
-from sharded_milter.master.pool import Job
+from sharded_milter.master.dispatch import Job
+from sharded_milter.master.policy import CHOICES
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Actions, Protocol
 
 from . import packets
 from .mta import FINAL, MODIFICATIONS, PROGRESS, REPLY_BEARING, Reader, packet
+from .surroundings import LIMITS, Home, Problems, RandomPool, size_of
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 
-#: Small, so that few packets reach them.
-LIMITS = Limits(max_message_size=3000, max_waiting=1000, progress_interval=5.0, idle_timeout=600.0)
 #: No generated packet is longer than this.
-LARGEST_PACKET = 4000
+LARGEST_PACKET = 2500
 #: The connection's part has five slots.
 CONNECTION_PART = 5 * LARGEST_PACKET
 #: Behind a refused recipient stands a mark of one packet without payload.
@@ -62,7 +55,7 @@ MARK = 5
 CONNECTIONS_KEPT = 300
 
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -75,74 +68,6 @@ ERRORS: list[Callable[[], Exception]] = [
     lambda: WorkerLost("it died"),
     lambda: Overloaded("no room"),
 ]
-
-
-def size_of(part: bytes | Memory) -> int:
-    return part.size if isinstance(part, Memory) else len(part)
-
-
-@implementer(ILogObserver)
-class Problems:
-    """The failures that were logged and not raised."""
-
-    def __init__(self) -> None:
-        self.events: list[LogEvent] = []
-
-    def __call__(self, event: LogEvent) -> None:
-        if event["log_level"] is LogLevel.critical:
-            self.events.append(event)
-
-
-class RandomPool:
-    """Answers at once when it was told how, else when it is asked to."""
-
-    def __init__(self, asked: Callable[[Job], None], cancelled: Callable[[Job], None]) -> None:
-        self._asked = asked
-        self._cancelled = cancelled
-        self.prompt: deque[bytes | Exception] = deque()
-        self.open: Job | None = None
-        self.late: list[Job] = []
-
-    def submit(self, job: Job) -> Deferred[bytes]:
-        assert self.open is None, "two jobs of one connection at once"
-        self._asked(job)
-        if self.prompt:
-            answer = self.prompt.popleft()
-            return fail(answer) if isinstance(answer, Exception) else succeed(answer)
-        self.open = job
-        return job.result
-
-    def cancel(self, job: Job) -> None:
-        assert job is self.open, "a job is cancelled that is not out"
-        self.open = None
-        self.late.append(job)
-        self._cancelled(job)
-
-    def answer(self, answer: bytes | Exception) -> None:
-        job, self.open = self.open, None
-        assert job is not None
-        if isinstance(answer, Exception):
-            job.result.errback(Failure(answer))
-        else:
-            job.result.callback(answer)
-
-
-class Home:
-    """What a connection needs around it."""
-
-    def __init__(self, manifest: Manifest, on_error: str, pool: RandomPool) -> None:
-        self.manifest = manifest
-        self.limits = LIMITS
-        self.on_error = on_error
-        self.pool = pool
-        self.reactor = Clock()
-        self.connections: list[MilterConnection] = []
-
-    def connected(self, connection: MilterConnection) -> None:
-        self.connections.append(connection)
-
-    def disconnected(self, connection: MilterConnection) -> None:
-        self.connections.remove(connection)
 
 
 class Conversation(RuleBasedStateMachine):
@@ -165,14 +90,18 @@ class Conversation(RuleBasedStateMachine):
     # A connection
 
     @initialize(
-        protocol=st.integers(0, 0x1FFFFF) | st.just(0x80080),
+        protocol=st.sampled_from([0, 0x80080, 0xFF080]) | st.integers(0, 0x1FFFFF),
         actions=st.just(0x1FF) | st.integers(0, 0x1FF),
-        on_error=st.sampled_from(ON_ERROR),
+        on_error=st.sampled_from(CHOICES),
+        inflight=st.sampled_from([LIMITS.max_inflight_bytes, 2000]),
         offer=packets.offers,
     )
-    def begin(self, protocol: int, actions: int, on_error: str, offer: bytes) -> None:
+    def begin(
+        self, protocol: int, actions: int, on_error: str, inflight: int, offer: bytes
+    ) -> None:
         manifest = Manifest("random", Actions(actions), Protocol(protocol))
-        self.home = Home(manifest, on_error, RandomPool(self._asked, self._cancelled))
+        pool = RandomPool(self._asked, self._cancelled)
+        self.home = Home(manifest, on_error, inflight, pool)
         self.offer = packet("O", offer)
         self._connect()
 
@@ -201,6 +130,7 @@ class Conversation(RuleBasedStateMachine):
         assert self.home.pool.open is None
         assert self.home.connections == []
         assert self.home.reactor.getDelayedCalls() == []
+        assert self.home.inflight.used == 0
 
     # The MTA
 
@@ -227,7 +157,7 @@ class Conversation(RuleBasedStateMachine):
             self.due.append("O")
         elif letter in REPLY_BEARING and not (self.negotiated or 0) & REPLY_BEARING[letter]:
             self.due.append(letter)
-        elif letter == "D" and payload == b"C\x76\0Postfix 3.9.0\0":
+        elif letter == "D" and payload == packets.POSTFIX:
             self.postfix = True
 
     def _asked(self, job: Job) -> None:
@@ -250,6 +180,8 @@ class Conversation(RuleBasedStateMachine):
             if letter in FINAL:
                 assert command in FINAL[letter], f"reply {letter!r} to {command!r}"
                 self.due.popleft()
+                if payload.startswith(b"550 5.7.1 at "):
+                    assert packet(letter, payload) == packets.signed(command)
                 if letter == "O":
                     self.negotiated = int.from_bytes(payload[8:12], "big")
             elif letter == PROGRESS:
@@ -311,6 +243,13 @@ class Conversation(RuleBasedStateMachine):
         self.home.pool.late.pop().result.callback(answer)
         assert self.transport.value() == b""
 
+    @precondition(lambda self: self.home.pool.open is not None)
+    @rule(answer=packets.answers)
+    def an_answer_after_an_abort(self, answer: bytes) -> None:
+        self._say(packet("A"), [])
+        if self.home.pool.late:
+            self.an_answer_that_nobody_wants_any_more(answer)
+
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 30.0, 601.0]))
     def time_passes(self, seconds: float) -> None:
         self.home.reactor.advance(seconds)
@@ -342,8 +281,10 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         connection = self.connection
-        assert connection._transcript.size <= LIMITS.max_message_size + MARK
-        assert len(connection._transcript.connection_part()) <= CONNECTION_PART
+        transcript = connection._conversation._transcript
+        assert transcript.size <= LIMITS.max_message_size + MARK
+        assert len(transcript.connection_part()) <= CONNECTION_PART
+        assert self.home.inflight.used >= transcript.size
         assert connection._waiting_bytes <= LIMITS.max_waiting + self.largest + LARGEST_PACKET
         assert connection._waiting_bytes == sum(map(len, connection._waiting))
 

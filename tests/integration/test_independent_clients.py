@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,8 +67,6 @@ OBEDIENT = """
 """
 BODY = "The body.\r\n" * 9000
 
-#: What each client reads of ChangeHeader and DeleteHeader is the packet; of the space in front of
-#: a value it knows nothing unless it offered to leave that to us.
 HEADERS = [("X-Twice", "one"), ("X-Twice", "two")]
 
 
@@ -94,7 +93,7 @@ class PythonClient:
 
     def __init__(self, path: Path) -> None:
         try:
-            import miltertest
+            miltertest: Any = import_module("miltertest")
         except ImportError:
             unavailable("the Python package miltertest is not installed")
         self.constants: Any = miltertest.constants
@@ -102,7 +101,7 @@ class PythonClient:
         self.socket.settimeout(TIMEOUT)
         self.socket.connect(str(path))
         self.connection: Any = miltertest.MilterConnection(self.socket)
-        # Its decoder knows no values with the blank in front.
+        # So header values come without the blank behind the colon.
         offer = miltertest.constants.SMFI_V6_PROT & ~miltertest.constants.SMFIP_HDR_LEADSPC
         _, self.protocol = self.connection.optneg_mta(protocol=offer)
 
@@ -154,6 +153,10 @@ def python_client(server: Path) -> Iterator[PythonClient]:
         yield client
 
 
+def refusal(code: str, text: str) -> tuple[str, dict[str, str]]:
+    return "y", {"smtpcode": code, "space": " ", "text": text}
+
+
 @pytest.mark.parametrize(
     ("subject", "replies"),
     [
@@ -195,8 +198,7 @@ def test_the_python_client_reads_a_refused_recipient(python_client: PythonClient
     python_client.ask(c.SMFIC_CONNECT, "CONNECT", "CONN", hostname="client.example", **address)
     python_client.envelope()
     answer = python_client.ask(c.SMFIC_RCPT, "RCPT", "RCPT", args=["<ghost@example.com>"])
-    text = "5.1.1 no such user: ghost@example.com"
-    assert answer == ("y", {"smtpcode": "550", "space": " ", "text": text})
+    assert answer == refusal("550", "5.1.1 no such user: ghost@example.com")
 
 
 # The Lua one
@@ -219,7 +221,8 @@ if not mt.test_option(conn, SMFIP_NOEOH) then assert(mt.eoh(conn) == nil) end
 for _ = 1, 9 do assert(mt.bodystring(conn, string.rep("The body.\\r\\n", 1000)) == nil) end
 assert(mt.eom(conn) == nil)
 """
-#: Every value stands behind the blank that goes between colon and value.
+#: A header's value brings the blank behind the colon along, as was negotiated. What this client
+#: cannot check it has at least read: the changed sender, and the recipient with a parameter.
 CHECKS = {
     "none": "assert(mt.getreply(conn) == SMFIR_CONTINUE)",
     "accept": "assert(mt.getreply(conn) == SMFIR_ACCEPT)",
@@ -238,15 +241,14 @@ CHECKS = {
     """,
     "change": """
         assert(mt.getreply(conn) == SMFIR_ACCEPT)
-        assert(mt.eom_check(conn, MT_HDRCHANGE, "Subject", "changed"))
+        assert(mt.eom_check(conn, MT_HDRCHANGE, "Subject", " changed"))
         assert(mt.eom_check(conn, MT_HDRDELETE, "X-Twice"))
-        assert(mt.eom_check(conn, MT_HDRINSERT, "X-Top", "at the top", 0))
-        assert(mt.eom_check(conn, MT_HDRINSERT, "X-Added", "at the end"))
+        assert(mt.eom_check(conn, MT_HDRINSERT, "X-Top", " at the top", 0))
+        assert(mt.eom_check(conn, MT_HDRINSERT, "X-Added", " at the end"))
         assert(mt.eom_check(conn, MT_RCPTADD, "<added@example.com>"))
         assert(mt.eom_check(conn, MT_RCPTDELETE, "<recipient@example.com>"))
         assert(mt.eom_check(conn, MT_BODYCHANGE, "The new body.\\r\\n"))
         assert(not mt.eom_check(conn, MT_QUARANTINE))
-        assert(not mt.eom_check(conn, MT_SMTPREPLY))
     """,
 }
 GHOST = """
@@ -288,6 +290,6 @@ def test_the_lua_client_reads_a_refused_recipient(server: Path) -> None:
 
 
 def test_the_lua_client_can_fail(server: Path) -> None:
-    """An assertion that does not hold is seen by this test."""
-    with pytest.raises(AssertionError, match="assertion failed"):
+    """An assertion of a script that does not hold is seen here."""
+    with pytest.raises(AssertionError, match="returncode=1"):
         run_lua(MAIL + CHECKS["reject"], server, "accept")

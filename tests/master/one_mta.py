@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,10 @@ from twisted.internet.testing import StringTransport
 
 from sharded_milter.jobs import Memory
 from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.dispatch import Job
+from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.pool import Job
+from sharded_milter.master.policy import Policy
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
@@ -31,7 +34,7 @@ class Transport(StringTransport):
     """Keeps each write apart, because one write is one segment on a real socket."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.writes: list[bytes] = []
 
     def write(self, data: bytes) -> None:
@@ -45,6 +48,7 @@ class RecordedPool:
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[Job] = field(default_factory=list)
     at_once: list[bytes | Exception] = field(default_factory=list)
+    counters: Counter[str] = field(default_factory=Counter)
 
     def submit(self, job: Job) -> Deferred[bytes]:
         self.jobs.append(job)
@@ -74,9 +78,11 @@ class Mta:
     ) -> None:
         self.manifest = manifest
         self.limits = Limits(**limits)
-        self.on_error = on_error
+        self.policy = Policy(on_error)
+        self.inflight = Inflight(self.limits.max_inflight_bytes)
+        self.full = False
         self.reactor = Clock()
-        self.pool = RecordedPool()
+        self.dispatch = self.pool = RecordedPool()
         self.open: list[MilterConnection] = []
         self.transport = Transport()
         self.connection = MilterConnection(self)

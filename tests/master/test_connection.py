@@ -17,7 +17,7 @@ from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.policy import BUSY, NO_ROOM, STOPPING, TOO_LARGE
 from sharded_milter.master.transcript import SPOOL_ABOVE, Transcript
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.negotiation import Manifest
+from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import NO_ACTIONS, Actions, Protocol, Stage
 from sharded_milter.protocol.wire import frame
@@ -406,7 +406,9 @@ def test_a_too_large_message_is_refused_and_not_kept_and_later_ones_are_fine() -
         mta.say(*LARGE)
     assert descriptors() == before
     assert mta.written() == []
-    assert lines(events, LogLevel.warn) == ["qid=4F1 is not scanned, it has more than 100000 bytes"]
+    assert lines(events, LogLevel.warn) == [
+        "a message (qid=4F1) is refused: it is larger than 100000 bytes"
+    ]
     mta.say(EOM)
     assert mta.written() == [TOO_LARGE]
     assert mta.pool.jobs == []
@@ -439,7 +441,7 @@ def test_a_message_without_room_is_refused_at_the_next_question(stage: str) -> N
     assert mta.pool.jobs == []
 
 
-@pytest.mark.parametrize("method", ["append", "message_part"])
+@pytest.mark.parametrize("method", ["_append", "_flush"])
 def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,7 +450,7 @@ def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Transcript, method, refuse)
-        mta = at_the_end(*MESSAGE)
+        mta = at_the_end(*ENVELOPE, *LARGE, EOM)
     assert mta.written() == [NO_ROOM]
     assert not mta.closed
     mta.say(*MESSAGE)
@@ -520,7 +522,7 @@ def test_changes_and_verdict_go_in_one_write() -> None:
     assert mta.written() == [packed(*answer)]
     size = len(packed(*MESSAGE))
     assert lines(events) == [
-        f"qid=4F1 size={size} verdict=accept actions=2 shard=0 queue_ms=0.0 scan_ms=0.0"
+        f"qid=4F1 size={size} verdict=quarantine actions=2 shard=0 queue_ms=0.0 scan_ms=0.0"
     ]
 
 
@@ -646,13 +648,32 @@ def test_when_the_service_stops_an_idle_connection_just_ends() -> None:
 
 def test_a_tcp_connection_does_not_wait_to_fill_its_segments() -> None:
     from twisted.internet.interfaces import ITCPTransport
-    from zope.interface import implementer
+    from zope.interface import directlyProvides
 
-    @implementer(ITCPTransport)
     class Tcp(StringTransport):
         def setTcpNoDelay(self, enabled: bool) -> None:
             self.no_delay = enabled
 
-    tcp = Tcp()
+    tcp = Tcp()  # type: ignore[no-untyped-call]
+    directlyProvides(tcp, ITCPTransport)
     MilterConnection(Mta()).makeConnection(tcp)  # type: ignore[no-untyped-call]
     assert tcp.no_delay
+
+
+@pytest.mark.parametrize(
+    ("size", "offered", "agreed"),
+    [
+        ("64K", 0x30000000, 0),
+        ("256K", 0x30000000, 0x10000000),
+        ("1M", 0x30000000, 0x20000000),
+        ("1M", 0x10000000, 0),
+        ("1M", 0, 0),
+    ],
+)
+def test_larger_packets_are_agreed_only_if_asked_for_and_offered(
+    size: str, offered: int, agreed: int
+) -> None:
+    mta = Mta(offer=None, max_data_size=size)
+    mta.say(commands.Negotiate(6, KNOWN_ACTIONS, KNOWN_PROTOCOL | offered))
+    [reply] = mta.written()
+    assert commands.Negotiate.parse(reply[5:]).protocol & ~KNOWN_PROTOCOL == agreed

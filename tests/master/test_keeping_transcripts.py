@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.jobs import Memory
+from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.transcript import SPOOL_ABOVE, Transcript
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.packets import Packet
@@ -33,15 +34,19 @@ def macros(stage: str, **values: str) -> bytes:
     return commands.Macro(stage, tuple(values.items())).encode()
 
 
+def transcript_of_nothing(max_size: int = 10**9) -> Transcript:
+    return Transcript(max_size, Inflight(10**9))
+
+
 def with_message(*packets: Packet | bytes) -> Transcript:
-    transcript = Transcript()
+    transcript = transcript_of_nothing()
     for packet in packets:
         transcript.append(packet if isinstance(packet, bytes) else packet.encode())
     return transcript
 
 
 def test_the_connections_part_is_in_the_order_of_the_protocol() -> None:
-    transcript = Transcript()
+    transcript = transcript_of_nothing()
     slots = [NEGOTIATED, macros("C", j="mx"), CLIENT, macros("H"), commands.Helo("me").encode()]
     assert transcript.connection_part() == b""
     for packet in reversed(slots):
@@ -51,7 +56,7 @@ def test_the_connections_part_is_in_the_order_of_the_protocol() -> None:
 
 
 def test_a_client_that_greets_for_ever_costs_nothing() -> None:
-    transcript = Transcript()
+    transcript = transcript_of_nothing()
     for number in range(100):
         transcript.keep(commands.Helo(f"client-{number:02}").encode())
     assert transcript.connection_part() == commands.Helo("client-99").encode()
@@ -60,7 +65,7 @@ def test_a_client_that_greets_for_ever_costs_nothing() -> None:
 @pytest.mark.parametrize("packet", [commands.Data().encode(), macros("M", i="1"), macros("U")])
 def test_nothing_else_is_part_of_a_connection(packet: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="is no part of a connection"):
-        Transcript().keep(packet)
+        transcript_of_nothing().keep(packet)
 
 
 def test_a_new_client_leaves_only_the_negotiation() -> None:
@@ -90,7 +95,7 @@ def test_a_message_moves_to_memory_just_above_the_limit(over: int) -> None:
 @given(st.lists(st.sampled_from([1, 100, 20_000, SPOOL_ABOVE, 65_535]), max_size=12))
 def test_nothing_is_lost_or_reordered_on_the_way_to_memory(sizes: list[int]) -> None:
     packets = [commands.Body(bytes([n]) * size).encode() for n, size in enumerate(sizes)]
-    transcript = Transcript()
+    transcript = transcript_of_nothing()
     for count, packet in enumerate(packets, 1):
         transcript.append(packet)
         wanted = b"".join(packets[:count])
@@ -145,7 +150,7 @@ def test_the_queue_id_is_the_latest_of_the_message(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["v", "{v}"])
 def test_the_mta_tells_its_name_with_the_client(name: str) -> None:
-    transcript = Transcript()
+    transcript = transcript_of_nothing()
     assert transcript.mta() == ""
     transcript.keep(macros("C", j="mx", **{name: "Postfix 3.9.0"}))
     assert transcript.mta() == "Postfix 3.9.0"

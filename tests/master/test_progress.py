@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,8 +11,10 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.dispatch import Job
+from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.pool import Job
+from sharded_milter.master.policy import Policy
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
@@ -47,6 +50,7 @@ class SlowPool:
 
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[Job] = field(default_factory=list)
+    counters: Counter[str] = field(default_factory=Counter)
 
     def submit(self, job: Job) -> Deferred[bytes]:
         self.jobs.append(job)
@@ -64,9 +68,11 @@ class Home:
             "slow", Actions(KNOWN_ACTIONS), Protocol.NR_HEADER | Protocol.NR_BODY
         )
         self.limits = Limits(progress_interval=INTERVAL)
-        self.on_error = "tempfail"
+        self.policy = Policy()
+        self.inflight = Inflight(self.limits.max_inflight_bytes)
+        self.full = False
         self.reactor = Clock()
-        self.pool = SlowPool()
+        self.dispatch = self.pool = SlowPool()
 
     def connected(self, connection: MilterConnection) -> None: ...
 

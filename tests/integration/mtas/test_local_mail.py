@@ -1,5 +1,6 @@
 """Mail that does not come by SMTP, as Postfix shows it to its non_smtpd_milters."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -17,6 +18,8 @@ from .letters import asking, delivered
 pytestmark = pytest.mark.integration
 
 SUBMIT_TIMEOUT = 30.0
+#: What Postfix puts on top of local mail.
+RECEIVED = re.compile(rb"\AReceived: by [^\n]*\n(?:[ \t][^\n]*\n)*")
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +53,13 @@ def wait_log(mta: Postfix, text: str) -> str:
     return log
 
 
-@pytest.mark.parametrize(
-    ("sender", "seen_sender"), [("me@example.org", "me@example.org"), ("", "")]
-)
-def test_it_is_filtered_like_any_other(
-    mta: Postfix, seen: Seen, sender: str, seen_sender: str
-) -> None:
+@pytest.mark.parametrize("sender", ["me@example.org", ""])
+def test_it_is_filtered_like_any_other(mta: Postfix, seen: Seen, sender: str) -> None:
     expression = "Accept(AddHeader('X-Four', '5'), DeleteHeader('X-Four', 2))"
     submit_locally(mta, asking(expression), sender, RECIPIENT, "other@example.com")
     [delivery] = mta.wait_delivered(1)
-    assert delivery.message == delivered(expression, {"X-Four: two": None}, ["X-Four: 5"])
+    message = RECEIVED.sub(b"", delivery.raw)
+    assert message == delivered(expression, {"X-Four: two": None}, ["X-Four: 5"])
     assert (delivery.sender, len(delivery.recipients)) == (sender, 2)
     assert seen.envelope("original") == {
         "sender": sender,

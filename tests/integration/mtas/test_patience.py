@@ -98,7 +98,7 @@ def test_sendmail_waits_at_the_end_and_hears_nothing_before(
 def test_without_progress_neither_would_have_waited(
     impatient_postfix: Postfix, impatient_sendmail: Sendmail, sockets: Sockets, tmp_path: Path
 ) -> None:
-    mtas = [impatient_postfix, impatient_sendmail]
+    mtas: list[Postfix | Sendmail] = [impatient_postfix, impatient_sendmail]
     with slow_daemon(sockets, tmp_path, NEVER):
         answers = [mta.send(slow_mail(3.5), recipients=["0@example.com"]) for mta in mtas]
     assert [(answer.stage, answer.code) for answer in answers] == [("eom", 451), ("eom", 451)]

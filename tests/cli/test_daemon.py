@@ -1,0 +1,240 @@
+"""The daemon up to the point where its reactor runs; from there on it is run for real elsewhere."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from twisted.internet.task import Clock
+
+from sharded_milter.cli import daemon as module
+from sharded_milter.cli.daemon import SCANNER, SCANNER_RULES, daemon, milter_spec, serve
+from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
+from sharded_milter.ops.config import Settings
+
+
+@pytest.fixture(autouse=True)
+def kept() -> Iterator[None]:
+    """Signal handlers and limits of the test's own process are as before afterwards."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN,
+               signal.SIGTTOU, signal.SIGUSR2]  # fmt: skip
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Path:
+    return tmp_path / "milter.sock"
+
+
+def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Settings:
+    """What the daemon would serve."""
+    served: list[Settings] = []
+
+    def keep(settings: Settings) -> int:
+        served.append(settings)
+        return 0
+
+    monkeypatch.setattr(module, "serve", keep)
+    result = CliRunner().invoke(daemon, arguments, standalone_mode=False)
+    assert result.exception is None
+    return served[0]
+
+
+def test_without_a_milter_the_scanner_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert milter_spec(settings(monkeypatch)) == SCANNER
+    assert milter_spec(settings(monkeypatch, "--scanner-rules", "/etc")) == SCANNER
+
+
+def test_a_milter_that_is_named_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert milter_spec(settings(monkeypatch, "x.py:milter")) == "x.py:milter"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["a:b", "c:d"], "2 milters given, one can be served"),
+        (["a:b", "--scanner-rules", "/etc"], "--scanner-rules is for the scanner, but the milter"),
+    ],
+)
+def test_what_does_not_go_together_is_a_usage_error(
+    arguments: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        milter_spec(settings(monkeypatch, *arguments))
+
+
+class FakeService:
+    """Starts and stops as the test says."""
+
+    def __init__(self, listeners: list[Any], *rest: Any) -> None:
+        from twisted.internet.defer import Deferred
+
+        self.listeners = listeners
+        self.told: list[str] = []
+        self.started: Deferred[None] = Deferred()
+        self.stopped: Deferred[None] = Deferred()
+        self.pool = self
+        FakeService.latest = self
+
+    latest: FakeService
+
+    def start(self) -> Any:
+        return self.started
+
+    def stop(self, *, quick: bool) -> Any:
+        self.told.append("quick stop" if quick else "stop")
+        return self.stopped
+
+    def reload(self) -> None:
+        self.told.append("reload")
+
+    def resize(self, change: int) -> None:
+        self.told.append(f"resize {change:+}")
+
+    def dump(self) -> None:
+        self.told.append("dump")
+
+
+class FakeReactor(Clock):
+    """Runs what it is told to, until it is told to stop."""
+
+    def __init__(self, script: Any) -> None:
+        super().__init__()
+        self.script = script
+        self.stopped = False
+
+    def callWhenRunning(self, function: Any) -> None:
+        self.begin = function
+
+    def callFromThread(self, function: Any) -> None:
+        function()
+
+    def run(self) -> None:
+        self.begin()
+        self.script(FakeService.latest)
+        assert self.stopped
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Serves with a fake reactor and service, which do what the script says."""
+
+    def run(script: Any, *arguments: str) -> int:
+        chosen = settings(monkeypatch, *arguments)
+        monkeypatch.setattr("twisted.internet.reactor", FakeReactor(script), raising=False)
+        monkeypatch.setattr("sharded_milter.master.service.Service", FakeService)
+        monkeypatch.setattr("sharded_milter.ops.logs.begin", lambda level: None)
+        return serve(chosen)
+
+    return run
+
+
+def begin_and_end(service: FakeService) -> None:
+    service.started.callback(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    service.stopped.callback(None)
+
+
+def test_signals_are_orders(running: Any, socket_path: Path) -> None:
+    def script(service: FakeService) -> None:
+        service.started.callback(None)
+        for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2,
+                       signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):  # fmt: skip
+            os.kill(os.getpid(), number)
+        service.stopped.callback(None)
+
+    assert running(script, "--listen", str(socket_path)) == 0
+    orders = ["reload", "resize +1", "resize -1", "dump", "stop"]
+    assert FakeService.latest.told == [*orders, *["quick stop"] * 3]
+    assert not socket_path.exists()
+
+
+def test_ready_is_told_to_a_descriptor(running: Any, socket_path: Path) -> None:
+    reader, writer = os.pipe()
+    with open(reader, "rb") as ready:
+        assert running(begin_and_end, "--listen", str(socket_path), f"--ready-fd={writer}") == 0
+        assert ready.read() == b"\n"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(writer)
+
+
+def test_a_descriptor_that_is_not_there_does_not_keep_it_from_serving(
+    running: Any, socket_path: Path
+) -> None:
+    assert running(begin_and_end, "--listen", str(socket_path), "--ready-fd=999999") == 0
+
+
+def test_what_keeps_it_from_starting_is_raised_when_all_has_ended(
+    running: Any, socket_path: Path
+) -> None:
+    error = MilterLoadError("milter x: no", "traceback")
+
+    def script(service: FakeService) -> None:
+        service.started.errback(error)
+        assert service.told == ["quick stop"]
+        service.stopped.callback(None)
+
+    with pytest.raises(MilterLoadError) as caught:
+        running(script, "--listen", str(socket_path))
+    assert caught.value is error
+    assert not socket_path.exists()
+
+
+def test_a_socket_that_cannot_be_bound_leaves_none_behind(
+    running: Any, socket_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="/none is not an existing directory"):
+        running(begin_and_end, "--listen", str(socket_path), "--listen", f"{tmp_path}/none/x")
+    assert not socket_path.exists()
+
+
+def test_the_same_socket_twice_is_taken(running: Any, tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        spec = f"inet:{server.getsockname()[1]}@127.0.0.1"
+        with pytest.raises(SocketTaken):
+            running(begin_and_end, "--listen", spec)
+
+
+def test_as_many_connections_are_allowed_as_the_system_lets_us_have(
+    running: Any, socket_path: Path
+) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, most), most))
+    running(begin_and_end, "--listen", str(socket_path))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+
+
+def test_workers_are_started_as_the_operator_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sharded_milter.master.shard import Shard
+
+    started: list[Shard] = []
+    monkeypatch.setattr(Shard, "start", lambda shard: started.append(shard))
+    monkeypatch.setenv("SECRET", "x")
+    chosen = settings(monkeypatch, "--nice=3", "--worker-memory-limit=10", "--cpu-affinity=spread",
+                      "--scanner-rules", str(tmp_path))  # fmt: skip
+    start = module.shard_starter(chosen, SCANNER, Clock())
+    shard = start(2, None)
+    assert started == [shard]
+    place = shard.workplace
+    assert (place.spec, place.nice, place.memory_limit) == (SCANNER, 3, 10)
+    assert place.cpus == tuple(sorted(os.sched_getaffinity(0)))
+    assert place.env[SCANNER_RULES] == str(tmp_path)
+    assert "SECRET" not in place.env

@@ -1,0 +1,103 @@
+"""What surrounds a connection in the fuzzer: a service, a pool that answers at random, a log."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, LogEvent, LogLevel
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from sharded_milter.jobs import Memory
+from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.dispatch import Job
+from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.policy import Policy
+from sharded_milter.protocol.negotiation import Manifest
+
+from . import packets
+
+#: Small, so that few packets reach them.
+LIMITS = Limits(max_message_size=3000, max_waiting=200, progress_interval=5.0, idle_timeout=600.0)
+
+
+def size_of(part: bytes | Memory) -> int:
+    return part.size if isinstance(part, Memory) else len(part)
+
+
+@implementer(ILogObserver)
+class Problems:
+    """The failures that were logged and not raised."""
+
+    def __init__(self) -> None:
+        self.events: list[LogEvent] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        if event["log_level"] is LogLevel.critical:
+            self.events.append(event)
+
+
+class RandomPool:
+    """Answers at once when it was told how, else when it is asked to."""
+
+    def __init__(self, asked: Callable[[Job], None], cancelled: Callable[[Job], None]) -> None:
+        self._asked = asked
+        self._cancelled = cancelled
+        self.prompt: deque[bytes | Exception] = deque()
+        self.open: Job | None = None
+        self.late: list[Job] = []
+        self.counters: Counter[str] = Counter()
+
+    def submit(self, job: Job) -> Deferred[bytes]:
+        assert self.open is None, "two jobs of one connection at once"
+        self._asked(job)
+        if self.prompt:
+            answer = self.prompt.popleft()
+            if isinstance(answer, Exception):
+                return fail(answer)
+            return succeed(in_full(answer, job))
+        self.open = job
+        return job.result
+
+    def cancel(self, job: Job) -> None:
+        assert job is self.open, "a job is cancelled that is not out"
+        self.open = None
+        self.late.append(job)
+        self._cancelled(job)
+
+    def answer(self, answer: bytes | Exception) -> None:
+        job, self.open = self.open, None
+        assert job is not None
+        if isinstance(answer, Exception):
+            job.result.errback(Failure(answer))
+        else:
+            job.result.callback(in_full(answer, job))
+
+
+def in_full(answer: bytes, job: Job) -> bytes:
+    """What a milter answers; SIGNED is different for every stage."""
+    return packets.signed(job.stage.value.decode()) if answer == packets.SIGNED else answer
+
+
+class Home:
+    """What a connection needs around it."""
+
+    def __init__(self, manifest: Manifest, on_error: str, inflight: int, pool: RandomPool) -> None:
+        self.manifest = manifest
+        self.limits = LIMITS
+        self.policy = Policy(on_error)
+        self.dispatch = self.pool = pool
+        self.inflight = Inflight(inflight)
+        self.full = False
+        self.reactor = Clock()
+        self.connections: list[MilterConnection] = []
+
+    def connected(self, connection: MilterConnection) -> None:
+        self.connections.append(connection)
+
+    def disconnected(self, connection: MilterConnection) -> None:
+        self.connections.remove(connection)

@@ -1,0 +1,126 @@
+"""Imports point one way. Whoever needs an exception needs a better place for the code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sharded_milter
+import sharded_milter.workers
+
+PACKAGE = Path(sharded_milter.__file__).parent
+WORKERS = Path(sharded_milter.workers.__file__).parent
+
+#: What each part may import, of our package (with a dot) and of others. A name covers what is
+#: below it; the standard library is free for all.
+ALLOWED: dict[str, set[str]] = {
+    ".__init__": {".api", ".errors"},
+    ".__main__": {".cli"},
+    ".errors": set(),
+    ".protocol": {".protocol", ".errors"},
+    ".api": {".api", ".errors", ".protocol.text"},
+    ".dialects": {".dialects", ".api", ".protocol", ".errors"},
+    ".jobs": {"twisted"},
+    ".master": {".master", ".protocol", ".jobs", ".errors", "twisted", "zope", "psutil", "ampoule"},
+    ".workers": {
+        ".workers", ".dialects", ".api", ".protocol", ".jobs", ".errors",
+        "twisted", "ampoule", "yara_x",
+    },
+    ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
+    ".ops": {
+        ".ops", ".master", ".dialects.loader", ".protocol", ".errors", "twisted", "zope", "click",
+    },
+    ".cli": {
+        ".cli", ".ops", ".master", ".testing", ".dialects", ".protocol", ".errors",
+        ".__version__", "twisted", "click", "rich",
+    },
+}  # fmt: skip
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of ours by its name, a dot instead of `sharded_milter.`."""
+    for root, prefix in ((PACKAGE, ""), (WORKERS, ".workers")):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            yield prefix + "".join(f".{part}" for part in parts), path
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """The absolute names of what a module imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = name.split(".")[: -node.level] if node.level else []
+            where = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{where}.{alias.name}" for alias in node.names)
+
+
+def layer_of(name: str) -> str:
+    return "." + name.split(".")[1]
+
+
+def place_of(full: str) -> str:
+    """Where an imported name lives; those that the package exports live in its api."""
+    what = full.removeprefix("sharded_milter")
+    return ".api" if what[1:] in sharded_milter.__all__ else what
+
+
+MODULES = dict(modules())
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer_of(name) for name in MODULES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name: str) -> None:
+    allowed = ALLOWED[layer_of(name)]
+    places = map(place_of, imported(name, MODULES[name]))
+    others = (what for what in places if what.split(".")[0] not in sys.stdlib_module_names)
+    assert [
+        what
+        for what in others
+        if not any(what == free or what.startswith(f"{free}.") for free in allowed)
+    ] == []
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after the statement."""
+    script = f"{statement}; import sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["sharded_milter", "sharded_milter.protocol.session", "sharded_milter.dialects.loader",
+     "sharded_milter.testing.mta", "sharded_milter.master.schedule"],
+)  # fmt: skip
+def test_what_is_pure_loads_no_twisted(module: str) -> None:
+    assert "twisted" not in loaded_by(f"import {module}")
+
+
+def test_the_names_for_authors_load_nothing_but_their_own_layer() -> None:
+    ours = {
+        name for name in loaded_by("import sharded_milter") if name.startswith("sharded_milter.")
+    }
+    assert {name.split(".")[1] for name in ours} == {"api", "errors", "protocol"}
+
+
+def test_the_masters_modules_load_no_authors_api() -> None:
+    loaded = loaded_by("import sharded_milter.master.service, sys")
+    assert {name for name in loaded if name.startswith(("sharded_milter.dialects",
+            "sharded_milter.workers"))} == set()  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["sharded_milter.cli.daemon", "sharded_milter.cli.ctl"])
+def test_the_programs_choose_no_reactor_before_they_run(module: str) -> None:
+    assert "twisted.internet.reactor" not in loaded_by(f"import {module}")

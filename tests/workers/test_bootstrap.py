@@ -1,0 +1,247 @@
+"""A real worker process, from its start to its end; only the master is the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from twisted.protocols import amp
+
+from sharded_milter.jobs import Ask, LoadFailed, Ready
+from sharded_milter.protocol import replies
+from sharded_milter.protocol.stages import Stage
+
+MILTER = """
+import os, resource, signal, sys
+from sharded_milter import Milter, Reject
+
+milter = Milter("real")
+
+@milter.connect
+def connect(connection):
+    if os.environ.get("SAY"):
+        print("to stdout")
+    return Reject(str(eval(os.environ.get("EXPRESSION", "1"))))
+"""
+PATIENCE = 60.0
+
+
+class Master(amp.AMP):
+    """Speaks AMP over a blocking socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sock = sock
+        self.told: list[str] = []
+        self.makeConnection(self)  # type: ignore[no-untyped-call]
+
+    disconnecting = False
+
+    def write(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def getPeer(self) -> str:
+        return "worker"
+
+    getHost = getPeer
+
+    @Ready.responder
+    def ready(self, name: bytes, **rest: bytes) -> Any:
+        self.told.append(name.decode())
+        return {}
+
+    @LoadFailed.responder
+    def load_failed(self, reason: bytes, details: bytes) -> Any:
+        self.told.append(reason.decode())
+        return {}
+
+    def until(self, ended: list[Any]) -> Any:
+        """Reads until there is something in the list."""
+        while not ended:
+            data = self.sock.recv(65_536)
+            assert data, "the worker has closed its socket"
+            self.dataReceived(data)  # type: ignore[no-untyped-call]
+        return ended[-1]
+
+    def ask(self) -> str:
+        ended: list[Any] = []
+        job = {"stage": Stage.CONNECT.value, "connection": b"", "message": b""}
+        asked = self.callRemote(Ask, **job)  # type: ignore[no-untyped-call]
+        asked.addCallbacks(ended.append, ended.append)
+        answer = self.until(ended)
+        assert answer["error"] == b""
+        reply: Any = replies.parse_reply(bytes(answer["replies"]))
+        return str(reply.text.removeprefix("550 5.7.1 "))
+
+
+class Worker:
+    """A worker process with a milter, and the master's end of its socket."""
+
+    def __init__(self, folder: Path, master: str = "os.getppid()", **options: Any) -> None:
+        (folder / "real_milter.py").write_text(MILTER)
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        env |= options.pop("env", {})
+        spec = options.pop("spec", "real_milter:milter")
+        ours, theirs = socket.socketpair()
+        ours.settimeout(PATIENCE)
+        with theirs:
+            fd = theirs.fileno()
+            script = (
+                f"import os; os.dup2({fd}, 3); {fd} == 3 or os.close({fd});"
+                "from sharded_milter.workers.bootstrap import main;"
+                f"main({master}, {spec!r}, **{options!r})"
+            )
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", script],
+                cwd=folder,
+                env=env,
+                pass_fds=(fd,),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        self.sock = ours
+        self.master = Master(ours)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=PATIENCE)
+
+    def ready(self) -> Worker:
+        assert self.master.until(self.master.told) == "real"
+        return self
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def test_a_worker_is_ready_and_answers(folder: Path) -> None:
+    with Worker(folder, env={"EXPRESSION": "os.getppid()"}) as worker:
+        assert worker.ready().master.ask() == str(os.getpid())
+
+
+def test_a_worker_ends_with_its_socket(folder: Path) -> None:
+    with Worker(folder) as worker:
+        worker.ready().sock.close()
+        assert worker.wait() == 255
+
+
+def test_a_worker_ends_well_when_it_is_told_to(folder: Path) -> None:
+    from ampoule.commands import Shutdown
+
+    with Worker(folder) as worker:
+        done: list[Any] = []
+        told = worker.ready().master.callRemote(Shutdown)  # type: ignore[no-untyped-call]
+        told.addCallbacks(done.append, done.append)
+        worker.master.until(done)
+        worker.sock.close()
+        assert worker.wait() == 0
+
+
+def test_a_worker_leaves_the_signals_of_its_group_to_the_master(folder: Path) -> None:
+    with Worker(folder) as worker:
+        worker.ready()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            worker.process.send_signal(number)
+        assert worker.master.ask() == "1"
+
+
+def test_a_worker_shows_its_stacks_on_demand(folder: Path) -> None:
+    expression = "[os.kill(os.getpid(), signal.SIGUSR1), 1][1]"
+    with Worker(folder, env={"EXPRESSION": expression}) as worker:
+        assert worker.ready().master.ask() == "1"
+        worker.sock.close()
+        _, errors = worker.process.communicate(timeout=PATIENCE)
+    assert b"real_milter.py" in errors
+    assert b"(most recent call first)" in errors
+
+
+def test_a_worker_whose_master_is_gone_ends_before_it_begins(folder: Path) -> None:
+    with Worker(folder, "1") as worker:
+        assert worker.wait() == os.EX_TEMPFAIL
+        assert worker.master.told == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PDEATHSIG is Linux's")
+def test_a_worker_dies_with_its_master(folder: Path) -> None:
+    """The master is killed; its socket stays open elsewhere, so that only the signal can tell."""
+    script = (
+        "import os, subprocess, sys\n"
+        "command, fd = [sys.executable, '-c', sys.argv[1]], int(sys.argv[2])\n"
+        "worker = subprocess.Popen(command, pass_fds=(fd,))\n"
+        "print(worker.pid, flush=True); worker.wait()"
+    )
+    (folder / "real_milter.py").write_text(MILTER)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        fd = theirs.fileno()
+        inner = (
+            f"import os; os.dup2({fd}, 3); from sharded_milter.workers.bootstrap import main;"
+            "main(os.getppid(), 'real_milter:milter')"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", script, inner, str(fd)],
+            cwd=folder, pass_fds=(fd,), stdout=subprocess.PIPE,
+        ) as master:  # fmt: skip
+            assert master.stdout is not None
+            worker = psutil.Process(int(master.stdout.readline()))
+            peer = Master(ours)
+            assert peer.until(peer.told) == "real"
+            master.kill()
+        worker.wait(PATIENCE)
+
+
+def test_what_a_milter_prints_is_no_part_of_the_conversation(folder: Path) -> None:
+    with Worker(folder, env={"SAY": "1", "PYTHONUNBUFFERED": "1"}) as worker:
+        assert worker.ready().master.ask() == "1"
+        assert worker.process.stdout is not None
+        assert worker.process.stdout.readline() == b"to stdout\n"
+
+
+def test_a_milter_that_cannot_be_loaded_is_told(folder: Path) -> None:
+    with Worker(folder, spec="real_milter:none") as worker:
+        told = worker.master.until(worker.master.told)
+        assert told == "milter real_milter:none: real_milter has no 'none'"
+
+
+def test_the_socket_is_not_for_the_milters_own_children(folder: Path) -> None:
+    with Worker(folder, env={"EXPRESSION": "os.get_inheritable(3)"}) as worker:
+        with pytest.raises(AssertionError):
+            worker.ready().master.ask()
+        assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expression", "value"),
+    [
+        ({}, "os.nice(0)", os.nice(0)),
+        ({"nice": 3}, "os.nice(0)", min(19, os.nice(0) + 3)),
+        ({"memory_limit": 8 << 30}, "resource.getrlimit(resource.RLIMIT_AS)[0]", 8 << 30),
+        ({"cpus": (min(os.sched_getaffinity(0)),)}, "os.sched_getaffinity(0)",
+         {min(os.sched_getaffinity(0))}),
+        ({}, "os.sched_getaffinity(0)", os.sched_getaffinity(0)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_worker_has_what_the_operator_gives_it(
+    folder: Path, options: dict[str, Any], expression: str, value: Any
+) -> None:
+    with Worker(folder, env={"EXPRESSION": expression}, **options) as worker:
+        assert eval(worker.ready().master.ask()) == value
