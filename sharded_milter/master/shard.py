@@ -154,8 +154,8 @@ class Shard:
         self.pid = self.process.pid
 
     def _connect(self, protocol: _Parent) -> _Connector:
-        self._connector = _Connector(protocol, self)
-        return self._connector
+        connector = self._connector = _Connector(protocol, self)
+        return connector
 
     def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any:
         """A Deferred of the reply packets.

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_scans_that_hang_are_shown_and_ended_with_their_descendants(tmp_path: Path) -> None:
-    with Server(tmp_path, "--eom-deadline", "1") as server:
+    with Server(tmp_path, "--eom-deadline", "2", workers=3) as server:
         with Flow(server) as flow:
             # In Python, in C, and with a child that holds the output.
             for way in ("loop", "regex", "hangchild"):
@@ -25,7 +25,7 @@ def test_scans_that_hang_are_shown_and_ended_with_their_descendants(tmp_path: Pa
             assert shown in server.log()
         [pid] = server.grandchildren()
         until(lambda: not is_running(pid), "the grandchild is gone")
-        until(server.is_whole, "two workers run again")
+        until(lambda: server.is_whole(3), "three workers run again")
         assert server.unforeseen() == [], server.log()
 
 
