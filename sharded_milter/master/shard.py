@@ -312,11 +312,11 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
 
     def catch_up(self) -> None:
         """Takes what was written so far: it belongs to the job that was answered just now."""
-        for fd in _OUTPUTS:
+        pipes = getattr(self.transport, "pipes", {})  # Twisted's own, by the child's number
+        for pipe in [pipes[fd] for fd in _OUTPUTS if fd in pipes]:
             for _ in range(MAX_CATCH_UP):
                 self._said_more = False
-                if fd in self.transport.pipes:
-                    self.transport.pipes[fd].doRead()
+                pipe.doRead()
                 if not self._said_more:
                     break
 
@@ -372,7 +372,7 @@ class _Parent(amp.AMP):
         shard = self._shard
         if shard.state is not State.GONE:
             shard._events.shard_deaf(shard)
-            call = shard._reactor.callLater(SILENCE_GRACE, shard.kill, "it closed its socket")
+            call = shard._reactor.callLater(SILENCE_GRACE, shard.kill, "its socket was closed")
             self._impatience = call.cancel
 
     def process_gone(self, reason: Failure) -> None:

@@ -26,6 +26,7 @@ from sharded_milter.master.shard import (
     EXIT_GRACE,
     MAX_LOG_LINE,
     OUTPUT_GRACE,
+    SILENCE_GRACE,
     Shard,
     State,
     Workplace,
@@ -344,9 +345,9 @@ def test_a_worker_that_closes_its_socket_and_lives_on_is_killed() -> None:
     room = ready_room()
     room.hang_up()
     assert room.told == ["deaf"]
-    room.advance(EXIT_GRACE - 1)
+    room.advance(SILENCE_GRACE / 2)
     assert room.process.signals == []
-    room.advance(1)
+    room.advance(SILENCE_GRACE / 2)
     assert room.process.signals == [signal.SIGKILL]
     room.exit(None, signal.SIGKILL)
     assert room.shard.exit_reason == "its socket was closed"
