@@ -24,6 +24,7 @@ from sharded_milter.errors import CallbackFailed, WorkerLost
 from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Ready, blob
 from sharded_milter.master.shard import (
     EXIT_GRACE,
+    MAX_CATCH_UP,
     MAX_LOG_LINE,
     OUTPUT_GRACE,
     SILENCE_GRACE,
@@ -38,6 +39,21 @@ from sharded_milter.protocol.stages import Stage
 NO_PROCESS = 2**22 + 1  # above every process id that Linux gives
 
 
+class Pipe:
+    """A pipe that the worker writes to; what waits in it comes when somebody reads."""
+
+    def __init__(self, process: Process, fd: int) -> None:
+        self.process = process
+        self.fd = fd
+        self.waiting: list[bytes] = []
+        self.reads = 0
+
+    def doRead(self) -> None:
+        self.reads += 1
+        if self.waiting:
+            self.process.protocol.childDataReceived(self.fd, self.waiting.pop(0))
+
+
 class Process:
     """What spawnProcess returns."""
 
@@ -47,6 +63,7 @@ class Process:
         self.pid: int | None = NO_PROCESS
         self.signals: list[int] = []
         self.closed: list[str] = []
+        self.pipes = {fd: Pipe(self, fd) for fd in (1, 2)}
 
     def signalProcess(self, number: int) -> None:
         if self.pid is None:
@@ -350,7 +367,7 @@ def test_a_worker_that_closes_its_socket_and_lives_on_is_killed() -> None:
     room.advance(SILENCE_GRACE / 2)
     assert room.process.signals == [signal.SIGKILL]
     room.exit(None, signal.SIGKILL)
-    assert room.shard.exit_reason == "its socket was closed"
+    assert room.shard.exit_reason == "it closed its socket"
 
 
 def test_who_killed_it_and_why_is_the_reason() -> None:
@@ -501,6 +518,28 @@ def test_an_endless_line_is_cut() -> None:
 
 def test_output_in_no_encoding_is_logged_too() -> None:
     assert lines(ready_room(), (2, b"caf\xe9\n")) == ["[3] caf\udce9"]
+
+
+def test_what_was_written_during_a_job_is_logged_with_it() -> None:
+    room = ready_room()
+    room.shard.label = "qid=1"
+    room.ask()
+    room.process.pipes[1].waiting += [b"o", b"ne\n"]
+    room.process.pipes[2].waiting += [b"two\n"]
+    with capturedLogs() as events:
+        room.answer()
+        room.shard.label = "qid=2"
+    texts = [event["log_format"].format(**event) for event in events]
+    assert texts == ["[3 qid=1] one", "[3 qid=1] two"]
+
+
+def test_a_worker_that_writes_for_ever_does_not_keep_us() -> None:
+    room = ready_room()
+    room.ask()
+    room.process.pipes[1].waiting += [b"x\n"] * 1000
+    del room.process.pipes[2]
+    room.answer()
+    assert room.process.pipes[1].reads == MAX_CATCH_UP
 
 
 def test_output_that_descendants_hold_open_is_read_for_a_while() -> None:
