@@ -30,6 +30,7 @@ def main(
     `cpus` are those it may run on (none: any).
     """
     _die_with(master)
+    os.setsid()  # a process group of its own, which the master ends with the worker
     _restrict(nice, memory_limit, cpus)
     # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to
     # the whole group.

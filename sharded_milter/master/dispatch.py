@@ -33,6 +33,9 @@ from sharded_milter.protocol.stages import Stage
 # The share of a deadline after which a worker is asked where it hangs.
 SOFT_LIMIT = 0.8
 
+# The share of a deadline that a scan must have had before the message counts as a killer.
+BLAMED_AFTER = 0.5
+
 # A client that gives up and comes back has waited for minutes; a scan that has run this long is
 # worth waiting for instead of starting it again.
 JOIN_AFTER = 10.0
@@ -245,7 +248,9 @@ class Dispatch:
             self.schedule.withdraw(job)
             self._fail(job, Failure(Overloaded(reason)))
             return
-        poison = self._remember(job, 1)
+        # One that has waited for most of that time is not to blame.
+        ran = self._reactor.seconds() - job.started
+        poison = ran >= BLAMED_AFTER * self._limit(job) and self._remember(job, 1)
         job.shard.kill(reason)
         self._fail(job, Failure(Poisoned(reason) if poison else DeadlineExceeded(reason)))
 

@@ -6,7 +6,7 @@ cause.
 
 Order of jobs: light ones first, then later stages before earlier ones (a message that is half
 done blocks an MTA; one that has not begun does not), then the oldest.
-Place of jobs: one with a key runs on the shard that the key's rendezvous hash chooses among those
+Place of jobs: a heavy one with a key runs on the shard that the key's rendezvous hash chooses among those
 there are; any other on the idle shard that has run longest, so that caches stay warm and surplus
 idles. Heavy jobs leave `reserve` shards to light ones.
 """
@@ -167,7 +167,8 @@ class Schedule(Generic[J, S]):
         return late
 
     def _heap_of(self, job: J) -> list[_Entry[J]]:
-        if not job.key or not self._shards:
+        # A light job must not wait behind the scan that holds the shard of its key.
+        if job.light or not job.key or not self._shards:
             return self._common
         home = max(self._shards, key=lambda shard: _weight(shard.slot, job.key))
         return self._homes.setdefault(home.slot, [])

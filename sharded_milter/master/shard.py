@@ -226,6 +226,11 @@ class Shard:
         except psutil.Error:
             return 0
 
+    def _end_family(self) -> None:
+        """Ends what the dead worker has left running; its group bears its process id."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def dump_stacks(self) -> None:
         """Has the worker write the Python stacks of all its threads into the log."""
         if self.manifest is not None:  # earlier, the signal would end it
@@ -254,6 +259,7 @@ class Shard:
         """The process is reaped."""
         self.exit_reason = self.killed_for or _exit_reason(status)
         self.state = State.GONE
+        self._end_family()
         self._amp.process_gone(Failure(WorkerLost(self.exit_reason)))
         self._events.shard_gone(self)
 

@@ -210,6 +210,19 @@ def test_a_message_that_hangs_twice_is_poison() -> None:
     assert isinstance(second.only, Poisoned)
 
 
+def test_a_message_that_has_waited_for_most_of_its_time_is_not_to_blame() -> None:
+    workers = Workers(2, command_deadline=20.0, eom_deadline=200.0, queue_wait=190.0)
+    other = message(Mail("<other@example.org>"), Eom())
+    for _ in workers.shards:
+        workers.submit(message=other)
+    late = [workers.submit(), workers.submit()]
+    workers.wait(150.0)
+    for shard in workers.shards:
+        shard.answer()
+    workers.wait(50.0)
+    assert [type(result.only) for result in late] == [DeadlineExceeded, DeadlineExceeded]
+
+
 def test_a_copy_of_poison_is_kept(tmp_path: Path) -> None:
     workers = Workers(2, Keep(tmp_path, 1000))
     with capturedLogs() as events:

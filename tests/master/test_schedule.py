@@ -412,3 +412,16 @@ def test_a_withdrawn_job_at_the_top_is_passed_over() -> None:
     jobs.submit(second, 0.0)
     jobs.withdraw(first)
     assert drained(jobs) == [second]
+
+
+def test_a_light_job_does_not_wait_for_the_shard_of_its_key() -> None:
+    jobs = with_three_idle()
+    home = homes(jobs, range(1))[b"0"]
+    jobs.submit(Job(key=b"0"), 0.0)
+    assert (jobs.next() or (None, None))[1] == home
+    light = Job(Stage.RCPT, light=True, key=b"0")
+    jobs.submit(light, 0.0)
+    pair = jobs.next()
+    assert pair is not None
+    assert pair[0] is light
+    assert pair[1] != home

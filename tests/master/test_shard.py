@@ -367,7 +367,7 @@ def test_a_worker_that_closes_its_socket_and_lives_on_is_killed() -> None:
     room.advance(SILENCE_GRACE / 2)
     assert room.process.signals == [signal.SIGKILL]
     room.exit(None, signal.SIGKILL)
-    assert room.shard.exit_reason == "it closed its socket"
+    assert room.shard.exit_reason == "its socket was closed"
 
 
 def test_who_killed_it_and_why_is_the_reason() -> None:
