@@ -6,9 +6,9 @@ cause.
 
 Order of jobs: light ones first, then later stages before earlier ones (a message that is half
 done blocks an MTA; one that has not begun does not), then the oldest.
-Place of jobs: a heavy one with a key runs on the shard that the key's rendezvous hash chooses among those
-there are; any other on the idle shard that has run longest, so that caches stay warm and surplus
-idles. Heavy jobs leave `reserve` shards to light ones.
+Place of jobs: a heavy one with a key runs on the shard that the key's rendezvous hash chooses
+among those there are; any other on the idle shard that has run longest, so that caches stay warm
+and surplus idles. Heavy jobs leave `reserve` shards to light ones.
 """
 
 from __future__ import annotations

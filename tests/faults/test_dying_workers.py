@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .flow import Background, Flow, mail, subject, word
-from .server import Server, until
+from .server import Server, is_running, until
 
 pytestmark = pytest.mark.integration
 
@@ -100,7 +100,7 @@ def test_without_retries_two_deliveries_make_poison(tmp_path: Path) -> None:
         assert server.scans(subject(bad)) == 2
 
 
-def test_a_grandchild_that_holds_the_output_delays_nothing(tmp_path: Path) -> None:
+def test_a_grandchild_that_holds_the_output_delays_nothing_and_ends(tmp_path: Path) -> None:
     with Server(tmp_path) as server:
         before = server.descriptors()
         bad = mail("diechild")
@@ -110,5 +110,6 @@ def test_a_grandchild_that_holds_the_output_delays_nothing(tmp_path: Path) -> No
         assert set(flow.verdicts()) == {"accept"}
         until(server.is_whole, "two workers run again")
         until(lambda: server.descriptors() <= before, "what the dead have left open is closed")
-        for pid in server.grandchildren():
-            os.kill(pid, signal.SIGKILL)
+        children = server.grandchildren()
+        assert children
+        until(lambda: not any(map(is_running, children)), "they end with their parents")
