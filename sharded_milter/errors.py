@@ -5,6 +5,7 @@ MilterError
 ├── LocalProtocolError     a reply of ours, or of a worker, is not legal here
 ├── InvalidValue           an author's value that would break the wire (also a ValueError)
 ├── InvalidVerdict         a callback returned what its stage cannot say (also a TypeError)
+├── CallRefused            an author's smfi_ call that is not allowed now (also a RuntimeError)
 ├── JobFailed              no verdict came from the milter
 │   ├── CallbackFailed     the author's code raised; the worker lives
 │   ├── WorkerLost         the worker died with the job
@@ -45,6 +46,13 @@ class InvalidValue(MilterError, ValueError):
 
 class InvalidVerdict(MilterError, TypeError):
     """A callback returned a verdict that its stage cannot give."""
+
+
+class CallRefused(MilterError, RuntimeError):
+    """A smfi_ call is not allowed now, was not negotiated, or has arguments that cannot be sent.
+
+    Where libmilter returns MI_FAILURE; the message has changed nothing.
+    """
 
 
 class JobFailed(MilterError):

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from twisted.protocols import amp
@@ -109,35 +110,71 @@ def release(value: bytes | memoryview) -> None:
             mapping.close()  # type: ignore[attr-defined]  # it is the mmap of fromBox
 
 
-class Ask(amp.Command):
-    """Master to worker: answer this transcript at this stage.
+# The letter of a question that nobody waits for the answer of: the client has left.
+FAREWELL = b"Q"
 
-    `stage` is the letter of the stage. The answer is reply packets, or, when the milter's code
-    raised, one line that says what; the worker has logged the traceback then.
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a worker is asked.
+
+    `stage` is the letter of the stage, or FAREWELL. `milter` is the milter's place among those
+    that the worker serves. Where the milter is an object, `session` is the object's number, the
+    parts are what the object has not been told yet, those of the message beginning at `start`,
+    and `command` is one that belongs to no transcript (UNKNOWN); else `session` is 0 and the
+    parts are all there is.
+    """
+
+    stage: bytes
+    connection: bytes | Memory
+    message: bytes | Memory
+    milter: int = 0
+    session: int = 0
+    start: int = 0
+    command: bytes | Memory = b""
+
+
+class Ask(amp.Command):
+    """Master to worker: answer this question, which has the fields of `Question`.
+
+    The answer is reply packets, or, when the milter's code raised, one line that says what; the
+    worker has logged the traceback then.
     """
 
     arguments = [  # noqa: RUF012
         (b"stage", amp.String()),
         (b"connection", Blob()),
         (b"message", Blob()),
+        (b"milter", amp.Integer()),
+        (b"session", amp.Integer()),
+        (b"start", amp.Integer()),
+        (b"command", Blob()),
     ]
     response = [(b"replies", Blob()), (b"error", amp.String())]  # noqa: RUF012
 
 
 class Ready(amp.Command):
-    """Worker to master: the milter is imported; this is its manifest."""
+    """Worker to master: the milters are imported; these are their manifests, in order."""
 
     arguments = [  # noqa: RUF012
-        (b"name", amp.String()),
-        (b"negotiation", amp.String()),
-        (b"light", amp.String()),
-        (b"shard_by", amp.String()),
+        (
+            b"milters",
+            amp.AmpList(
+                [
+                    (b"name", amp.String()),
+                    (b"negotiation", amp.String()),
+                    (b"light", amp.String()),
+                    (b"shard_by", amp.String()),
+                    (b"pinning", amp.String()),
+                ]
+            ),
+        )
     ]
     response = []  # noqa: RUF012
 
 
 class LoadFailed(amp.Command):
-    """Worker to master: the milter cannot be imported, for this reason."""
+    """Worker to master: a milter cannot be imported, for this reason."""
 
     arguments = [(b"reason", amp.String()), (b"details", amp.String())]  # noqa: RUF012
     response = []  # noqa: RUF012

@@ -26,9 +26,14 @@ ALLOWED: dict[str, set[str]] = {
     ".api": {".api", ".errors", ".protocol.text"},
     ".dialects": {".dialects", ".api", ".protocol", ".errors"},
     ".jobs": {"twisted"},
-    ".master": {".master", ".protocol", ".jobs", ".errors", "twisted", "zope", "psutil", "ampoule"},
+    ".coroutines": {".errors", "twisted"},
+    ".master": {
+        ".master", ".protocol", ".jobs", ".coroutines", ".errors",
+        "twisted", "zope", "psutil", "ampoule",
+    },
+    ".embedded": {".master", ".dialects", "twisted"},
     ".workers": {
-        ".workers", ".dialects", ".api", ".protocol", ".jobs", ".errors",
+        ".workers", ".dialects", ".api", ".protocol", ".jobs", ".coroutines", ".errors",
         "twisted", "ampoule", "yara_x",
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},

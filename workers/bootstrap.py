@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 # The master's end of the socket pair is on the other side of this descriptor.
 CHANNEL = 3
@@ -22,9 +22,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(
-    master: int, spec: str, *, nice: int = 0, memory_limit: int = 0, cpus: Collection[int] = ()
+    master: int,
+    specs: Sequence[str],
+    *,
+    nice: int = 0,
+    memory_limit: int = 0,
+    cpus: Collection[int] = (),
 ) -> None:
-    """Serves the milter `spec` to the process `master` until that ends or says so.
+    """Serves the milters `specs` to the process `master` until that ends or says so.
 
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
     `cpus` are those it may run on (none: any).
@@ -61,7 +66,7 @@ def main(
 
     os.set_inheritable(CHANNEL, False)  # not for the milter's own children
     os.set_blocking(CHANNEL, False)
-    factory = Factory.forProtocol(lambda: Child(spec))
+    factory = Factory.forProtocol(lambda: Child(specs))
     reactor.adoptStreamConnection(CHANNEL, socket.AF_UNIX, factory)  # type: ignore[attr-defined]
     os.close(CHANNEL)
     reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]

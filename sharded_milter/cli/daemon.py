@@ -40,7 +40,7 @@ def serve(settings: config.Settings) -> int:
 
     Raises StartError when it cannot start.
     """
-    spec = milter_spec(settings)
+    specs = worker_specs(settings)
     logs.begin(settings.log_level)
     _allow_descriptors()
     with contextlib.ExitStack() as stack:
@@ -49,7 +49,7 @@ def serve(settings: config.Settings) -> int:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
             listeners.append(listener)
-        return _Run(settings, spec, listeners).run()
+        return _Run(settings, specs, listeners).run()
 
 
 def _allow_descriptors() -> None:
@@ -58,23 +58,24 @@ def _allow_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def milter_spec(settings: config.Settings) -> str:
-    """What the workers load; UsageError when it is not one milter."""
-    if len(settings.milters) > 1:
-        raise UsageError(f"{len(settings.milters)} milters given, one can be served")
-    spec = settings.milters[0] if settings.milters else SCANNER
-    if settings.milters and settings.scanner_rules:
-        raise UsageError(f"--scanner-rules is for the scanner, but the milter is {spec}")
-    return spec
+def worker_specs(settings: config.Settings) -> tuple[str, ...]:
+    """What the workers load; nothing where all milters run in the master."""
+    specs = settings.milters
+    if not specs and not settings.in_master:
+        specs = (SCANNER,)
+    if SCANNER not in specs and settings.scanner_rules:
+        names = ", ".join((*settings.in_master, *specs))
+        raise UsageError(f"--scanner-rules is for the scanner, but the milter is {names}")
+    return specs
 
 
-def shard_starter(settings: config.Settings, spec: str, reactor: Any) -> Any:
+def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: Any) -> Any:
     """What the pool calls for a new worker process."""
     from sharded_milter.master.shard import Shard, Workplace, worker_environment
 
     extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
     workplace = Workplace(
-        spec,
+        specs,
         worker_environment(os.environ, extra),
         settings.nice,
         settings.worker_memory_limit,
@@ -89,11 +90,29 @@ def shard_starter(settings: config.Settings, spec: str, reactor: Any) -> Any:
     return start
 
 
+def in_master_members(settings: config.Settings, reactor: Any, counters: Any) -> list[Any]:
+    """The milters that run in this process; raises MilterLoadError."""
+    from sharded_milter.dialects.loader import load
+    from sharded_milter.master.chain import Member
+    from sharded_milter.master.in_master import InMaster
+
+    hosts = [
+        InMaster(load(spec), settings.limits, reactor, counters) for spec in settings.in_master
+    ]
+    return [Member(host.manifest, host) for host in hosts]
+
+
 class _Run:
     """One run of the reactor."""
 
-    def __init__(self, settings: config.Settings, spec: str, listeners: list[Listener]) -> None:
+    def __init__(
+        self, settings: config.Settings, specs: tuple[str, ...], listeners: list[Listener]
+    ) -> None:
         # Twisted is imported here: until now every mistake was answered without waiting for it.
+        if settings.in_master:  # its coroutines may use asyncio, as in a worker
+            from twisted.internet import asyncioreactor
+
+            asyncioreactor.install()
         from twisted.internet import reactor
         from twisted.logger import Logger
 
@@ -109,13 +128,15 @@ class _Run:
         limits = settings.limits
         keep = Keep(Path(settings.keep_dir), settings.keep_quota) if settings.keep_dir else None
         dispatch = Dispatch(limits, reactor, keep)
-        start_shard = shard_starter(settings, spec, reactor)
-        pool = Pool(start_shard, settings.workers, limits, dispatch, reactor)
+        start_shard = shard_starter(settings, specs, reactor)
+        pool = Pool(start_shard, settings.workers if specs else 0, limits, dispatch, reactor)
+        in_master = in_master_members(settings, reactor, dispatch.counters)
         policy = Policy(settings.on_error, settings.on_poison)
         self._settings = settings
         self._reactor: Any = reactor
         self._log = Logger()
-        self._service = Service(listeners, pool, dispatch, limits, policy, reactor)
+        self._workers = settings.workers if specs else 0
+        self._service = Service(listeners, pool, dispatch, limits, policy, reactor, in_master)
         self._failure: BaseException | None = None
         self._stopping = False
 
@@ -148,7 +169,7 @@ class _Run:
         names = [listener.address.for_postfix(listener.port) for listener in listeners]
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
-            n=self._settings.workers,
+            n=self._workers,
             names=", ".join(names),
         )
         fd = self._settings.ready_fd

@@ -9,6 +9,7 @@ from operator import or_
 from typing import Any
 
 from sharded_milter.api.milter import Milter, check_verdict
+from sharded_milter.dialects.context import Call, call_plainly
 from sharded_milter.dialects.transcript import Transcript, read
 from sharded_milter.dialects.translate import to_replies
 from sharded_milter.protocol.negotiation import Manifest
@@ -78,17 +79,20 @@ class FunctionDialect:
 
     def __init__(self, milter: Milter) -> None:
         self.manifest = manifest_of(milter)
+        self.call: Call = call_plainly
         self._callbacks = {Stage[word.upper()]: c for word, c in milter.callbacks.items()}
 
     def answer(
-        self, stage: Stage, connection: bytes, message: bytes | memoryview
+        self, stage: Stage | None, connection: bytes, message: bytes | memoryview, session: int = 0
     ) -> bytes | Awaitable[bytes]:
         """The reply packets for a transcript at `stage`, or an awaitable of them.
 
         Raises whatever the callback raises, and InvalidVerdict for what it may not return.
         """
+        assert stage is not None  # functions are not told of the ends of connections
         transcript = read(connection, message)
-        verdict = self._callbacks[stage].function(*ARGUMENTS[stage](transcript))
+        arguments = ARGUMENTS[stage](transcript)
+        verdict = self.call(stage.word, self._callbacks[stage].function, arguments)
         if inspect.isawaitable(verdict):
             return self._later(stage, verdict, transcript)
         return _replies(stage, verdict, transcript)

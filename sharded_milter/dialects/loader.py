@@ -10,26 +10,40 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from sharded_milter.api.milter import Milter
+from sharded_milter.dialects import classic
+from sharded_milter.dialects.context import Call
 from sharded_milter.dialects.functions import FunctionDialect
+from sharded_milter.dialects.objects import ClassDialect
 from sharded_milter.errors import MilterLoadError, StartError, UsageError
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
 # Frames of this package and of the import system are left out of an author's traceback.
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+T = TypeVar("T")
+
 _NOT_HIS = (_PACKAGE, "<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 
 
 class Dialect(Protocol):
-    """A milter that answers transcripts, whatever way it is written."""
+    """A milter that answers transcripts, whatever way it is written.
+
+    `call` is how it calls the author's code: with the callback's name, the function and its
+    arguments.
+    """
 
     manifest: Manifest
+    call: Call
 
     def answer(
-        self, stage: Stage, connection: bytes, message: bytes | memoryview
+        self,
+        stage: Stage | None,
+        connection: bytes,
+        message: bytes | memoryview,
+        session: int = 0,
     ) -> bytes | Awaitable[bytes]: ...
 
 
@@ -60,11 +74,33 @@ def load(spec: str) -> Dialect:
         found = getattr(module, name)
     except AttributeError:
         raise MilterLoadError(f"milter {spec}: {where} has no {name!r}") from None
-    if not isinstance(found, Milter):
-        raise MilterLoadError(f"milter {spec}: {name} is a {type(found).__name__}, not a Milter")
-    if not found.callbacks:
-        raise MilterLoadError(f"milter {spec}: {name} has no callback")
-    return FunctionDialect(found)
+    try:
+        return _guarded(spec, lambda: as_dialect(found))
+    except NotAMilter as error:
+        raise MilterLoadError(f"milter {spec}: {name} {error}") from None
+
+
+class NotAMilter(MilterLoadError):
+    """What was found is no milter; the text says what it is, without its name."""
+
+
+def as_dialect(found: Any) -> Dialect:
+    """The dialect that runs what an author has written.
+
+    That is a `sharded_milter.Milter` with callbacks, a class derived from the embedded `Milter`,
+    or a factory of such, or its class. Raises MilterLoadError for anything else.
+    """
+    if isinstance(found, Milter):
+        if not found.callbacks:
+            raise NotAMilter("has no callback")
+        return FunctionDialect(found)
+    if isinstance(found, type) and issubclass(found, classic.Milter):
+        factory = classic.MilterFactory()
+        factory.milter = found
+        return ClassDialect(factory)
+    if callable(getattr(found, "build_milter", None)):
+        return ClassDialect(found() if isinstance(found, type) else found)
+    raise NotAMilter(f"is a {type(found).__name__}, not a Milter, nor a class or factory of them")
 
 
 def _module(where: str) -> ModuleType:
@@ -89,9 +125,10 @@ def _search_last(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def _guarded(spec: str, importing: Callable[[], ModuleType]) -> ModuleType:
+def _guarded(spec: str, loading: Callable[[], T]) -> T:
+    """What the author's code returns; MilterLoadError for whatever it raises."""
     try:
-        return importing()
+        return loading()
     except MilterLoadError:
         raise
     except StartError as error:  # the bundled scanner's: its line says everything

@@ -60,15 +60,8 @@ class Transcript:
 
     def connection_value(self) -> Connection:
         """The client, with the macros of connect and helo."""
-        connect = self.connect or Connect("", "U")
-        family = _FAMILIES.get(connect.family, "unknown")
-        address = connect.address
-        if family == "inet6" and address[:5].lower() == "ipv6:":
-            address = address[5:]  # Sendmail's spelling
-        if family in ("inet", "inet6") and not _is_ip(address):
-            family, address = "unknown", ""  # Postfix sends "unknown" of some proxied clients
         return Connection(
-            connect.hostname, family, address, connect.port, self.helo, self._visible("CH")
+            *client_of(self.connect or Connect("", "U")), self.helo, self._visible("CH")
         )
 
     def envelope_value(self, recipients: Iterable[Address] | None = None) -> Envelope:
@@ -92,6 +85,17 @@ class Transcript:
 
     def _visible(self, stages: str) -> Macros:
         return Macros(pair for stage in stages for pair in self.macros.get(stage, ()))
+
+
+def client_of(connect: Connect) -> tuple[str, str, str, int]:
+    """Hostname, family, address and port of a client, as `Connection` has them."""
+    family = _FAMILIES.get(connect.family, "unknown")
+    address = connect.address
+    if family == "inet6" and address[:5].lower() == "ipv6:":
+        address = address[5:]  # Sendmail's spelling
+    if family in ("inet", "inet6") and not _is_ip(address):
+        family, address = "unknown", ""  # Postfix sends "unknown" of some proxied clients
+    return connect.hostname, family, address, connect.port
 
 
 def read(connection: bytes, message: bytes | memoryview) -> Transcript:

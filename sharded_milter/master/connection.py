@@ -69,7 +69,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     def timeoutConnection(self) -> None:
         """The MTA has said nothing for longer than any SMTP client may be idle."""
-        if self._conversation.job is not None:  # it waits for us
+        if self._conversation.asked is not None:  # it waits for us
             self.setTimeout(self._home.limits.idle_timeout)
             return
         self.log.info("closing a connection that was idle for too long")
@@ -85,7 +85,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             self._give_up(error)
             return
         for packet in received:
-            if packet[LETTER] in _LEAVING and self._conversation.job is not None:
+            if packet[LETTER] in _LEAVING and self._conversation.asked is not None:
                 self._conversation.cancel()
             self._waiting.append(packet)
             self._waiting_bytes += len(packet)
@@ -106,7 +106,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         answers = [answer]
         broken = None
         try:
-            while self._waiting and talk.job is None and not talk.over:
+            while self._waiting and talk.asked is None and not talk.over:
                 packet = self._waiting.popleft()
                 self._waiting_bytes -= len(packet)
                 answers.append(talk.take(packet))
@@ -133,11 +133,11 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
     # Signs of life
 
     def _watch_job(self) -> None:
-        job = self._conversation.job
-        if job is None:
+        stage = self._conversation.asked
+        if stage is None:
             self._stop_progress()
         elif self._progress is None and (
-            job.stage is Stage.EOM or self._conversation.takes_early_progress
+            stage is Stage.EOM or self._conversation.takes_early_progress
         ):
             self._progress_later()
 

@@ -5,33 +5,34 @@ It knows no socket: packets come in, answers go out. While a job is out it takes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
-from sharded_milter.errors import JobFailed, LocalProtocolError
+from sharded_milter.errors import LocalProtocolError
 from sharded_milter.jobs import blob
+from sharded_milter.master.chain import Chain, Facts, Member
 from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import (
     BUSY,
     NO_ROOM,
-    RELOADED,
     STOPPING,
     TOO_LARGE,
     Policy,
     answer_for,
 )
 from sharded_milter.master.transcript import Refusal, Transcript
+from sharded_milter.protocol.commands import Negotiate
 from sharded_milter.protocol.negotiation import DATA_SIZES, Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Quarantine
-from sharded_milter.protocol.session import Keep, Leaves, Session, State
+from sharded_milter.protocol.session import REFUSED, Keep, Leaves, Session, State
 from sharded_milter.protocol.stages import NO_PROTOCOL, Stage
+from sharded_milter.protocol.stages import Protocol as ProtocolBits
 from sharded_milter.protocol.wire import packets
 
 _CONTINUE = Continue().encode()
@@ -56,27 +57,18 @@ VERDICT_NAMES = {"a": "accept", "c": "continue", "d": "discard", "r": "reject", 
 _QUARANTINE = Quarantine.letter[0]
 
 
-class Answers(Protocol):
-    """Who answers jobs: dispatch."""
-
-    counters: Any
-
-    def submit(self, job: Job) -> Deferred[bytes]: ...
-    def cancel(self, job: Job) -> None: ...
-
-
 class Home(Protocol):
     """What a conversation needs of the service it belongs to."""
 
     limits: Limits
     policy: Policy
     inflight: Inflight
-    reactor: Any
+    counters: Counter[str]
 
     @property
-    def dispatch(self) -> Answers: ...
+    def reactor(self) -> Any: ...
     @property
-    def manifest(self) -> Manifest: ...
+    def members(self) -> Sequence[Member]: ...
     @property
     def full(self) -> bool: ...
 
@@ -87,14 +79,22 @@ class Conversation:
     log = Logger()
 
     def __init__(self, home: Home, send: Callable[[bytes], None]) -> None:
-        self.job: Job | None = None  # the one that is out
         self._home = home
         self._send = send
         self._session = Session()
         self._transcript = Transcript(home.limits.max_message_size, home.inflight)
-        self._manifest = home.manifest
+        self._chain = self._chain_of(())
+        self._turned_away = False
         self._asking = False
         self._early = b""  # an answer that came before the question was out
+
+    def _chain_of(self, members: Sequence[Member]) -> Chain:
+        return Chain(members, self._home.policy, self._answered, self._lost)
+
+    @property
+    def asked(self) -> Stage | None:
+        """The stage that the milters are asked about now."""
+        return self._chain.asked
 
     @property
     def over(self) -> bool:
@@ -116,13 +116,7 @@ class Conversation:
         """
         step = self._session.receive(packet)
         if step.offer is not None:
-            self._manifest = TURNED_AWAY if self._home.full else self._home.manifest
-            mds = DATA_SIZES[self._home.limits.max_data_size]
-            agreement = negotiate(step.offer, [self._manifest], mds)
-            self._session.agree(agreement)
-            answer = agreement.reply.encode()
-            self._transcript.keep(answer)
-            return answer
+            return self._negotiate(step.offer)
         if step.leaves is not Leaves.NOTHING:
             self._forget(step.leaves)
         if step.keep is not Keep.NO:
@@ -134,121 +128,121 @@ class Conversation:
         refusal = self._refusal()
         if refusal:
             return self._decided(step.stage, refusal)
-        job = self._question(step.stage, step.keep, packet)
-        if job is None:
+        facts = self._facts(step.stage, step.keep, packet)
+        if facts is None:
             self._count("refused_no_memory")
             return self._decided(step.stage, NO_ROOM)
-        return self._ask(job)
+        return self._ask(facts)
+
+    def _negotiate(self, offer: Negotiate) -> bytes:
+        home = self._home
+        self._turned_away = home.full
+        self._chain = self._chain_of(() if home.full else home.members)
+        manifests = [TURNED_AWAY] if home.full else self._chain.manifests
+        agreement = negotiate(offer, manifests, DATA_SIZES[home.limits.max_data_size])
+        self._session.agree(agreement)
+        self._chain.agree(agreement)
+        answer = agreement.reply.encode()
+        told = offer.encode() if self._chain.has_objects else b""  # to their xxfi_negotiate
+        self._transcript.keep(told + answer)
+        return answer
 
     def _forget(self, leaves: Leaves) -> None:
-        if leaves is Leaves.CLIENT:
-            self._transcript.clear_client()
+        if leaves is Leaves.MESSAGE:
+            self._message_over()
         else:
-            self._transcript.clear_message()
+            self._client_over()
+
+    def _message_over(self) -> None:
+        self._transcript.clear_message()
+        self._chain.message_over()
+
+    def _client_over(self) -> None:
+        about = self._about()
+        self._chain.client_over(self._transcript.connection_part(), lambda: about)
+        self._transcript.clear_client()
 
     def _keep(self, keep: Keep, packet: bytes) -> None:
         if keep is Keep.SLOT:
-            self._transcript.keep(packet)
+            self._chain.learn(self._transcript.keep(packet), packet)
             return
         if keep is Keep.BEGIN:
-            self._transcript.clear_message()
+            self._message_over()
         self._transcript.append(packet)
 
     def _refusal(self) -> bytes:
         """What is answered instead of asking the milter; empty when it is to be asked."""
-        if self._manifest is TURNED_AWAY:
+        if self._turned_away:
             self._count("overload_connections")
             return BUSY
         if self._transcript.refusal is not None:
             self._count(f"refused_{self._transcript.refusal.name.lower()}")
             return _REFUSALS[self._transcript.refusal]
-        current = self._home.manifest
-        if self._manifest is not current and self._manifest != current:
-            self._count("refused_reloaded")
-            return RELOADED
         return b""
 
     def _count(self, name: str) -> None:
-        self._home.dispatch.counters[name] += 1
+        self._home.counters[name] += 1
 
-    # Questions to the milter
+    # Questions to the milters
 
-    def _question(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
-        """The job that asks the milter; None when there is no memory for it."""
+    def _facts(self, stage: Stage, keep: Keep, packet: bytes) -> Facts | None:
+        """What the milters are asked about; None when there is no memory for it."""
         transcript, eom = self._transcript, stage is Stage.EOM
         about = self._about()  # as it is now: when the job ends, the MTA may be elsewhere
         try:
             connection = blob(transcript.connection_part())
-            # UNKNOWN belongs to no message.
-            unkept = keep is Keep.NO
-            message = blob(packet) if unkept else transcript.message_part(complete=eom)
+            command = blob(packet) if keep is Keep.NO else b""  # UNKNOWN belongs to no message
         except OSError as error:
             self.log.error("no memory for a job: {why}", why=error.strerror)
             return None
+        message = transcript.message_part(complete=eom)
         if transcript.refusal is not None:
             return None
-        return Job(
+        return Facts(
             stage,
-            stage in self._manifest.light,
             connection,
             message,
             lambda: about,
-            self._key(),
+            self._key,
             transcript.client() if eom and self._home.limits.join_retries else b"",
-            self._manifest,
+            command,
+            self._is_refused(stage),
         )
 
-    def _ask(self, job: Job) -> bytes:
+    def _is_refused(self, stage: Stage) -> bool:
+        """Whether the MTA itself has refused this recipient; it sends those if asked to."""
+        asked_for = self._session.agreement.protocol & ProtocolBits.RCPT_REJ
+        return bool(asked_for) and stage is Stage.RCPT and self._transcript.is_refused()
+
+    def _ask(self, facts: Facts) -> bytes:
         """Asks; an answer that is there at once is returned, to keep the order of commands."""
-        self.job = job
         self._asking = True
-        result = self._home.dispatch.submit(job)
-        result.addErrback(self._by_policy, job)
-        result.addCallback(self._answered, job)
-        result.addErrback(self._lost)
+        self._chain.ask(facts)
         self._asking = False
         early, self._early = self._early, b""
         return early
 
-    def _lost(self, failure: Failure) -> None:
+    def _key(self, shard_by: str) -> bytes:
+        if shard_by == "session":
+            return id(self).to_bytes(8, "big")
+        return self._transcript.key(shard_by)
+
+    def _lost(self) -> None:
         """A defect of ours: the MTA hears the end of the connection instead of nothing."""
-        self.log.failure("a verdict got lost", failure)
         self._session.state = State.CLOSED
         self._send(b"")
 
-    def _key(self) -> bytes:
-        shard_by = self._manifest.shard_by
-        if shard_by == "session":
-            return id(self).to_bytes(8, "big")
-        return self._transcript.key(shard_by) if shard_by else b""
-
-    def _by_policy(self, failure: Failure, job: Job) -> bytes:
-        if self.job is not job:
-            return b""  # nobody waits for it
-        if not failure.check(JobFailed):
-            self.log.failure("dispatch failed", failure)
-        self.log.error(
-            "{about} at {stage}: {why}; answered by policy",
-            about=job.about(),
-            stage=job.stage.word,
-            why=failure.getErrorMessage(),
-        )
-        return answer_for(failure.value, self._home.policy, job.stage)
-
-    def _answered(self, replies: bytes, job: Job) -> None:
-        if self.job is not job:
-            return
-        self.job = None
+    def _answered(self, facts: Facts, replies: bytes, jobs: list[Job]) -> None:
         about, size = self._about(), self._transcript.size
-        answer = self._decided(job.stage, replies)
-        if job.stage is Stage.EOM:
-            self._log_message(job, about, size, answer)
+        answer = self._decided(facts.stage, replies, refused=facts.refused)
+        if facts.stage is Stage.EOM:
+            self._log_message(jobs, about, size, answer)
         if self._asking:
             self._early = answer
         else:
             self._send(answer)
 
-    def _decided(self, stage: Stage, replies: bytes) -> bytes:
+    def _decided(self, stage: Stage, replies: bytes, *, refused: bool = False) -> bytes:
         """The replies, after the session has approved of them; the policy's verdict if not."""
         try:
             decision = self._session.decide(stage, replies)
@@ -256,25 +250,23 @@ class Conversation:
             self.log.error("{about}: {why}; not sent", about=self._about(), why=str(error))
             replies = answer_for(error, self._home.policy, stage)
             decision = self._session.decide(stage, replies)
-        if decision.mark:
-            self._transcript.append(decision.mark)
+        if decision.mark or refused:
+            self._transcript.append(REFUSED)
         if decision.ended:
-            self._transcript.clear_message()
+            self._message_over()
         return replies
 
     def cancel(self) -> None:
-        """Nobody wants the answer of the job that is out."""
-        job, self.job = self.job, None
-        if job is not None:
-            self._home.dispatch.cancel(job)
+        """Nobody wants the answer to the question that is out."""
+        self._chain.cancel()
 
     def end(self) -> bytes:
         """The service stops: what an MTA that waits is told. No command may follow."""
-        job = self.job
+        asked = self._chain.asked
         self.cancel()
-        answer = self._decided(job.stage, STOPPING) if job is not None else b""
+        answer = self._decided(asked, STOPPING) if asked is not None else b""
         self._session.state = State.CLOSED
-        self._transcript.clear_client()
+        self._client_over()
         return answer
 
     # Log lines
@@ -283,7 +275,7 @@ class Conversation:
         queue_id = self._transcript.queue_id()
         return f"qid={queue_id}" if queue_id else "message without queue id"
 
-    def _log_message(self, job: Job, about: str, size: int, answer: bytes) -> None:
+    def _log_message(self, jobs: list[Job], about: str, size: int, answer: bytes) -> None:
         """One line for every message: what it was, what became of it, what it cost."""
         replies = list(packets(answer))
         final, start, _ = replies[-1]
@@ -291,7 +283,9 @@ class Conversation:
         if any(code == _QUARANTINE for code, _, _ in replies):
             verdict = "quarantine"
         now = self._home.reactor.seconds()
-        started = job.started or now
+        # Of several milters' jobs the slowest is what the MTA has waited for.
+        queued = max((_started(job, now) - job.submitted for job in jobs), default=0.0)
+        scanned = max((now - _started(job, now) for job in jobs), default=0.0)
         self.log.info(
             "{about} size={size} verdict={verdict} actions={actions} shard={shard}"
             " queue_ms={queued:.1f} scan_ms={scanned:.1f}",
@@ -299,7 +293,11 @@ class Conversation:
             size=size,
             verdict=verdict,
             actions=len(replies) - 1,
-            shard=job.slot,
-            queued=1000 * (started - job.submitted),
-            scanned=1000 * (now - started),
+            shard=",".join(str(job.slot) for job in jobs),
+            queued=1000 * queued,
+            scanned=1000 * scanned,
         )
+
+
+def _started(job: Job, now: float) -> float:
+    return job.started or now

@@ -6,6 +6,7 @@ knows nothing of the protocol. A job is answered exactly once, with replies or w
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from sharded_milter.errors import (
     Superseded,
     WorkerLost,
 )
-from sharded_milter.jobs import Memory
+from sharded_milter.jobs import FAREWELL, Memory, Question
 from sharded_milter.master.limits import Limits
+from sharded_milter.master.pin import Pin
 from sharded_milter.master.poison import Keep, Poison, digest
 from sharded_milter.master.schedule import Schedule
 from sharded_milter.protocol.negotiation import Manifest
@@ -49,18 +51,20 @@ class Worker(Protocol):
 
     slot: int
     label: str
-    manifest: Manifest | None
+    sessions: int
 
-    def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any: ...
+    def serves(self, milter: int, manifest: Manifest) -> bool: ...
+    def ask(self, question: Question) -> Any: ...
+    def session_over(self) -> None: ...
     def kill(self, reason: str) -> None: ...
     def dump_stacks(self) -> None: ...
 
 
 @dataclass(eq=False)
 class Job:
-    """One transcript to be answered at one stage."""
+    """One transcript to be answered at one stage by one milter."""
 
-    stage: Stage
+    stage: Stage | None  # None: the client has left, and nobody waits for an answer
     light: bool
     connection: bytes | Memory
     message: bytes | Memory
@@ -68,6 +72,9 @@ class Job:
     key: bytes = b""  # jobs with an equal one go to the same shard
     client: bytes = b""  # who sent the message, as far as a repeat is concerned
     manifest: Manifest | None = None  # what the MTA was told of the milter; None fits any
+    milter: int = 0  # its place among those that the workers serve
+    pin: Pin | None = None  # where its object of this connection is, if it is one
+    command: bytes | Memory = b""  # what is asked about, if it is no part of the transcript
     result: Deferred[bytes] = field(default_factory=Deferred)
     attempts: int = 0
     abandoned: bool = False  # nobody waits for the answer
@@ -78,6 +85,25 @@ class Job:
     slot: int = 0  # whose worker answered; 0 for none
     followers: list[Job] = field(default_factory=list)
     _digest: bytes = b""
+
+    @property
+    def letter(self) -> bytes:
+        """The letter of the stage, as the wire has it."""
+        return FAREWELL if self.stage is None else self.stage.value
+
+    @property
+    def place(self) -> Worker | None:
+        """The only shard that can do it; None where any can."""
+        return self.pin.place if self.pin is not None else None
+
+    def question(self) -> Question:
+        """What a worker is asked; where that is an object, all this counts as told."""
+        if self.pin is None:
+            message = self.command or self.message
+            return Question(self.letter, self.connection, message, self.milter)
+        return self.pin.question(
+            self.letter, self.connection, self.message, self.milter, self.command
+        )
 
     @property
     def size(self) -> int:
@@ -113,6 +139,8 @@ class Dispatch:
         self._poison = Poison()
         self._keep = keep
         self._running: set[Job] = set()
+        self._pins: dict[Worker, set[Pin]] = {}  # whose objects a shard has
+        self._numbers = itertools.count(1)  # for objects
         self._overdue_call: Any = None
 
     def submit(self, job: Job) -> Deferred[bytes]:
@@ -132,6 +160,8 @@ class Dispatch:
         return limits.eom_deadline if job.stage is Stage.EOM else limits.command_deadline
 
     def _queue(self, job: Job) -> None:
+        if job.pin is not None and job.pin.place is None:
+            self._settle(job.pin, self.schedule.least_loaded())
         try:
             self.schedule.submit(job, self._reactor.seconds())
         except Overloaded:
@@ -145,20 +175,23 @@ class Dispatch:
         """Gives work to whoever is idle; called after every change of capacity."""
         while (pair := self.schedule.next()) is not None:
             job, shard = pair
-            if job.manifest is None or job.manifest == shard.manifest:
+            if job.manifest is None or shard.serves(job.milter, job.manifest):
                 self._run(job, shard)
             else:
                 self.schedule.idle(shard)
+                self.counters["refused_reloaded"] += 1
                 self._fail(job, Failure(Superseded("the milter was reloaded with other stages")))
 
     def _run(self, job: Job, shard: Worker) -> None:
+        if job.pin is not None and job.pin.place is None:  # there was no shard before
+            self._settle(job.pin, shard)
         job.shard = shard
         job.slot = shard.slot
         job.started = self._reactor.seconds()
         job.attempts += 1
         shard.label = job.about()
         self._running.add(job)
-        answer = shard.ask(job.stage, job.connection, job.message)
+        answer = shard.ask(job.question())
         answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
 
     def cancel(self, job: Job) -> None:
@@ -170,6 +203,38 @@ class Dispatch:
         if self.schedule.withdraw(job) or job not in self._running:
             self._disarm(job)
         job.result.addErrback(lambda _: None)
+
+    # Objects and their shards
+
+    def _settle(self, pin: Pin, shard: Worker | None) -> None:
+        if shard is not None:
+            pin.settle(shard, next(self._numbers))
+            self._pins.setdefault(shard, set()).add(pin)
+            shard.sessions += 1
+
+    def release(self, pin: Pin) -> None:
+        """The connection is over, and so is its object."""
+        shard = pin.place
+        if shard is not None and pin in self._pins.get(shard, ()):
+            self._pins[shard].discard(pin)
+            shard.session_over()
+        pin.place = None
+
+    def lost(self, shard: Worker) -> None:
+        """The shard is gone; its objects are lost, and what waits for them goes elsewhere."""
+        for pin in self._pins.pop(shard, ()):
+            if pin.place is shard:
+                pin.lose()
+        for job in self.schedule.gone(shard):
+            self._again(job, Failure(WorkerLost("its milter's object was lost with the worker")))
+        self.assign()
+
+    def _again(self, job: Job, failure: Failure) -> None:
+        """Another shard takes the job, if it need not have the object that was lost."""
+        if job.stage is None or (job.pin is not None and job.pin.broken):
+            self._fail(job, failure)
+        else:
+            self._queue(job)
 
     # Ends of a job
 
@@ -199,6 +264,10 @@ class Dispatch:
         shard, job.shard = job.shard, None
         self._running.discard(job)
         if failure.check(WorkerLost):
+            if shard is not None:
+                self.schedule.deaf(shard)  # its exit may be heard of later than its silence
+            if job.pin is not None and job.pin.place is shard:
+                job.pin.lose()
             self.counters["workers_lost"] += 1
             if not job.result.called:  # at its deadline it was
                 self._worker_lost(job, shard, failure)
@@ -214,7 +283,7 @@ class Dispatch:
         if wanted and job.attempts <= self._limits.retries:
             self.counters["retries"] += 1
             self.log.warn("{s} died with {a}; another takes it", s=shard, a=job.about())
-            self._queue(job)
+            self._again(job, failure)
         elif self._remember(job, job.attempts):
             self._fail(job, Failure(Poisoned(f"it has killed workers; {failure.value}")))
         else:
@@ -299,7 +368,7 @@ class Dispatch:
 
     def _joined(self, job: Job) -> bool:
         """Whether the job waits for the answer of one that scans the same message already."""
-        if not self._limits.join_retries or job.stage is not Stage.EOM:
+        if not self._limits.join_retries or job.stage is not Stage.EOM or job.pin is not None:
             return False
         since = job.submitted - JOIN_AFTER
         for other in self._running:

@@ -57,14 +57,14 @@ class Pool:
     def __init__(
         self, start_shard: StartShard, size: int, limits: Limits, dispatch: Dispatch, reactor: Any
     ) -> None:
-        self.manifest: Manifest | None = None
+        self.manifests: tuple[Manifest, ...] = ()
         self._start_shard = start_shard
         self._limits = limits
         self._dispatch = dispatch
         self._reactor = reactor
         self._slots = [_Slot(number) for number in range(1, size + 1)]
         self._leaving: set[Shard] = set()
-        self._started: Deferred[Manifest] = Deferred()
+        self._started: Deferred[tuple[Manifest, ...]] = Deferred()
         self._stopped: Deferred[None] | None = None
         self._reloading = False
         self._reload_again = False
@@ -79,8 +79,8 @@ class Pool:
 
     # What the operator wants
 
-    def start(self) -> Deferred[Manifest]:
-        """Fires with the manifest when every worker is READY.
+    def start(self) -> Deferred[tuple[Manifest, ...]]:
+        """Fires with the milters' manifests when every worker is READY.
 
         Fails with MilterLoadError, ConfigError (too slow) or SystemRefused (cannot spawn).
         """
@@ -90,6 +90,8 @@ class Pool:
         except OSError as error:
             self._start_failed(SystemRefused(f"cannot start a worker: {error.strerror}"))
         self._tick_call = self._reactor.callLater(TICK, self._tick)
+        if not self._slots:  # all milters are in the master
+            self._started.callback(())
         return self._started
 
     def reload(self) -> None:
@@ -98,7 +100,7 @@ class Pool:
         If one of them cannot start, all of them are given up and the old ones go on. A reload
         that is asked for during another, or during the start, is done after it, once.
         """
-        if self._stopped is not None:
+        if self._stopped is not None or not self._slots:
             return
         if self._reloading or not self._started.called:
             self._reload_again = True
@@ -119,6 +121,9 @@ class Pool:
         """One worker more, or one less; at least one stays."""
         if self._stopped is not None or self._reloading:
             self.log.warn("the pool is not resized during a reload or at the end")
+            return
+        if not self._slots:
+            self.log.warn("no milter runs in a worker")
             return
         if change > 0:
             self._slots.append(_Slot(len(self._slots) + 1))
@@ -221,9 +226,9 @@ class Pool:
         """The slot's worker gets no more jobs, and ends when it has answered the present one."""
         shard, slot.current = slot.current, None
         if shard is not None:
-            self._dispatch.schedule.gone(shard)
+            self._dispatch.schedule.retire(shard)
             self._leaving.add(shard)
-            shard.drain()
+            shard.drain(self._limits.graceful_timeout)
 
     # What shards tell
 
@@ -234,28 +239,27 @@ class Pool:
             return
         self.log.info("shard {n} is ready, pid {pid}", n=shard.slot, pid=shard.pid)
         if self._reloading:
-            if all(s.successor and s.successor.manifest for s in self._slots):
+            if all(s.successor and s.successor.manifests for s in self._slots):
                 self._reload_done()
             return
-        if self.manifest is None:
-            self.manifest = shard.manifest
-        elif self.manifest != shard.manifest:
+        if not self.manifests:
+            self.manifests = shard.manifests
+        elif self.manifests != shard.manifests:
             self.log.warn("the milter's file has changed: all workers must be replaced")
             self.reload()
             if self._reloading:
                 return
         self._promote(slot)
         if not self._started.called and all(slot.current for slot in self._slots):
-            assert self.manifest is not None  # the first READY brought it
-            self._started.callback(self.manifest)
+            self._started.callback(self.manifests)
             self._reload_next()
 
     def _reload_done(self) -> None:
         self._reloading = False
         first = self._slots[0].successor
         assert first is not None  # all are READY
-        self.manifest = first.manifest
-        if any(s.successor and s.successor.manifest != self.manifest for s in self._slots):
+        self.manifests = first.manifests
+        if any(s.successor and s.successor.manifests != self.manifests for s in self._slots):
             self._reload_again = True  # the file has changed meanwhile
         for slot in self._slots:
             self._promote(slot)
@@ -287,14 +291,14 @@ class Pool:
 
     def shard_deaf(self, shard: Shard) -> None:
         """The shard can be told nothing more; its exit should follow."""
-        self._dispatch.schedule.gone(shard)
+        self._dispatch.schedule.deaf(shard)
 
     def shard_gone(self, shard: Shard) -> None:
         """The process is reaped: if it served, or should have, another is started."""
         self._leaving.discard(shard)
         slot = self._slot_of(shard)
+        self._dispatch.lost(shard)
         if self._stopped is not None:
-            self._dispatch.schedule.gone(shard)
             self._forget(slot, shard)
             self._check_stopped()
         elif slot is not None and slot.current is shard:
@@ -309,7 +313,6 @@ class Pool:
             slot.successor = None
 
     def _died(self, slot: _Slot, shard: Shard) -> None:
-        self._dispatch.schedule.gone(shard)
         self._dispatch.counters["worker_restarts"] += 1
         slot.current = None
         self.log.error("shard {n} is gone: {why}", n=slot.number, why=shard.exit_reason)

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
+from sharded_milter.master.chain import Member, workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.dispatch import Dispatch
 from sharded_milter.master.inflight import Inflight
@@ -25,7 +26,8 @@ FLUSH_GRACE = 2.0
 class Service:
     """Serves MTAs with the workers of a pool. No state lives outside it.
 
-    The listeners are bound already; they are served once the workers are ready.
+    `in_master` are milters that run in this process, before those that the workers serve. The
+    listeners are bound already; they are served once the workers are ready.
     """
 
     log = Logger()
@@ -38,15 +40,20 @@ class Service:
         limits: Limits,
         policy: Policy,
         reactor: Any,
+        in_master: Sequence[Member] = (),
     ) -> None:
         self.pool = pool
         self.limits = limits
         self.dispatch = dispatch
         self.policy = policy
         self.reactor = reactor
+        self.counters = dispatch.counters
         self.inflight = Inflight(limits.max_inflight_bytes)
         self.connections: set[MilterConnection] = set()
         self.listeners = listeners
+        self._in_master = in_master
+        self._members: Sequence[Member] = in_master
+        self._served: tuple[Manifest, ...] = ()  # by the workers
         self._serving = False
         self._stopping = False
         self._finished = False
@@ -59,17 +66,20 @@ class Service:
         return self.pool.start().addCallback(self._serve)
 
     @property
-    def manifest(self) -> Manifest:
-        """That of the workers that serve now."""
-        assert self.pool.manifest is not None  # connections come after READY
-        return self.pool.manifest
+    def members(self) -> Sequence[Member]:
+        """The milters of a new connection: those in this process, then those that workers serve."""
+        manifests = self.pool.manifests
+        if manifests is not self._served:  # the pool has reloaded
+            self._served = manifests
+            self._members = (*self._in_master, *workers_members(manifests, self.dispatch))
+        return self._members
 
     @property
     def full(self) -> bool:
         """Whether another MTA connection would be one too many."""
         return len(self.connections) > self.limits.max_connections
 
-    def _serve(self, _: Manifest) -> None:
+    def _serve(self, _: object) -> None:
         factory: Any = Factory()
         factory.buildProtocol = lambda _: MilterConnection(self)
         factory.noisy = False

@@ -3,6 +3,8 @@
     starting ──READY──▶ idle ⇄ busy ──▶ draining ──▶ gone
         └──────────┴──────┴──── killed ──────────────▶ gone
 
+A draining shard still answers for the connections whose milters' objects it has, until they end.
+
 Built on ampoule's starter, connector and child. The AMP connection runs over one inherited UNIX
 socket pair instead of two pipes, so that descriptors can be passed; a death is what
 `processExited` says, not a closed pipe, which a grandchild may hold open.
@@ -31,9 +33,9 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
-from sharded_milter.jobs import Ask, LoadFailed, Memory, Ready, release
-from sharded_milter.protocol.negotiation import Manifest
-from sharded_milter.protocol.stages import STAGES, Stage
+from sharded_milter.jobs import Ask, LoadFailed, Question, Ready, release
+from sharded_milter.protocol.negotiation import Manifest, Pinning
+from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
@@ -74,18 +76,18 @@ _OUTPUTS = (1, 2)
 _CHANNEL = 3
 _BOOTSTRAP = (
     "import sys; from sharded_milter.workers.bootstrap import main;"
-    " main({}, sys.argv[1], nice={!r}, memory_limit={!r}, cpus={!r})"
+    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r})"
 )
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """How every worker is started: what it serves and what it may use.
+    """How every worker is started: the milters that it serves and what it may use.
 
     `cpus` are dealt out, one for each slot in turn; none leaves the workers where they like.
     """
 
-    spec: str
+    specs: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     nice: int = 0
     memory_limit: int = 0
@@ -104,6 +106,7 @@ class State(Enum):
     IDLE = "idle"
     BUSY = "busy"
     DRAINING = "draining"
+    LEAVING = "leaving"  # it was told to exit
     KILLED = "killed"
     GONE = "gone"
 
@@ -125,9 +128,10 @@ class Shard:
     def __init__(self, slot: int, workplace: Workplace, reactor: Any, events: Events):
         self.slot = slot
         self.answered = 0
+        self.sessions = 0  # connections whose milters' objects it has
         self.workplace = workplace
         self.state = State.STARTING
-        self.manifest: Manifest | None = None
+        self.manifests: tuple[Manifest, ...] = ()  # of its milters; none before READY
         self.load_error: MilterLoadError | None = None
         self.killed_for = ""  # why, when it was us
         self.exit_reason = ""
@@ -138,6 +142,8 @@ class Shard:
         self._events = events
         self._amp: Any = None
         self._connector: Any = None
+        self._asked = False  # it has not answered yet
+        self._lingers = False  # it drains, and waits for its connections to end
 
     def __repr__(self) -> str:
         return f"shard {self.slot} (pid {self.pid})"
@@ -146,7 +152,7 @@ class Shard:
         """Spawns the process; raises OSError when the system refuses."""
         place = self.workplace
         starter = _Starter(
-            bootstrap=place.bootstrap(self.slot), args=(place.spec,), env=dict(place.env)
+            bootstrap=place.bootstrap(self.slot), args=place.specs, env=dict(place.env)
         )
         starter.connectorFactory = self._connect
         self._amp = _Parent(self)
@@ -157,29 +163,46 @@ class Shard:
         connector = self._connector = _Connector(protocol, self)
         return connector
 
-    def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any:
+    def serves(self, milter: int, manifest: Manifest) -> bool:
+        """Whether its milter of that number is the one with the manifest."""
+        return self.manifests[milter : milter + 1] == (manifest,)
+
+    def ask(self, question: Question) -> Any:
         """A Deferred of the reply packets.
 
         Fails with CallbackFailed when the milter raised, with WorkerLost when the worker died.
-        The shard must be idle; it is idle again when the worker has answered, whoever waits.
+        The shard must have answered before; it may be asked again when the worker has answered,
+        whoever waits.
         """
-        self.state = State.BUSY
+        self._asked = True
+        if self.state is State.IDLE:
+            self.state = State.BUSY
         answer = maybeDeferred(
-            self._amp.callRemote, Ask, stage=stage.value, connection=connection, message=message
+            self._amp.callRemote,
+            Ask,
+            stage=question.stage,
+            connection=question.connection,
+            message=question.message,
+            milter=question.milter,
+            session=question.session,
+            start=question.start,
+            command=question.command,
         )
         answer.addCallbacks(self._answered, self._lost)
         return answer
 
     def _answered(self, answer: dict[str, Any]) -> bytes:
         self.answered += 1
+        self._asked = False
         self._connector.catch_up()
         replies = bytes(answer["replies"])
         release(answer["replies"])
         if self.state is State.BUSY:
             self.state = State.IDLE
+        if self.state is State.IDLE or self._lingers:
             self._events.shard_idle(self)
-        elif self.state is State.DRAINING:
-            self._shut_down()
+        else:
+            self._end_if_drained()
         if answer["error"]:
             raise CallbackFailed(to_text(answer["error"]))
         return replies
@@ -189,12 +212,34 @@ class Shard:
             self.kill(f"it could not be asked: {failure.getErrorMessage()}")
         raise WorkerLost(self.exit_reason or str(failure.value)) from failure.value
 
-    def drain(self) -> None:
-        """Takes no more jobs; exits when the present one is answered."""
-        if self.state is State.BUSY:
-            self.state = State.DRAINING
-        elif self.state in (State.STARTING, State.IDLE):
-            self.state = State.DRAINING
+    def drain(self, linger: float = 0.0) -> None:
+        """Takes no more jobs but those of its connections; exits when those have ended.
+
+        They get `linger` seconds for that. What it does now it finishes in any case.
+        """
+        if self.state not in (State.STARTING, State.IDLE, State.BUSY):
+            return
+        self.state = State.DRAINING
+        if self.sessions and linger:
+            self._lingers = True
+            self._reactor.callLater(linger, self._linger_no_more)
+        self._end_if_drained()
+
+    def _linger_no_more(self) -> None:
+        self._lingers = False
+        self._end_if_drained()
+
+    def session_over(self) -> None:
+        """A connection whose milter's object it has had is over."""
+        self.sessions -= 1
+        if not self.sessions:
+            self._linger_no_more()
+
+    def _end_if_drained(self) -> None:
+        if self.state is State.DRAINING and not self._asked and not self._lingers:
+            self.state = State.LEAVING
+            if self.sessions:
+                self._events.shard_deaf(self)
             self._shut_down()
 
     def _shut_down(self) -> None:
@@ -233,7 +278,7 @@ class Shard:
 
     def dump_stacks(self) -> None:
         """Has the worker write the Python stacks of all its threads into the log."""
-        if self.manifest is not None:  # earlier, the signal would end it
+        if self.manifests:  # earlier, the signal would end it
             self.signal(signal.SIGUSR1)
 
     def signal(self, number: int) -> None:
@@ -243,10 +288,10 @@ class Shard:
         except error.ProcessExitedAlready:
             return
 
-    def ready(self, manifest: Manifest) -> None:
-        """The worker has imported the milter."""
+    def ready(self, *manifests: Manifest) -> None:
+        """The worker has imported the milters."""
         if self.state is State.STARTING:
-            self.manifest = manifest
+            self.manifests = manifests
             self.state = State.IDLE
             self._events.shard_ready(self)
 
@@ -355,16 +400,8 @@ class _Parent(amp.AMP):
         self._impatience: Callable[[], None] | None = None
 
     @Ready.responder
-    def ready(
-        self, name: bytes, negotiation: bytes, light: bytes, shard_by: bytes
-    ) -> dict[str, Any]:
-        manifest = Manifest.from_packet(
-            to_text(name),
-            negotiation,
-            frozenset(STAGES[letter] for letter in light),
-            to_text(shard_by),
-        )
-        self._shard.ready(manifest)
+    def ready(self, milters: list[dict[str, bytes]]) -> dict[str, Any]:
+        self._shard.ready(*map(_manifest, milters))
         return {}
 
     @LoadFailed.responder
@@ -390,6 +427,16 @@ class _Parent(amp.AMP):
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()
+
+
+def _manifest(milter: Mapping[str, bytes]) -> Manifest:
+    return Manifest.from_packet(
+        to_text(milter["name"]),
+        milter["negotiation"],
+        frozenset(STAGES[letter] for letter in milter["light"]),
+        to_text(milter["shard_by"]),
+        Pinning(to_text(milter["pinning"])),
+    )
 
 
 def worker_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:

@@ -27,6 +27,8 @@ _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
 _KEYS = {"sender": Mail.letter[0], "recipient": Rcpt.letter[0]}
 QUEUE_ID = ("i", "{i}")
 MTA = ("v", "{v}")
+# How the MTA marks a recipient that it has refused itself (SMFIP_RCPT_REJ).
+REFUSED_RCPT = b"\0{rcpt_mailer}\0error\0"
 
 
 class Refusal(Enum):
@@ -91,8 +93,8 @@ class Transcript:
                 self._memory.seal()
         return self._memory
 
-    def keep(self, packet: bytes) -> None:
-        """Puts a packet of the connection's part into its slot."""
+    def keep(self, packet: bytes) -> bytes:
+        """Puts a packet of the connection's part into its slot, whose name is returned."""
         name = packet[LETTER:PAYLOAD]
         if packet[LETTER] == _MACRO:
             name += packet[PAYLOAD : PAYLOAD + 1]
@@ -100,6 +102,7 @@ class Transcript:
             raise RemoteProtocolError(f"packet {name!r} is no part of a connection")
         self._slots[name] = packet
         self._head = None
+        return name
 
     def append(self, packet: bytes) -> None:
         """Adds a packet to the message's part, or refuses the message for want of room."""
@@ -160,6 +163,10 @@ class Transcript:
     def queue_id(self) -> str:
         """The MTA's queue id, or empty; looked up when asked, for log lines only."""
         return _find(QUEUE_ID, reversed(self._macros.values()))
+
+    def is_refused(self) -> bool:
+        """Whether the MTA itself has refused the latest recipient."""
+        return REFUSED_RCPT in self._macros.get(Rcpt.letter[0], b"")
 
     def mta(self) -> str:
         """What the MTA calls itself when a client connects, `Postfix 3.9.0`; or empty."""

@@ -39,6 +39,7 @@ class Settings:
     """Everything an operator can say, checked."""
 
     milters: tuple[str, ...]
+    in_master: tuple[str, ...]
     listen: tuple[Address, ...]
     workers: int
     scanner_rules: str | None
@@ -128,7 +129,7 @@ _SECONDS = Seconds(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
 # What may be given several times.
-_MANY = ("listen", "milters")
+_MANY = ("listen", "milters", "in_master")
 
 # The limits that an operator may set, with what they mean.
 _LIMITS: Mapping[str, tuple[Any, str]] = {
@@ -188,6 +189,14 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         metavar="SOCKET",
         help="inet:PORT@HOST, inet:HOST:PORT or unix:/PATH; may be given several times.",
+    ),
+    click.option(
+        "--in-master",
+        type=Spelled("milter", checked_spec),
+        multiple=True,
+        metavar="MILTER",
+        help="A light, asynchronous milter that runs in the master, before those in the workers;"
+        " may be given several times.",
     ),
     click.option(
         "--workers",

@@ -19,6 +19,7 @@ from sharded_milter.protocol.stages import (
     NO_ACTIONS,
     NO_PROTOCOL,
     SYMLIST_NUMBERS,
+    SYMLIST_STAGES,
     Actions,
     Protocol,
     Stage,
@@ -66,13 +67,22 @@ DEFAULT_MACROS: Mapping[Stage, str] = {
 }
 
 
+class Pinning(Enum):
+    """What ties the questions about one connection to one place."""
+
+    NONE = "none"  # nothing: whoever has the transcript can answer
+    REPLAYABLE = "replayable"  # an object, which can be rebuilt elsewhere from the transcript
+    PINNED = "pinned"  # an object that cannot
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What the master knows of a milter: plain data, carried as an option negotiation packet.
 
     `protocol` has the NO bits of the stages it needs nothing of, the NR bits of those it wants
     to see but has no say in, and its OPTIONS. `macros` are asked for on top of the usual ones.
-    NR_EOM says that it has no say at end of message, where all others are asked.
+    NR_EOM says that it has no say at end of message, where all others are asked. `version` is the
+    highest of the protocol that it speaks.
     """
 
     name: str
@@ -81,6 +91,8 @@ class Manifest:
     macros: tuple[tuple[Stage, tuple[str, ...]], ...] = ()
     light: frozenset[Stage] = frozenset()
     shard_by: str = ""
+    pinning: Pinning = Pinning.NONE
+    version: int = VERSION
 
     def answers(self, stage: Stage) -> bool:
         """Whether the milter gives verdicts at the stage."""
@@ -90,26 +102,30 @@ class Manifest:
         """The negotiable part, for the way from the worker to the master."""
         numbers = ((stage.symlist, names) for stage, names in self.macros)
         lists = ((number, " ".join(names)) for number, names in numbers if number is not None)
-        return Negotiate(VERSION, self.actions, self.protocol, tuple(lists)).encode()
+        return Negotiate(self.version, self.actions, self.protocol, tuple(lists)).encode()
 
     @classmethod
     def from_packet(
-        cls, name: str, payload: bytes, light: frozenset[Stage], shard_by: str
+        cls,
+        name: str,
+        payload: bytes,
+        light: frozenset[Stage],
+        shard_by: str,
+        pinning: Pinning = Pinning.NONE,
     ) -> Manifest:
         """The manifest whose negotiable part is the payload of `to_packet`.
 
         Raises RemoteProtocolError where it is malformed.
         """
         words = Negotiate.parse(payload)
-        by_number = {number: stage for stage, number in SYMLIST_NUMBERS.items()}
         try:
             macros = tuple(
-                (by_number[number], tuple(text.split())) for number, text in words.symlists
+                (SYMLIST_STAGES[number], tuple(text.split())) for number, text in words.symlists
             )
         except KeyError as error:
             raise RemoteProtocolError(f"macros for a stage of number {error}") from None
         actions, protocol = Actions(words.actions), Protocol(words.protocol)
-        return cls(name, actions, protocol, macros, light, shard_by)
+        return cls(name, actions, protocol, macros, light, shard_by, pinning, words.version)
 
 
 class Handling(Enum):
@@ -162,7 +178,7 @@ def _negotiate(offer: Negotiate, manifests: tuple[Manifest, ...], mds: Protocol)
     if symlists:
         actions |= Actions.SETSYMLIST
     reply = Negotiate(
-        min(VERSION, offer.version),
+        min(VERSION, offer.version, *(manifest.version for manifest in manifests)),
         int(actions & offered_actions),
         int(agreed | (mds & MDS & offer.protocol)),
         symlists,

@@ -107,4 +107,6 @@ SYMLIST_NUMBERS = {
     Stage.EOH: 6,
 }
 
+SYMLIST_STAGES = {number: stage for stage, number in SYMLIST_NUMBERS.items()}
+
 STAGES = {stage.code: stage for stage in Stage}

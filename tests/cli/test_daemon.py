@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from twisted.internet.task import Clock
 
 from sharded_milter.cli import daemon as module
-from sharded_milter.cli.daemon import SCANNER, SCANNER_RULES, daemon, milter_spec, serve
+from sharded_milter.cli.daemon import SCANNER, SCANNER_RULES, daemon, serve, worker_specs
 from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
 from sharded_milter.ops.config import Settings
 
@@ -52,26 +52,34 @@ def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Settings:
 
 
 def test_without_a_milter_the_scanner_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert milter_spec(settings(monkeypatch)) == SCANNER
-    assert milter_spec(settings(monkeypatch, "--scanner-rules", "/etc")) == SCANNER
+    assert worker_specs(settings(monkeypatch)) == (SCANNER,)
+    assert worker_specs(settings(monkeypatch, "--scanner-rules", "/etc")) == (SCANNER,)
 
 
 def test_a_milter_that_is_named_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert milter_spec(settings(monkeypatch, "x.py:milter")) == "x.py:milter"
+    assert worker_specs(settings(monkeypatch, "x.py:milter", "y:Y")) == ("x.py:milter", "y:Y")
+    beside = settings(monkeypatch, "--in-master", "z:Z", "x.py:milter")
+    assert (worker_specs(beside), beside.in_master) == (("x.py:milter",), ("z:Z",))
+
+
+def test_workers_are_for_those_milters_only_that_run_in_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert worker_specs(settings(monkeypatch, "--in-master", "z:Z")) == ()
 
 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["a:b", "c:d"], "2 milters given, one can be served"),
         (["a:b", "--scanner-rules", "/etc"], "--scanner-rules is for the scanner, but the milter"),
+        (["--in-master", "a:b", "--scanner-rules", "/etc"], "but the milter is a:b"),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(
     arguments: list[str], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match=why):
-        milter_spec(settings(monkeypatch, *arguments))
+        worker_specs(settings(monkeypatch, *arguments))
 
 
 class FakeService:
@@ -230,11 +238,11 @@ def test_workers_are_started_as_the_operator_says(
     monkeypatch.setenv("SECRET", "x")
     chosen = settings(monkeypatch, "--nice=3", "--worker-memory-limit=10", "--cpu-affinity=spread",
                       "--scanner-rules", str(tmp_path))  # fmt: skip
-    start = module.shard_starter(chosen, SCANNER, Clock())
+    start = module.shard_starter(chosen, (SCANNER,), Clock())
     shard = start(2, None)
     assert started == [shard]
     place = shard.workplace
-    assert (place.spec, place.nice, place.memory_limit) == (SCANNER, 3, 10)
+    assert (place.specs, place.nice, place.memory_limit) == ((SCANNER,), 3, 10)
     assert place.cpus == tuple(sorted(os.sched_getaffinity(0)))
     assert place.env[SCANNER_RULES] == str(tmp_path)
     assert "SECRET" not in place.env

@@ -12,10 +12,12 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from sharded_milter.jobs import Memory
+from sharded_milter.master.chain import workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
+from sharded_milter.master.pin import Pin
 from sharded_milter.master.policy import Policy
 from sharded_milter.protocol.negotiation import Manifest
 
@@ -69,6 +71,9 @@ class RandomPool:
         self.late.append(job)
         self._cancelled(job)
 
+    def release(self, pin: Pin) -> None:
+        raise AssertionError("functions are not pinned")
+
     def answer(self, answer: bytes | Exception) -> None:
         job, self.open = self.open, None
         assert job is not None
@@ -80,17 +85,18 @@ class RandomPool:
 
 def in_full(answer: bytes, job: Job) -> bytes:
     """What a milter answers; SIGNED is different for every stage."""
-    return packets.signed(job.stage.value.decode()) if answer == packets.SIGNED else answer
+    return packets.signed(job.letter.decode()) if answer == packets.SIGNED else answer
 
 
 class Home:
     """What a connection needs around it."""
 
     def __init__(self, manifest: Manifest, on_error: str, inflight: int, pool: RandomPool) -> None:
-        self.manifest = manifest
+        self.members = workers_members([manifest], pool)
         self.limits = LIMITS
         self.policy = Policy(on_error)
-        self.dispatch = self.pool = pool
+        self.pool = pool
+        self.counters = pool.counters
         self.inflight = Inflight(inflight)
         self.full = False
         self.reactor = Clock()

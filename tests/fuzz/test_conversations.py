@@ -167,7 +167,7 @@ class Conversation(RuleBasedStateMachine):
 
     def _cancelled(self, job: Job) -> None:
         self._hear()
-        assert self.due[0] == job.stage.value.decode()
+        assert self.due[0] == job.letter.decode()
         if not self.stopping:
             self.due.popleft()
 

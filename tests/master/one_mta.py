@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from sharded_milter.jobs import Memory
+from sharded_milter.master.chain import Member, workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
+from sharded_milter.master.pin import Pin
 from sharded_milter.master.policy import Policy
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
@@ -47,6 +50,7 @@ class RecordedPool:
 
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[Job] = field(default_factory=list)
+    released: list[Pin] = field(default_factory=list)
     at_once: list[bytes | Exception] = field(default_factory=list)
     counters: Counter[str] = field(default_factory=Counter)
 
@@ -60,8 +64,11 @@ class RecordedPool:
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job)
 
+    def release(self, pin: Pin) -> None:
+        self.released.append(pin)
+
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage | None]:
         return [job.stage for job in self.jobs]
 
 
@@ -72,17 +79,19 @@ class Mta:
         self,
         *conversation: Packet,
         manifest: Manifest = EVERYTHING,
+        manifests: Sequence[Manifest] = (),
         on_error: str = "tempfail",
         offer: Packet | None = OFFER,
         **limits: Any,
     ) -> None:
-        self.manifest = manifest
+        self.manifests = manifests or (manifest,)
         self.limits = Limits(**limits)
         self.policy = Policy(on_error)
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.full = False
         self.reactor = Clock()
-        self.dispatch = self.pool = RecordedPool()
+        self.pool = RecordedPool()
+        self.counters = self.pool.counters
         self.open: list[MilterConnection] = []
         self.transport = Transport()
         self.connection = MilterConnection(self)
@@ -92,6 +101,10 @@ class Mta:
             self.written()
         for command in conversation:
             self.say(command)
+
+    @property
+    def members(self) -> list[Member]:
+        return workers_members(self.manifests, self.pool)
 
     def connected(self, connection: MilterConnection) -> None:
         self.open.append(connection)
@@ -131,7 +144,8 @@ class Mta:
 
 def transcript_of(job: Job) -> bytes:
     """All that a worker would read."""
-    return content(job.connection) + content(job.message)
+    question = job.question()
+    return content(question.connection) + content(question.message)
 
 
 def content(part: bytes | Memory) -> bytes:

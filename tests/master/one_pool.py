@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import WorkerLost
-from sharded_milter.jobs import Memory
+from sharded_milter.jobs import Question
 from sharded_milter.master.dispatch import Dispatch, Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.poison import Keep
@@ -27,16 +27,16 @@ class FakeShard(Shard):
     """A shard without a process behind it."""
 
     def __init__(self, slot: int, clock: Clock, events: Events) -> None:
-        super().__init__(slot, Workplace("x:milter"), clock, events)
+        super().__init__(slot, Workplace(("x:milter",)), clock, events)
         self.told: list[str] = []
         self.jobs: list[Deferred[bytes]] = []
         self.asked: list[tuple[Stage, object, object]] = []
         self.memory = 0
 
-    def ask(self, stage: Stage, connection: bytes | Memory, message: bytes | Memory) -> Any:
+    def ask(self, question: Question) -> Any:
         assert self.state is State.IDLE
         self.state = State.BUSY
-        self.asked.append((stage, connection, message))
+        self.asked.append((Stage(question.stage), question.connection, question.message))
         self.jobs.append(Deferred())
         return self.jobs[-1]
 
@@ -45,7 +45,7 @@ class FakeShard(Shard):
         self.killed_for = self.killed_for or reason
         self.state = State.KILLED
 
-    def drain(self) -> None:
+    def drain(self, linger: float = 0.0) -> None:
         self.told.append("drain")
         self.state = State.DRAINING
 
@@ -133,7 +133,7 @@ class Workers:
         self.dispatch.assign()
 
     def shard_deaf(self, shard: Shard) -> None:
-        self.dispatch.schedule.gone(shard)
+        self.dispatch.schedule.deaf(shard)
 
     def shard_gone(self, shard: Shard) -> None:
-        self.dispatch.schedule.gone(shard)
+        self.dispatch.lost(shard)

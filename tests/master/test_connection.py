@@ -335,7 +335,7 @@ def test_an_unknown_command_is_no_part_of_the_message() -> None:
         mta.answer(CONTINUE)
         mta.say(command)
     unknown = mta.pool.jobs[-2]
-    assert content(unknown.message) == packed(UNKNOWN)
+    assert content(unknown.question().message) == packed(UNKNOWN)
     assert content(mta.job.message) == packed(MAIL, RCPT)
 
 
@@ -466,8 +466,10 @@ def test_parts_too_large_for_amp_go_as_memory(size: int) -> None:
     mta.answer(CONTINUE)
     unknown = commands.Unknown("y" * size)
     mta.say(unknown)
-    assert isinstance(mta.job.message, Memory)
-    assert content(mta.job.message) == packed(unknown)
+    message = mta.job.question().message
+    assert isinstance(message, Memory)
+    assert content(message) == packed(unknown)
+    del message
     mta.hang_up()
     mta.pool.jobs.clear()
     mta.pool.cancelled.clear()
@@ -554,6 +556,7 @@ def test_a_failed_job_is_answered_by_policy_at_every_stage(stage: int) -> None:
     with capturedLogs() as events:
         mta.job.result.errback(CallbackFailed("ValueError: bad"))
     assert mta.written() == [packed(TEMPFAIL)]
+    assert mta.job.stage is not None
     word = mta.job.stage.word
     assert lines(events, LogLevel.error) == [
         f"message without queue id at {word}: ValueError: bad; answered by policy"

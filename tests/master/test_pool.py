@@ -86,8 +86,8 @@ def test_the_pool_has_started_when_every_worker_is_ready() -> None:
     bench.be_ready(bench.shards[0])
     assert bench.outcome == []
     bench.be_ready(bench.shards[1])
-    assert bench.outcome == [MANIFEST]
-    assert bench.pool.manifest == MANIFEST
+    assert bench.outcome == [(MANIFEST,)]
+    assert bench.pool.manifests == (MANIFEST,)
     assert [shard.slot for shard in bench.pool.shards] == [1, 2]
     assert bench.serving == [0, 1]
 
@@ -339,10 +339,10 @@ def test_a_reload_replaces_all_workers_when_all_new_ones_are_ready() -> None:
     bench.pool.reload()
     bench.be_ready(bench.shards[3], manifest=OTHER)
     assert bench.serving == [0, 1]
-    assert bench.pool.manifest == MANIFEST
+    assert bench.pool.manifests == (MANIFEST,)
     bench.be_ready(bench.shards[2], manifest=OTHER)
     assert bench.serving == [2, 3]
-    assert bench.pool.manifest == OTHER
+    assert bench.pool.manifests == (OTHER,)
     assert bench.told == [["drain"], ["drain"], [], []]
 
 
@@ -442,7 +442,7 @@ def test_a_respawned_worker_with_another_milter_makes_all_of_them_new() -> None:
     assert bench.shards[2].told == ["kill: a reload has begun"]
     bench.be_ready(*bench.shards[3:], manifest=OTHER)
     assert bench.serving == [3, 4]
-    assert bench.pool.manifest == OTHER
+    assert bench.pool.manifests == (OTHER,)
 
 
 # Resizing

@@ -10,10 +10,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
+from sharded_milter.master.chain import workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
+from sharded_milter.master.pin import Pin
 from sharded_milter.master.policy import Policy
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
@@ -59,20 +61,22 @@ class SlowPool:
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job)
 
+    def release(self, pin: Pin) -> None: ...
+
 
 class Home:
     """What a connection needs around it: a milter that answers all stages but header and body."""
 
     def __init__(self) -> None:
-        self.manifest = Manifest(
-            "slow", Actions(KNOWN_ACTIONS), Protocol.NR_HEADER | Protocol.NR_BODY
-        )
+        manifest = Manifest("slow", Actions(KNOWN_ACTIONS), Protocol.NR_HEADER | Protocol.NR_BODY)
         self.limits = Limits(progress_interval=INTERVAL)
         self.policy = Policy()
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.full = False
         self.reactor = Clock()
-        self.dispatch = self.pool = SlowPool()
+        self.pool = SlowPool()
+        self.counters = self.pool.counters
+        self.members = workers_members([manifest], self.pool)
 
     def connected(self, connection: MilterConnection) -> None: ...
 

@@ -7,12 +7,12 @@ from one_mta import EVERYTHING, Mta, packed
 
 from sharded_milter.jobs import Memory
 from sharded_milter.master.inflight import Inflight
-from sharded_milter.master.policy import NO_ROOM, RELOADED
+from sharded_milter.master.policy import NO_ROOM
 from sharded_milter.master.transcript import SPOOL_ABOVE, Refusal, Transcript
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.packets import Packet
-from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol, Stage
+from sharded_milter.protocol.stages import Protocol, Stage
 
 NO_REPLIES = Protocol(sum(bit for name, bit in Protocol.__members__.items()
                           if name.startswith("NR_") and name != "NR_EOM"))  # fmt: skip
@@ -77,9 +77,9 @@ def test_who_finds_no_room_is_told_to_come_again_and_others_are_scanned() -> Non
     manifest = Manifest("end", EVERYTHING.actions, NO_REPLIES)
     mta = Mta(CLIENT, *ENVELOPE, *CONTENT, manifest=manifest, max_inflight_bytes=1000)
     assert mta.written() == [NO_ROOM]
-    assert mta.dispatch.counters["refused_no_room"] == 1
+    assert mta.pool.counters["refused_no_room"] == 1
     mta.say(*ENVELOPE, commands.Eoh(), commands.Eom())
-    assert mta.dispatch.stages == [Stage.EOM]
+    assert mta.pool.stages == [Stage.EOM]
 
 
 def test_a_question_for_which_there_is_no_memory_is_answered(
@@ -95,7 +95,7 @@ def test_a_question_for_which_there_is_no_memory_is_answered(
     mta.written()
     mta.say(commands.Unknown("x" * 100_000))
     assert mta.written() == [NO_ROOM]
-    assert mta.dispatch.counters["refused_no_memory"] == 1
+    assert mta.pool.counters["refused_no_memory"] == 1
 
 
 @pytest.mark.parametrize(
@@ -124,21 +124,8 @@ def test_a_job_has_the_key_that_the_milter_wants(shard_by: str) -> None:
     assert bool(mta.job.key) == bool(shard_by)
     mta.answer(replies.Continue())
     mta.say(*ENVELOPE, *CONTENT)
-    first, second = mta.dispatch.jobs
+    first, second = mta.pool.jobs
     assert first.key == second.key
-
-
-def test_an_mta_that_was_told_of_another_milter_must_connect_anew() -> None:
-    mta = Mta(CLIENT, manifest=Manifest("old", EVERYTHING.actions, NO_PROTOCOL))
-    mta.answer(replies.Continue())
-    mta.manifest = Manifest("old", EVERYTHING.actions, NO_PROTOCOL)
-    mta.say(commands.Helo("me"))
-    mta.answer(replies.Continue())
-    mta.written()
-    mta.manifest = EVERYTHING
-    mta.say(ENVELOPE[0])
-    assert mta.written() == [RELOADED]
-    assert mta.dispatch.counters["refused_reloaded"] == 1
 
 
 def test_reading_stops_while_the_mta_does_not_read() -> None:

@@ -24,11 +24,13 @@ class Job:
     stage: Stage = Stage.EOM
     light: bool = False
     key: bytes = b""
+    place: Shard | None = None
 
 
 @dataclass(frozen=True)
 class Shard:
     slot: int
+    sessions: int = 0
 
 
 A, B, C = Shard(1), Shard(2), Shard(3)

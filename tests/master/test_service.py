@@ -50,11 +50,11 @@ class FakePool:
 
     def __init__(self, told: list[str]) -> None:
         self.told = told
-        self.manifest: Manifest | None = None
-        self.started: Deferred[Manifest] = Deferred()
+        self.manifests: tuple[Manifest, ...] = ()
+        self.started: Deferred[tuple[Manifest, ...]] = Deferred()
         self.stopped: Deferred[None] = Deferred()
 
-    def start(self) -> Deferred[Manifest]:
+    def start(self) -> Deferred[tuple[Manifest, ...]]:
         return self.started
 
     def stop(self) -> Deferred[None]:
@@ -105,8 +105,8 @@ class House:
             self.outcome.append, lambda f: self.outcome.append(f.value)
         )
         if ready:
-            self.pool.manifest = MANIFEST
-            self.pool.started.callback(MANIFEST)
+            self.pool.manifests = (MANIFEST,)
+            self.pool.started.callback((MANIFEST,))
 
     def mta(self) -> tuple[MilterConnection, AbortableTransport]:
         connection = self.listener.factory.buildProtocol(None)
@@ -125,11 +125,11 @@ class House:
 def test_mtas_are_served_when_the_workers_are_ready_and_not_before() -> None:
     house = House(ready=False)
     assert house.told == []
-    house.pool.manifest = MANIFEST
-    house.pool.started.callback(MANIFEST)
+    house.pool.manifests = (MANIFEST,)
+    house.pool.started.callback((MANIFEST,))
     assert house.told == ["serve"]
     assert house.outcome == [None]
-    assert house.service.manifest is MANIFEST
+    assert [member.manifest for member in house.service.members] == [MANIFEST]
 
 
 def test_workers_that_cannot_start_end_the_start() -> None:

@@ -21,7 +21,7 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, WorkerLost
-from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Ready, blob
+from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Question, Ready, blob
 from sharded_milter.master.shard import (
     EXIT_GRACE,
     MAX_CATCH_UP,
@@ -86,7 +86,9 @@ class Worker(amp.AMP):
         self.asked: list[tuple[bytes, bytes, bytes]] = []
 
     @Ask.responder
-    def ask(self, stage: bytes, connection: Any, message: Any) -> Deferred[dict[str, Any]]:
+    def ask(
+        self, stage: bytes, connection: Any, message: Any, **rest: Any
+    ) -> Deferred[dict[str, Any]]:
         self.asked.append((stage, bytes(connection), bytes(message)))
         return self.answers.pop(0)
 
@@ -105,7 +107,7 @@ class Room(Clock):
         self.no_descriptor: OSError | None = None
         self.worker = Worker()
         self.ours, self.theirs = Link(), Link()
-        self.shard = Shard(3, Workplace("x:milter", {"LANG": "C"}), self, self)
+        self.shard = Shard(3, Workplace(("x:milter",), {"LANG": "C"}), self, self)
         if started:
             self.shard.start()
 
@@ -151,20 +153,21 @@ class Room(Clock):
         """Everything that was sent arrives."""
         deliver((self.ours, self.worker), (self.theirs, self.parent))
 
-    def say(self, command: Any, **arguments: bytes) -> None:
+    def say(self, command: Any, **arguments: Any) -> None:
         self.worker.callRemote(command, **arguments)  # type: ignore[no-untyped-call]
         self.deliver()
 
     def be_ready(self) -> None:
         manifest = Manifest("spamguard").to_packet()[5:]
-        self.say(Ready, name=b"spamguard", negotiation=manifest, light=b"RH", shard_by=b"sender")
+        fields = {"name": b"spamguard", "light": b"RH", "shard_by": b"sender", "pinning": b"none"}
+        self.say(Ready, milters=[{**fields, "negotiation": manifest}])
 
     def ask(self, message: bytes | Memory = b"message", answer: Any = None) -> list[Any]:
         """Asks; what the Deferred ends with comes into the list."""
         ended: list[Any] = []
         self.worker.answers.append(answer or Deferred())
         self.open = self.worker.answers[-1]
-        asked = self.shard.ask(Stage.EOM, b"connection", message)
+        asked = self.shard.ask(Question(b"E", b"connection", message))
         asked.addCallbacks(ended.append, lambda failure: ended.append(failure.value))
         self.deliver()
         return ended
@@ -198,7 +201,7 @@ def test_a_worker_is_started_without_the_current_directory_and_the_masters_secre
     assert arguments["executable"] == sys.executable
     assert arguments["args"][:3] == [sys.executable, "-P", "-c"]
     assert arguments["args"][4:] == ["x:milter"]
-    assert f"main({os.getpid()}, sys.argv[1], " in arguments["args"][3]
+    assert f"main({os.getpid()}, sys.argv[1:], " in arguments["args"][3]
     assert arguments["env"] == {"LANG": "C"}
     assert {0: "w", 1: "r", 2: "r"}.items() <= arguments["childFDs"].items()
     assert Room().process.closed == ["stdin"]
@@ -222,9 +225,9 @@ def test_a_worker_gets_an_allow_list_of_the_environment() -> None:
 
 @pytest.mark.parametrize(("slot", "cpus"), [(1, "(4,)"), (2, "(6,)"), (3, "(4,)")])
 def test_cpus_are_dealt_out_in_turn(slot: int, cpus: str) -> None:
-    workplace = Workplace("x:milter", {}, nice=5, memory_limit=10, cpus=(4, 6))
+    workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6))
     assert f"nice=5, memory_limit=10, cpus={cpus})" in workplace.bootstrap(slot)
-    assert "cpus=())" in Workplace("x:milter").bootstrap(slot)
+    assert "cpus=())" in Workplace(("x:milter",)).bootstrap(slot)
 
 
 def test_a_system_that_refuses_is_an_error_of_the_start() -> None:
@@ -248,8 +251,8 @@ def test_ready_brings_the_manifest() -> None:
     room.be_ready()
     assert [*states, room.shard.state] == [State.STARTING, State.IDLE]
     assert room.told == ["ready"]
-    assert room.shard.manifest == Manifest(
-        "spamguard", light=frozenset({Stage.RCPT, Stage.HELO}), shard_by="sender"
+    assert room.shard.manifests == (
+        Manifest("spamguard", light=frozenset({Stage.RCPT, Stage.HELO}), shard_by="sender"),
     )
 
 
@@ -441,7 +444,7 @@ def test_a_descendant_that_is_gone_already_is_no_trouble(
 def test_an_idle_worker_is_shut_down_at_once() -> None:
     room = ready_room()
     room.shard.drain()
-    assert room.shard.state is State.DRAINING
+    assert room.shard.state is State.LEAVING
     room.deliver()
     assert room.ours.lost
     room.exit()

@@ -30,6 +30,7 @@ CPU = min(os.sched_getaffinity(0))
 #: Option, three values as an operator writes them, and what each of them means.
 VALUES: dict[str, tuple[tuple[str, str, str], Callable[[str], Any]]] = {
     "listen": (("inet:1@127.0.0.1", "unix:/a", "inet:[::1]:3"), lambda v: (parse_listen(v),)),
+    "in_master": (("a:b", "c.py:d", "e:f"), lambda v: (v,)),
     "workers": (("1", "2", "3"), int),
     "scanner_rules": (("/a", "/b", "/c"), str),
     "socket_mode": (("600", "666", "0640"), lambda v: int(v, 8)),

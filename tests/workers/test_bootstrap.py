@@ -53,8 +53,8 @@ class Master(amp.AMP):
     getHost = getPeer
 
     @Ready.responder
-    def ready(self, name: bytes, **rest: bytes) -> Any:
-        self.told.append(name.decode())
+    def ready(self, milters: list[dict[str, bytes]]) -> Any:
+        self.told += [milter["name"].decode() for milter in milters]
         return {}
 
     @LoadFailed.responder
@@ -72,7 +72,10 @@ class Master(amp.AMP):
 
     def ask(self) -> str:
         ended: list[Any] = []
-        job = {"stage": Stage.CONNECT.value, "connection": b"", "message": b""}
+        job = {
+            "stage": Stage.CONNECT.value, "connection": b"", "message": b"", "milter": 0,
+            "session": 0, "start": 0, "command": b"",
+        }  # fmt: skip
         asked = self.callRemote(Ask, **job)  # type: ignore[no-untyped-call]
         asked.addCallbacks(ended.append, ended.append)
         answer = self.until(ended)
@@ -96,7 +99,7 @@ class Worker:
             script = (
                 f"import os; os.dup2({fd}, 3); {fd} == 3 or os.close({fd});"
                 "from sharded_milter.workers.bootstrap import main;"
-                f"main({master}, {spec!r}, **{options!r})"
+                f"main({master}, {[spec]!r}, **{options!r})"
             )
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", script],

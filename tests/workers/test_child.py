@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from amp_link import Link, deliver
 from twisted.protocols import amp
 
-from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Ready, blob, release
+from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Question, Ready, blob, release
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
@@ -72,8 +73,8 @@ class Master(amp.AMP):
         self.told: list[tuple[Any, ...]] = []
 
     @Ready.responder
-    def ready(self, name: bytes, negotiation: bytes, light: bytes, shard_by: bytes) -> Any:
-        self.told.append(("ready", name, negotiation, light, shard_by))
+    def ready(self, milters: list[dict[str, bytes]]) -> Any:
+        self.told.append(("ready", *milters))
         return {}
 
     @LoadFailed.responder
@@ -86,7 +87,7 @@ class Room:
     """A child and its master, connected in memory."""
 
     def __init__(self, spec: str = "child_milter:milter") -> None:
-        self.master, self.child = Master(), Child(spec)
+        self.master, self.child = Master(), Child([spec])
         self.ours, self.theirs = Link(), Link()
         self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
         self.child.makeConnection(self.theirs)
@@ -98,8 +99,8 @@ class Room:
     def ask(self, stage: Stage, message: bytes, connection: bytes = b"") -> list[Any]:
         """What comes back: the replies as bytes and the error, or a failure."""
         ended: list[Any] = []
-        job = {"stage": stage.value, "connection": blob(connection), "message": blob(message)}
-        asked = self.master.callRemote(Ask, **job)  # type: ignore[no-untyped-call]
+        job = Question(stage.value, blob(connection), blob(message))
+        asked = self.master.callRemote(Ask, **fields_of(job))  # type: ignore[no-untyped-call]
         asked.addCallbacks(
             lambda answer: ended.append((taken(answer["replies"]), answer["error"])), ended.append
         )
@@ -113,6 +114,10 @@ class Room:
     def call(self, expression: str) -> tuple[bytes, bytes]:
         """The end of message callback returns, or raises, what the expression does."""
         return self.scan(b"call " + expression.encode())
+
+
+def fields_of(question: Question) -> dict[str, Any]:
+    return {field.name: getattr(question, field.name) for field in fields(question)}
 
 
 def taken(value: bytes | memoryview) -> bytes:
@@ -130,8 +135,11 @@ def descriptors() -> int:
 
 
 def test_a_milter_that_is_loaded_is_told_with_its_manifest() -> None:
-    ((_, name, negotiation, light, shard_by),) = Room().master.told
-    assert (name, light, shard_by) == (b"child", b"H", b"client")
+    ((_, milter),) = Room().master.told
+    negotiation = milter.pop("negotiation")
+    assert milter == {
+        "name": b"child", "light": b"H", "shard_by": b"client", "pinning": b"none",
+    }  # fmt: skip
     manifest = Manifest.from_packet("child", negotiation, frozenset(), "client")
     assert manifest.macros == ((Stage.EOM, ("i",)),)
     assert manifest.answers(Stage.MAIL)

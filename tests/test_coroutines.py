@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
+from sharded_milter.coroutines import bridged
 from sharded_milter.errors import CallbackFailed
-from sharded_milter.workers.coroutines import bridged
 
 
 def run(awaitable: Awaitable[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from ..errors import CallbackFailed
+from sharded_milter.errors import CallbackFailed
 
 
 class _Bridge:
@@ -56,6 +56,19 @@ def _fired(deferred: Deferred[Any]) -> asyncio.Future[None]:
     deferred.addBoth(fire)
     future.add_done_callback(check_cancelled)
     return future
+
+
+def driven(awaitable: Awaitable[Any]) -> Deferred[Any]:
+    """Fires with its result. Where the reactor runs on asyncio it may await what asyncio does."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return Deferred.fromCoroutine(_awaited(awaitable))
+    return Deferred.fromFuture(loop.create_task(bridged(awaitable)))
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 async def bridged(awaitable: Awaitable[Any]) -> Any:

@@ -1,0 +1,133 @@
+"""The changes of a message as libmilter's calls make them: packets, in the order of the calls.
+
+Only the new body moves: its pieces are sent in one run, because Postfix gives a milter up that
+says anything between two of them.
+"""
+
+from __future__ import annotations
+
+from sharded_milter.errors import CallRefused
+from sharded_milter.protocol import replies
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.protocol.replies import LEGAL
+from sharded_milter.protocol.stages import NO_ACTIONS
+from sharded_milter.protocol.wire import MAX_CHUNK
+
+_HIGHEST_INDEX = 0x7FFFFFFF
+
+
+class Changes:
+    """What is to become of the message in hand.
+
+    `granted` are the actions that the MTA has agreed to, `space` is what the value of a header
+    field must begin with. Each method raises CallRefused for what was not granted or cannot be
+    sent, and then nothing is changed; `call` is how messages name the author's call.
+    """
+
+    def __init__(self) -> None:
+        self.granted = NO_ACTIONS
+        self.space = ""
+        self._packets: list[bytes] = []
+        self._body: bytearray | None = None
+        self._body_place = 0
+
+    def clear(self) -> None:
+        """The message is another one now."""
+        self._packets.clear()
+        self._body = None
+
+    def packets(self) -> bytes:
+        """All packets, in order."""
+        body = self._body
+        if body is None:
+            return b"".join(self._packets)
+        starts = range(0, len(body) or 1, MAX_CHUNK)
+        run = (replies.ReplaceBody(bytes(body[at : at + MAX_CHUNK])).encode() for at in starts)
+        place = self._body_place
+        return b"".join([*self._packets[:place], *run, *self._packets[place:]])
+
+    def _add(self, call: str, packet: Packet) -> None:
+        self._granted(call, packet)
+        payload = _payload(call, packet)
+        if not LEGAL[packet.letter[0]].payload.fullmatch(payload):
+            raise CallRefused(
+                f"{call}: {payload[:80]!r} cannot be sent: a name, address or reason is one line"
+                " and not empty, and nothing holds a NUL"
+            )
+        if len(payload) > MAX_CHUNK:
+            raise CallRefused(f"{call}: {len(payload)} bytes exceed the {MAX_CHUNK} of a packet")
+        self._packets.append(packet.encode())
+
+    def _granted(self, call: str, packet: Packet | type[Packet]) -> None:
+        action = LEGAL[packet.letter[0]].action
+        if action & ~self.granted:
+            raise CallRefused(f"{call}: the action {action.name} was not negotiated with the MTA")
+
+    def add_header(self, call: str, name: str, value: str) -> None:
+        """smfi_addheader: where the MTA puts a new field of that name."""
+        self._add(call, replies.AddHeader(_text(call, name), self._value(call, value)))
+
+    def insert_header(self, call: str, index: int, name: str, value: str) -> None:
+        """smfi_insheader: 0 is the top."""
+        _check_index(call, index)
+        self._add(call, replies.InsertHeader(index, _text(call, name), self._value(call, value)))
+
+    def change_header(self, call: str, name: str, index: int, value: str | None) -> None:
+        """smfi_chgheader: the index-th field of the name, from 1; no value deletes it."""
+        _check_index(call, index)
+        text = self._value(call, value) if value else ""
+        self._add(call, replies.ChangeHeader(index, _text(call, name), text))
+
+    def change_sender(self, call: str, sender: str, esmtp: str | None) -> None:
+        """smfi_chgfrom."""
+        parameters = (_text(call, esmtp),) if esmtp else ()
+        self._add(call, replies.ChangeSender(_text(call, sender), parameters))
+
+    def add_recipient(self, call: str, recipient: str) -> None:
+        """smfi_addrcpt."""
+        self._add(call, replies.AddRecipient(_text(call, recipient)))
+
+    def add_recipient_with(self, call: str, recipient: str, esmtp: str | None) -> None:
+        """smfi_addrcpt_par."""
+        parameters = (_text(call, esmtp),) if esmtp else ()
+        self._add(call, replies.AddRecipientPar(_text(call, recipient), parameters))
+
+    def delete_recipient(self, call: str, recipient: str) -> None:
+        """smfi_delrcpt."""
+        self._add(call, replies.DeleteRecipient(_text(call, recipient)))
+
+    def replace_body(self, call: str, piece: bytes) -> None:
+        """smfi_replacebody: the new body, or the next piece of it."""
+        self._granted(call, replies.ReplaceBody)
+        if not isinstance(piece, bytes | bytearray | memoryview):
+            raise CallRefused(f"{call}: the body is bytes, not {type(piece).__name__}")
+        if self._body is None:
+            self._body, self._body_place = bytearray(), len(self._packets)
+        self._body += piece
+
+    def quarantine(self, call: str, reason: str) -> None:
+        """smfi_quarantine."""
+        self._add(call, replies.Quarantine(_text(call, reason)))
+
+    def _value(self, call: str, value: str) -> str:
+        # A CR would stay in the message: both MTAs fold at the bare LF.
+        text = _text(call, value).replace("\r\n", "\n").replace("\r", "\n")
+        return self.space + text
+
+
+def _payload(call: str, packet: Packet) -> bytes:
+    try:
+        return packet.payload()
+    except UnicodeEncodeError as error:
+        raise CallRefused(f"{call}: {error.object[:80]!r} is not text that can be sent") from None
+
+
+def _text(call: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise CallRefused(f"{call}: {value!r:.80} is not a str")
+    return value
+
+
+def _check_index(call: str, index: int) -> None:
+    if not isinstance(index, int) or not 0 <= index <= _HIGHEST_INDEX:
+        raise CallRefused(f"{call}: index {index!r:.40} is not within 0 and {_HIGHEST_INDEX}")

@@ -1,0 +1,57 @@
+"""The words of a refusal by libmilter's rules: smfi_setreply and smfi_setmlreply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from sharded_milter.errors import CallRefused
+from sharded_milter.protocol.replies import MAX_REPLY_LINES
+from sharded_milter.protocol.text import to_wire
+
+# libmilter's limit on the bytes of a line of a reply (MAXREPLYLEN).
+MAX_LINE = 980
+
+_RCODE = re.compile(r"[45]\d\d")
+_XCODE = re.compile(r"[45]\.\d{1,3}\.\d{1,3}")
+
+
+def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) -> str:
+    """The text of a REPLYCODE packet.
+
+    `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. A line has at most
+    MAX_LINE bytes and no line break, and there are at most MAX_REPLY_LINES. A percent sign that
+    is not doubled is. Raises CallRefused, which names `call`, for anything else.
+    """
+    if not isinstance(rcode, str) or not _RCODE.fullmatch(rcode):
+        raise CallRefused(f"{call}: reply code {rcode!r:.40} is neither 4dd nor 5dd")
+    if xcode and (not isinstance(xcode, str) or not _XCODE.fullmatch(xcode)):
+        raise CallRefused(f"{call}: enhanced code {xcode!r:.40} is neither 4.d.d nor 5.d.d")
+    if xcode and xcode[0] != rcode[0]:
+        raise CallRefused(f"{call}: enhanced code {xcode} does not belong to reply code {rcode}")
+    if not 1 <= len(lines) <= MAX_REPLY_LINES:
+        raise CallRefused(f"{call}: {len(lines)} lines are not 1 to {MAX_REPLY_LINES}")
+    if len(lines) > 1 and not xcode:
+        xcode = f"{rcode[0]}.0.0"
+    texts = [_checked(call, line) for line in lines]
+    words = [" ".join(filter(None, [xcode, text])) for text in texts]
+    separators = ["-"] * (len(words) - 1) + [" "]
+    return "\r\n".join(
+        f"{rcode}{separator}{text}" for separator, text in zip(separators, words, strict=True)
+    )
+
+
+def _checked(call: str, line: str | None) -> str:
+    if line is None:
+        return ""
+    if not isinstance(line, str):
+        raise CallRefused(f"{call}: {line!r:.80} is not a str")
+    if re.search("[\r\n\0]", line):
+        raise CallRefused(f"{call}: {line[:80]!r} holds a line break or a NUL")
+    try:
+        size = len(to_wire(line))
+    except UnicodeEncodeError:
+        raise CallRefused(f"{call}: {line[:80]!r} is not text that can be sent") from None
+    if size > MAX_LINE:
+        raise CallRefused(f"{call}: a line of {size} bytes exceeds {MAX_LINE}")
+    return re.sub("%%?", "%%", line)

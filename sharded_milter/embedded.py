@@ -1,0 +1,108 @@
+"""The milter protocol inside your own Twisted program, in libmilter's style.
+
+    reactor.listenTCP(1234, MilterProtocolFactory([FactoryA(), FactoryB()]))
+
+serves the milters of two factories on one connection: flags, actions and macros are merged, all
+are asked side by side, and the MTA hears one answer. They run in the reactor; the same classes
+run in worker processes with `sharded-milter mysite:FactoryA`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from twisted.internet.protocol import ServerFactory
+
+from sharded_milter.dialects.classic import (
+    MacroStages,
+    Milter,
+    MilterFactory,
+    NetworkTypes,
+)
+from sharded_milter.dialects.context import ReturnCodes
+from sharded_milter.dialects.loader import Dialect, as_dialect
+from sharded_milter.master.chain import Member
+from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.in_master import InMaster
+from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.policy import Policy
+
+__all__ = [
+    "Limits",
+    "MacroStages",
+    "Milter",
+    "MilterFactory",
+    "MilterProtocolFactory",
+    "NetworkTypes",
+    "Policy",
+    "ReturnCodes",
+]
+
+
+class MilterProtocolFactory(ServerFactory):
+    """Serves milters to every MTA that connects.
+
+    `factories` is one or a list of what builds or is a milter: a MilterFactory, a class derived
+    from Milter, or a `sharded_milter.Milter` made of functions. `limits` bound times and sizes,
+    `policy` is what an MTA hears when a milter raises. `reactor` is the global one if not given.
+    """
+
+    noisy = False
+
+    def __init__(
+        self,
+        factories: Any = (),
+        *,
+        limits: Limits | None = None,
+        policy: Policy | None = None,
+        reactor: Any = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.policy = policy or Policy()
+        self.counters: Counter[str] = Counter()
+        self.inflight = Inflight(self.limits.max_inflight_bytes)
+        self.members: tuple[Member, ...] = ()
+        self.connections: set[MilterConnection] = set()
+        self._reactor = reactor
+        for factory in factories if isinstance(factories, Iterable) else [factories]:
+            self.addMilterFactory(factory)
+
+    @property
+    def reactor(self) -> Any:
+        """Chosen when it is first needed, as Twisted's programs like it."""
+        if self._reactor is None:
+            from twisted.internet import reactor
+
+            self._reactor = reactor
+        return self._reactor
+
+    @property
+    def full(self) -> bool:
+        """Whether another MTA connection would be one too many."""
+        return len(self.connections) > self.limits.max_connections
+
+    def addMilterFactory(self, factory: Any) -> None:
+        """One more milter on each connection from now on, the last of them.
+
+        Raises MilterLoadError for what is none.
+        """
+        dialect: Dialect = as_dialect(factory)
+        member = InMaster(dialect, self.limits, self.reactor, self.counters)
+        self.members = (*self.members, Member(member.manifest, member))
+
+    def buildProtocol(self, addr: object) -> MilterConnection:
+        """A connection of an MTA."""
+        connection = MilterConnection(self)
+        connection.factory = self
+        return connection
+
+    def connected(self, connection: MilterConnection) -> None:
+        """An MTA is there."""
+        self.connections.add(connection)
+
+    def disconnected(self, connection: MilterConnection) -> None:
+        """An MTA has left."""
+        self.connections.discard(connection)

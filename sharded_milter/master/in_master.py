@@ -1,0 +1,222 @@
+"""Answers jobs with a milter in this process: for light, asynchronous ones.
+
+Whatever such a milter does with the processor, nobody is answered meanwhile; so one that takes
+long is named in the log.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Protocol
+
+from twisted.internet.defer import CancelledError, Deferred, DeferredLock, maybeDeferred, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from sharded_milter.coroutines import driven
+from sharded_milter.errors import CallbackFailed, DeadlineExceeded
+from sharded_milter.jobs import Memory, Question
+from sharded_milter.master.dispatch import Job
+from sharded_milter.master.limits import Limits
+from sharded_milter.master.pin import Pin
+from sharded_milter.protocol.negotiation import Manifest
+from sharded_milter.protocol.stages import Stage
+
+# A reactor that does nothing else for longer is felt by every connection.
+BLOCKS_AFTER = 0.050
+
+
+class Dialect(Protocol):
+    """A milter, whatever way it is written; see `dialects.loader`."""
+
+    manifest: Manifest
+    call: Callable[..., Any]
+
+    def answer(
+        self, stage: Stage | None, connection: bytes, message: bytes | memoryview, session: int = 0
+    ) -> bytes | Awaitable[bytes]: ...
+
+
+class InMaster:
+    """Runs jobs of one milter here, one after the other for each object."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        limits: Limits,
+        reactor: Any,
+        counters: Counter[str],
+        stopwatch: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.manifest = dialect.manifest
+        self.counters = counters
+        self._dialect = dialect
+        self._limits = limits
+        self._reactor = reactor
+        self._stopwatch = stopwatch
+        self._numbers = itertools.count(1)
+        self._locks: dict[Pin, DeferredLock] = {}
+        self._running: dict[Job, Deferred[Any]] = {}
+        dialect.call = self._call
+
+    def submit(self, job: Job) -> Deferred[bytes]:
+        """Fires with the reply packets; fails with a JobFailed."""
+        result = job.result
+        job.submitted = self._reactor.seconds()
+        eom = job.stage is Stage.EOM
+        limit = self._limits.eom_deadline if eom else self._limits.command_deadline
+        job.timer = self._reactor.callLater(limit, self._expire, job, limit)
+        if job.pin is None:
+            self._run(job)
+        else:
+            if job.pin.place is None:
+                job.pin.settle(self, next(self._numbers))
+                self._locks[job.pin] = DeferredLock()
+            self._locks[job.pin].run(self._run, job)
+        return result
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the answer any more. An object is left to finish what it does."""
+        job.abandoned = True
+        running = self._running.get(job)
+        if running is None:
+            self._disarm(job)
+        elif job.pin is None:
+            running.cancel()
+        job.result.addErrback(lambda _: None)
+
+    def release(self, pin: Pin) -> None:
+        """The connection is over, and so is its object."""
+        self._locks.pop(pin, None)
+        pin.place = None
+
+    # One job
+
+    def _run(self, job: Job) -> Deferred[None]:
+        if job.abandoned or job.result.called:  # it has waited too long
+            return succeed(None)
+        job.started = self._reactor.seconds()
+        answer = maybeDeferred(self._answer, job)
+        self._running[job] = answer
+        answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
+        return answer
+
+    def _answer(self, job: Job) -> Any:
+        question = job.question()
+        try:
+            answer = self._dialect.answer(
+                job.stage, _content(question.connection), _news(question), question.session
+            )
+        except (SystemExit, KeyboardInterrupt) as error:  # no milter ends the service
+            raise CallbackFailed(f"the callback raised {error!r}") from error
+        return answer if isinstance(answer, bytes) else driven(_Watched(answer, self, job))
+
+    def _succeed(self, replies: bytes, job: Job) -> None:
+        self._over(job)
+        if not job.result.called:
+            job.result.callback(replies)
+
+    def _failed(self, failure: Failure, job: Job) -> None:
+        self._over(job)
+        if failure.check(CancelledError) and (job.abandoned or job.result.called):
+            return
+        self.log.failure(
+            "{about} at {at} in {milter}", failure, about=job.about(), at=_word(job),
+            milter=self.manifest.name,
+        )  # fmt: skip
+        if not job.result.called:
+            summary = " ".join(failure.getErrorMessage().split())
+            job.result.errback(CallbackFailed(f"{type(failure.value).__name__}: {summary}"))
+
+    def _over(self, job: Job) -> None:
+        self._running.pop(job, None)
+        self._disarm(job)
+
+    def _expire(self, job: Job, limit: float) -> None:
+        """The deadline: the MTA hears now, and a coroutine is cancelled."""
+        self.counters["deadlines"] += 1
+        if not job.result.called:
+            reason = f"{job.about()} was not answered within {limit:g} s by {self.manifest.name}"
+            job.result.errback(DeadlineExceeded(reason))
+        running = self._running.get(job)
+        if running is not None:
+            running.cancel()
+
+    def _disarm(self, job: Job) -> None:
+        timer, job.timer = job.timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
+
+    # How long it holds everybody up
+
+    def _call(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        began = self._stopwatch()
+        try:
+            return function(*arguments)
+        finally:
+            self.watch(name, self._stopwatch() - began)
+
+    def step(self, job: Job, send: Callable[[Any], Any], value: Any) -> Any:
+        """A step of a coroutine."""
+        began = self._stopwatch()
+        try:
+            return send(value)
+        finally:
+            self.watch(_word(job), self._stopwatch() - began)
+
+    def watch(self, name: str, seconds: float) -> None:
+        """Says so if that was too long."""
+        if seconds > BLOCKS_AFTER:
+            self.counters["blocked_reactor"] += 1
+            self.log.warn(
+                "{milter} blocked the reactor for {ms:.0f} ms in {name}; more than {limit:.0f} ms"
+                " belong in a worker",
+                milter=self.manifest.name,
+                ms=1000 * seconds,
+                name=name,
+                limit=1000 * BLOCKS_AFTER,
+            )
+
+
+class _Watched:
+    """An awaitable whose steps are timed."""
+
+    def __init__(self, awaitable: Awaitable[bytes], owner: InMaster, job: Job) -> None:
+        self._awaitable = awaitable
+        self._owner = owner
+        self._job = job
+
+    def __await__(self) -> Generator[Any, Any, bytes]:
+        steps = self._awaitable.__await__()
+        send: Callable[[Any], Any] = steps.send
+        value: Any = None
+        while True:
+            try:
+                waiting_for = self._owner.step(self._job, send, value)
+            except StopIteration as stop:
+                result: bytes = stop.value
+                return result
+            try:
+                value, send = (yield waiting_for), steps.send
+            except BaseException as error:  # the author's own try must see it
+                value, send = error, steps.throw
+
+
+def _word(job: Job) -> str:
+    return "close" if job.stage is None else job.stage.word
+
+
+def _content(part: bytes | Memory) -> bytes:
+    return part if isinstance(part, bytes) else bytes(part.view())
+
+
+def _news(question: Question) -> bytes | memoryview:
+    message: bytes | Memory | memoryview = question.message
+    if isinstance(message, Memory):
+        message = message.view()[question.start :]
+    return bytes(message) + _content(question.command) if question.command else message
