@@ -284,7 +284,7 @@ class Chain:
             assert pin is not None
             if pin.known:
                 self._say_farewell(link.member, pin, connection, about)
-            else:
+            elif pin.place is not None:  # its first job was withdrawn
                 link.member.answers.release(pin)
             link.pin = Pin(replayable=link.member.manifest.pinning is Pinning.REPLAYABLE)
 

@@ -42,6 +42,9 @@ BLAMED_AFTER = 0.5
 # worth waiting for instead of starting it again.
 JOIN_AFTER = 10.0
 
+# Why the rest of a message cannot be asked about.
+LOST = "the milter's object was lost with its worker, and the message with it"
+
 # Transcripts of the same message differ by queue ids and ports.
 JOIN_SLACK = 512
 
@@ -149,7 +152,9 @@ class Dispatch:
         job.submitted = self._reactor.seconds()
         limit = self._limit(job)
         job.timer = self._reactor.callLater(SOFT_LIMIT * limit, self._warn, job)
-        if self._is_poison(job):
+        if job.pin is not None and job.pin.broken:
+            self._fail(job, Failure(WorkerLost(LOST)))
+        elif self._is_poison(job):
             self._fail(job, Failure(Poisoned("its scan has killed workers before")))
         elif not self._joined(job):
             self._queue(job)
@@ -226,7 +231,7 @@ class Dispatch:
             if pin.place is shard:
                 pin.lose()
         for job in self.schedule.gone(shard):
-            self._again(job, Failure(WorkerLost("its milter's object was lost with the worker")))
+            self._again(job, Failure(WorkerLost(LOST)))
         self.assign()
 
     def _again(self, job: Job, failure: Failure) -> None:

@@ -6,10 +6,12 @@ long is named in the log.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredLock, maybeDeferred, succeed
@@ -114,7 +116,9 @@ class InMaster:
             )
         except (SystemExit, KeyboardInterrupt) as error:  # no milter ends the service
             raise CallbackFailed(f"the callback raised {error!r}") from error
-        return answer if isinstance(answer, bytes) else driven(_Watched(answer, self, job))
+        if isinstance(answer, bytes):
+            return answer
+        return driven(answer, functools.partial(self._step, job))
 
     def _succeed(self, replies: bytes, job: Job) -> None:
         self._over(job)
@@ -123,7 +127,8 @@ class InMaster:
 
     def _failed(self, failure: Failure, job: Job) -> None:
         self._over(job)
-        if failure.check(CancelledError) and (job.abandoned or job.result.called):
+        cancelled = failure.check(CancelledError, asyncio.CancelledError)
+        if cancelled and (job.abandoned or job.result.called):
             return
         self.log.failure(
             "{about} at {at} in {milter}", failure, about=job.about(), at=_word(job),
@@ -159,17 +164,17 @@ class InMaster:
         try:
             return function(*arguments)
         finally:
-            self.watch(name, self._stopwatch() - began)
+            self._watch(name, self._stopwatch() - began)
 
-    def step(self, job: Job, send: Callable[[Any], Any], value: Any) -> Any:
+    def _step(self, job: Job, send: Callable[[Any], Any], value: Any) -> Any:
         """A step of a coroutine."""
         began = self._stopwatch()
         try:
             return send(value)
         finally:
-            self.watch(_word(job), self._stopwatch() - began)
+            self._watch(_word(job), self._stopwatch() - began)
 
-    def watch(self, name: str, seconds: float) -> None:
+    def _watch(self, name: str, seconds: float) -> None:
         """Says so if that was too long."""
         if seconds > BLOCKS_AFTER:
             self.counters["blocked_reactor"] += 1
@@ -181,30 +186,6 @@ class InMaster:
                 name=name,
                 limit=1000 * BLOCKS_AFTER,
             )
-
-
-class _Watched:
-    """An awaitable whose steps are timed."""
-
-    def __init__(self, awaitable: Awaitable[bytes], owner: InMaster, job: Job) -> None:
-        self._awaitable = awaitable
-        self._owner = owner
-        self._job = job
-
-    def __await__(self) -> Generator[Any, Any, bytes]:
-        steps = self._awaitable.__await__()
-        send: Callable[[Any], Any] = steps.send
-        value: Any = None
-        while True:
-            try:
-                waiting_for = self._owner.step(self._job, send, value)
-            except StopIteration as stop:
-                result: bytes = stop.value
-                return result
-            try:
-                value, send = (yield waiting_for), steps.send
-            except BaseException as error:  # the author's own try must see it
-                value, send = error, steps.throw
 
 
 def _word(job: Job) -> str:

@@ -196,7 +196,8 @@ class Schedule(Generic[J, S]):
         """The best job of each heap that an idle shard could take, with that shard."""
         if not self._entries:
             return
-        heavy_allowed = len(self._heavy) < max(1, len(self._shards) - self._reserve)
+        heavy = len(self._heavy - self._retired)
+        heavy_allowed = heavy < max(1, len(self._shards) - self._reserve)
         places = []
         if self._idle:
             places = [(self._common, min(self._idle, key=self._shards.__getitem__))]
@@ -209,7 +210,7 @@ class Schedule(Generic[J, S]):
             while heap and heap[0].taken:
                 heapq.heappop(heap)
                 self._debris -= 1
-            if heap and (heavy_allowed or not heap[0].heavy):
+            if heap and (heavy_allowed or not heap[0].heavy or shard in self._retired):
                 yield heap[0], heap, shard
 
     @property

@@ -28,7 +28,7 @@ _KEYS = {"sender": Mail.letter[0], "recipient": Rcpt.letter[0]}
 QUEUE_ID = ("i", "{i}")
 MTA = ("v", "{v}")
 # How the MTA marks a recipient that it has refused itself (SMFIP_RCPT_REJ).
-REFUSED_RCPT = b"\0{rcpt_mailer}\0error\0"
+REFUSED_RCPT = b"{rcpt_mailer}\0error\0"
 
 
 class Refusal(Enum):

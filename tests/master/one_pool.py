@@ -17,7 +17,7 @@ from sharded_milter.master.poison import Keep
 from sharded_milter.master.shard import Events, Shard, State, Workplace
 from sharded_milter.protocol.commands import Body, Eom
 from sharded_milter.protocol.negotiation import Manifest
-from sharded_milter.protocol.stages import Stage
+from sharded_milter.protocol.stages import STAGES, Stage
 
 MANIFEST = Manifest("test")
 MESSAGE = Body(b"text\r\n").encode() + Eom().encode()
@@ -30,13 +30,13 @@ class FakeShard(Shard):
         super().__init__(slot, Workplace(("x:milter",)), clock, events)
         self.told: list[str] = []
         self.jobs: list[Deferred[bytes]] = []
-        self.asked: list[tuple[Stage, object, object]] = []
+        self.asked: list[tuple[Stage | None, object, object]] = []
         self.memory = 0
 
     def ask(self, question: Question) -> Any:
         assert self.state is State.IDLE
         self.state = State.BUSY
-        self.asked.append((Stage(question.stage), question.connection, question.message))
+        self.asked.append((STAGES.get(question.stage[0]), question.connection, question.message))
         self.jobs.append(Deferred())
         return self.jobs[-1]
 

@@ -1,0 +1,173 @@
+"""A chain asks the MTA for exactly what its milters need: the bytes of our OPTNEG reply.
+
+What is expected is worked out here anew, stage by stage, from the words of the documents.
+"""
+
+from __future__ import annotations
+
+import struct
+from itertools import combinations
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+
+from sharded_milter import Milter as Functions
+from sharded_milter.embedded import Milter, MilterProtocolFactory
+from sharded_milter.protocol.commands import Negotiate
+
+FUNCTIONS = ("connect", "helo", "mail", "rcpt", "data", "eoh", "eom", "unknown")
+CALLBACKS = ("connect", "helo", "envfrom", "envrcpt", "data", "unknown", "header", "eoh", "body",
+             "eom", "abort", "close")  # fmt: skip
+
+#: NO and NR bit of each command, from mfdef.h.
+NO = {"connect": 0x1, "helo": 0x2, "mail": 0x4, "rcpt": 0x8, "body": 0x10, "header": 0x20,
+      "eoh": 0x40, "unknown": 0x100, "data": 0x200}  # fmt: skip
+NR = {"header": 0x80, "connect": 0x1000, "helo": 0x2000, "mail": 0x4000, "rcpt": 0x8000,
+      "data": 0x10000, "unknown": 0x20000, "eoh": 0x40000, "body": 0x80000}  # fmt: skip
+LEADSPC = 0x100000
+
+#: What a function's arguments are made of.
+SEEN = {
+    "connect": {"connect"},
+    "helo": {"connect", "helo"},
+    "mail": {"connect", "helo", "mail"},
+    "rcpt": {"connect", "helo", "mail", "rcpt"},
+    "data": {"connect", "helo", "mail", "rcpt", "data"},
+    "eoh": {"connect", "helo", "mail", "rcpt", "header", "eoh"},
+    "eom": {"connect", "helo", "mail", "rcpt", "header", "body"},
+    "unknown": {"connect", "helo", "unknown"},
+}
+COMMAND = {"envfrom": "mail", "envrcpt": "rcpt"}
+FUNCTION_ACTIONS = OBJECT_ACTIONS = 0xFF
+
+
+def functions(stages: tuple[str, ...]) -> Functions:
+    milter = Functions("functions")
+    for stage in stages:
+        getattr(milter, stage)(lambda *_: None)
+    return milter
+
+
+def coroutines(stages: tuple[str, ...]) -> Functions:
+    async def nothing(*_: object) -> None: ...
+
+    milter = Functions("coroutines")
+    for stage in stages:
+        getattr(milter, stage)(nothing)
+    return milter
+
+
+def objects(callbacks: tuple[str, ...]) -> type[Milter]:
+    def callback(self: Milter, *_: object) -> Any:
+        return self.ReturnCodes.CONTINUE
+
+    return type("Objects", (Milter,), {f"xxfi_{name}": callback for name in callbacks})
+
+
+def reply(*milters: Any) -> bytes:
+    """What the MTA is answered to an offer of everything."""
+    factory = MilterProtocolFactory(list(milters), reactor=Clock())
+    connection, transport = factory.buildProtocol(None), StringTransport()
+    connection.makeConnection(transport)  # type: ignore[no-untyped-call]
+    connection.dataReceived(struct.pack(">IcIII", 13, b"O", 6, 0x1FF, 0x1FFFFF))
+    written: bytes = transport.value()
+    return written
+
+
+def expected(first: tuple[str, ...], second: tuple[str, ...], third: tuple[str, ...]) -> bytes:
+    """For functions, an object and coroutines; a part that is empty is not there."""
+    seen: set[str] = set()
+    answered: set[str] = set()
+    actions = 0
+    for stages in (first, third):
+        seen |= {command for stage in stages for command in SEEN[stage]}
+        answered |= set(stages)
+        actions |= FUNCTION_ACTIONS if "eom" in stages else 0
+    own = {COMMAND.get(name, name) for name in second} - {"abort", "close", "eom"}
+    seen |= own
+    # An object's verdict on content is given at the end of the message, which is always answered.
+    answered |= own - {"header", "eoh", "body"}
+    actions |= OBJECT_ACTIONS if "eom" in second else 0
+    # Whoever can see or write header fields does so with the blank behind the colon; an object
+    # that did not ask for that has it hidden.
+    protocol = LEADSPC if "header" in seen or actions else 0
+    for command in NO:
+        if command not in seen:
+            protocol |= NO[command]
+        elif command not in answered or (command == "eoh" and "eoh" not in first + third):
+            protocol |= NR[command]
+    return struct.pack(">IcIII", 13, b"O", 6, actions, protocol)
+
+
+def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [chosen for n in range(1, len(names) + 1) for chosen in combinations(names, n)]
+
+
+@pytest.mark.parametrize("stages", subsets(FUNCTIONS), ids="-".join)
+def test_functions_alone(stages: tuple[str, ...]) -> None:
+    assert reply(functions(stages)).hex() == expected(stages, (), ()).hex()
+    assert reply(coroutines(stages)).hex() == expected((), (), stages).hex()
+
+
+@pytest.mark.parametrize("callbacks", subsets(CALLBACKS[:10]), ids="-".join)
+def test_an_object_alone(callbacks: tuple[str, ...]) -> None:
+    assert reply(objects(callbacks)).hex() == expected((), callbacks, ()).hex()
+
+
+@pytest.mark.parametrize("first", [(name,) for name in FUNCTIONS])
+@pytest.mark.parametrize("second", [(name,) for name in CALLBACKS])
+@pytest.mark.parametrize("third", [(name,) for name in FUNCTIONS])
+def test_one_stage_each(
+    first: tuple[str, ...], second: tuple[str, ...], third: tuple[str, ...]
+) -> None:
+    together = reply(functions(first), objects(second), coroutines(third))
+    assert together.hex() == expected(first, second, third).hex()
+
+
+@settings(max_examples=300)
+@given(
+    *(st.sets(st.sampled_from(names), min_size=1) for names in (FUNCTIONS, CALLBACKS, FUNCTIONS))
+)
+def test_any_stages_together(first: set[str], second: set[str], third: set[str]) -> None:
+    parts = (tuple(first), tuple(second), tuple(third))
+    milters = functions(parts[0]), objects(parts[1]), coroutines(parts[2])
+    assert reply(*milters).hex() == expected(*parts).hex()
+
+
+def test_nobody_at_all_wants_to_hear_of_a_message_only_that_it_ended() -> None:
+    everything = sum(NO.values())
+    assert reply() == struct.pack(">IcIII", 13, b"O", 6, 0, everything)
+    assert reply(Milter) == struct.pack(">IcIII", 13, b"O", 6, 0, everything)
+
+
+@pytest.mark.parametrize("versions", [(6, 6), (6, 4), (3, 6), (2, 2)])
+def test_the_lowest_version_of_all_is_spoken(versions: tuple[int, ...]) -> None:
+    def of(version: int) -> type[Milter]:
+        class Old(Milter):
+            def xxfi_negotiate(self, actions: int, protocol: int) -> Any:
+                return [self.ReturnCodes.CONTINUE, version, 0, 0]
+
+        return Old
+
+    assert reply(*map(of, versions))[5:9] == struct.pack(">I", min(versions))
+
+
+def test_macros_are_those_of_all() -> None:
+    class Curious(Milter):
+        def xxfi_negotiate(self, actions: int, protocol: int) -> Any:
+            self.smfi_setsymlist(self.MacroStages.EOM, "{msg_size}, i")
+            return super().xxfi_negotiate(actions, protocol)
+
+    other = Functions("f", macros={"eom": ["{auth_authen}"], "connect": ["{client_ptr}"]})
+    other.eom(lambda message: None)
+    answer = reply(Curious, other)
+    words = Negotiate.parse(answer[5:])
+    assert words.actions & 0x100
+    lists = {number: set(names.split()) for number, names in words.symlists}
+    assert set(lists) == {0, 5, 6}  # Sendmail wants 6 beside 5
+    assert {"{msg_size}", "{auth_authen}", "i"} <= lists[5]
+    assert "{client_ptr}" in lists[0]
