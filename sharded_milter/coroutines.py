@@ -10,7 +10,6 @@ from twisted.internet.defer import Deferred
 
 from sharded_milter.errors import CallbackFailed
 
-
 # How a step of a coroutine is made: with its `send` or `throw`, and what is sent or thrown.
 Step = Callable[[Callable[[Any], Any], Any], Any]
 

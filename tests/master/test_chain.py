@@ -39,8 +39,13 @@ ALL_NR = sum((stage.no_reply for stage in Stage), NO_PROTOCOL)
 CONTENT = Protocol.NR_HEADER | Protocol.NR_EOH | Protocol.NR_BODY
 
 
-def answering(name: str, *stages: Stage, actions: int = KNOWN_ACTIONS & ~0x100,
-              options: Protocol = NO_PROTOCOL, pinning: Pinning = Pinning.NONE) -> Manifest:  # fmt: skip
+def answering(
+    name: str,
+    *stages: Stage,
+    actions: int = KNOWN_ACTIONS & ~0x100,
+    options: Protocol = NO_PROTOCOL,
+    pinning: Pinning = Pinning.NONE,
+) -> Manifest:
     """A milter that sees everything and answers these stages."""
     answered = sum((stage.no_reply for stage in stages), NO_PROTOCOL)
     return Manifest(name, Actions(actions), (ALL_NR & ~answered) | options, pinning=pinning)
@@ -100,8 +105,11 @@ def test_each_is_asked_only_what_it_answers() -> None:
         asked[type(command).__name__] = names
         for name in names:
             mta.reply(name, Continue())
-    assert asked == {"Connect": "", "Mail": "ab", "Rcpt": "b", "Data": "", "Header": "", "Eoh": "", "Body": "",
-                     "Eom": "c"}  # fmt: skip
+    assert {command: names for command, names in asked.items() if names} == {
+        "Mail": "ab",
+        "Rcpt": "b",
+        "Eom": "c",
+    }
 
 
 VERDICTS: list[Packet] = [
