@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.messages import GREETING, OFFER, exchanges, message
 from sharded_milter.protocol import commands
@@ -24,6 +25,9 @@ from sharded_milter.protocol.wire import LETTER, PAYLOAD, Framer
 
 _RECEIVE = 65_536
 _CONTINUE = Continue.letter[0]
+
+# Messages on each connection of a run that ends by the clock.
+_UNLIMITED = 10**9
 
 # Longer than any answer in any bench takes; a milter that is stuck ends the bench.
 PATIENCE = 120.0
@@ -48,15 +52,33 @@ class Result:
         """Messages a second."""
         return self.messages / self.seconds
 
-    @property
-    def client_share(self) -> float:
-        """The share of one CPU that the client itself took."""
-        return self.client_cpu / self.seconds
-
     def percentile(self, share: float) -> float:
         """The latency that this share of the messages did not exceed."""
         ordered = sorted(self.latencies)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    def row(self) -> dict[str, Any]:
+        """The columns of a table that most benches have."""
+        return {
+            "mails/s": self.rate,
+            "p50 ms": 1000 * self.percentile(0.5),
+            "p99 ms": 1000 * self.percentile(0.99),
+            "client CPU": f"{self.client_cpu / self.seconds:.0%}",
+            "verdicts": "".join(sorted(self.verdicts)),
+        }
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Several runs of the same as one."""
+    verdicts: Counter[str] = Counter()
+    for result in results:
+        verdicts.update(result.verdicts)
+    return Result(
+        sum(result.seconds for result in results),
+        [latency for result in results for latency in result.latencies],
+        sum(result.client_cpu for result in results),
+        dict(verdicts),
+    )
 
 
 def connect(address: str) -> socket.socket:
@@ -168,8 +190,8 @@ def run(
 ) -> Result:
     """`messages` on each of so many connections at the same time; none begins after `seconds`."""
     known: dict[bytes, int] = {}
-    content = message() if packets is None else packets
-    everyone = [Connection(address, content, glued, known) for _ in range(connections)]
+    contents = (packets or message(connection=number) for number in range(connections))
+    everyone = [Connection(address, content, glued, known) for content in contents]
     open_ones = {connection.socket.fileno(): connection for connection in everyone}
     latencies: list[float] = []
     verdicts: Counter[int] = Counter()
@@ -195,3 +217,8 @@ def run(
     spent, client = time.perf_counter() - started, time.process_time() - cpu
     poll.close()
     return Result(spent, latencies, client, {chr(letter): n for letter, n in verdicts.items()})
+
+
+def run_for(address: str, connections: int, seconds: float) -> Result:
+    """As many messages as so many connections can send in that time."""
+    return run(address, connections, _UNLIMITED, seconds=seconds)

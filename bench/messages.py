@@ -17,8 +17,6 @@ SEED = 20261122
 HEADERS = 20
 BODY_BYTES = 10_000
 
-_QUEUE_ID = (("i", "4F3A2B1C0D"),)
-
 # Text that is made letter by letter takes seconds for megabytes, so it is repeated.
 _BLOCK = 10_000
 
@@ -46,8 +44,11 @@ def envelope(recipients: int = 1) -> list[Packet]:
     ]
 
 
-def message(headers: int = HEADERS, body: int = BODY_BYTES, recipients: int = 1) -> list[Packet]:
-    """The commands of one message."""
+def message(
+    headers: int = HEADERS, body: int = BODY_BYTES, recipients: int = 1, connection: int = 0
+) -> list[Packet]:
+    """The commands of one message; its queue id is that of no other connection."""
+    queue_id = (("i", f"4F3A2B{connection:04X}"),)
     rng = random.Random(SEED)
     block = "".join(rng.choices("abcdefghij klmnop\n", k=min(body, _BLOCK)))
     line_ends = block.replace("\n", "\r\n").encode()
@@ -59,13 +60,13 @@ def message(headers: int = HEADERS, body: int = BODY_BYTES, recipients: int = 1)
     chunks = [commands.Body(text[at : at + MAX_CHUNK]) for at in range(0, len(text), MAX_CHUNK)]
     return [
         *envelope(recipients),
-        commands.Macro("T", _QUEUE_ID),
+        commands.Macro("T", queue_id),
         commands.Data(),
         *fields,
-        commands.Macro("N", _QUEUE_ID),
+        commands.Macro("N", queue_id),
         commands.Eoh(),
         *chunks,
-        commands.Macro("E", _QUEUE_ID),
+        commands.Macro("E", queue_id),
         commands.Eom(),
     ]
 

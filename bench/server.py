@@ -10,13 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from bench import load
+from bench import load, processes
 
 # A milter that adds one header, after as much CPU time as its first argument says.
 ADDS_A_HEADER = """
@@ -40,7 +40,11 @@ START_TIMEOUT = 30.0
 # How often a socket is tried that nobody listens on yet.
 _RETRY = 0.02
 
-_STOP_TIMEOUT = 30.0
+# Workers that have used no CPU time for so long wait for work.
+_REST = 0.3
+
+# A milter in C waits for its connections to end.
+_STOP_TIMEOUT = 5.0
 
 
 @dataclass
@@ -69,6 +73,16 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         return [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
 
+    def settle(self) -> None:
+        """Returns when all workers have started: it serves when the first has."""
+        deadline = time.monotonic() + START_TIMEOUT
+        before = None
+        while (now := processes.cpu(self.pid).workers) != before:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"its workers do not come to rest\n{self.log.read_text()}")
+            before = now
+            time.sleep(_REST)
+
 
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
@@ -96,15 +110,18 @@ def running(
         log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command(folder, listen), stdout=output, stderr=output, cwd=folder
+                command(folder, listen),
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                start_new_session=True,
             )
         server = Server(address, process, log)
         try:
             _wait(server)
             yield server
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(_STOP_TIMEOUT)
+            _stop(process)
 
 
 def _wait(server: Server) -> None:
@@ -117,6 +134,18 @@ def _wait(server: Server) -> None:
         else:
             return
     raise SystemExit(f"it does not serve: {server.process.args!r}\n{server.log.read_text()}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends it politely, then whatever it has left in its session."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextmanager

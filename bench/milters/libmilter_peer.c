@@ -31,29 +31,29 @@ static void keep(SMFICTX *ctx, const void *bytes, size_t size)
 static sfsistat on_connect(SMFICTX *ctx, char *host, _SOCK_ADDR *address)
 {
     smfi_setpriv(ctx, calloc(1, sizeof(struct message)));
-    return SMFIS_CONTINUE;
+    return SMFIS_NOREPLY;
 }
 
 static sfsistat on_mail(SMFICTX *ctx, char **arguments)
 {
     ((struct message *)smfi_getpriv(ctx))->size = 0;
-    return SMFIS_CONTINUE;
+    return SMFIS_NOREPLY;
 }
 
-static sfsistat on_rcpt(SMFICTX *ctx, char **arguments) { return SMFIS_CONTINUE; }
-static sfsistat on_helo(SMFICTX *ctx, char *name) { return SMFIS_CONTINUE; }
+static sfsistat on_rcpt(SMFICTX *ctx, char **arguments) { return SMFIS_NOREPLY; }
+static sfsistat on_helo(SMFICTX *ctx, char *name) { return SMFIS_NOREPLY; }
 
 static sfsistat on_header(SMFICTX *ctx, char *name, char *value)
 {
     keep(ctx, name, strlen(name) + 1);
     keep(ctx, value, strlen(value) + 1);
-    return SMFIS_CONTINUE;
+    return SMFIS_NOREPLY;
 }
 
 static sfsistat on_body(SMFICTX *ctx, unsigned char *chunk, size_t size)
 {
     keep(ctx, chunk, size);
-    return SMFIS_CONTINUE;
+    return SMFIS_NOREPLY;
 }
 
 static sfsistat on_eom(SMFICTX *ctx)
@@ -75,7 +75,8 @@ static sfsistat on_close(SMFICTX *ctx)
     return SMFIS_CONTINUE;
 }
 
-/* Nothing is answered before the end of the message. */
+/* Nothing is answered before the end of the message; to return anything but NOREPLY after that
+ * is logged, at the price of a message. */
 static sfsistat on_negotiate(SMFICTX *ctx, unsigned long actions, unsigned long steps,
     unsigned long f2, unsigned long f3, unsigned long *our_actions, unsigned long *our_steps,
     unsigned long *of2, unsigned long *of3)
