@@ -62,6 +62,6 @@ def latency(name: str, share: float, results: dict[str, list[load.Result]], mach
         for subject, all_loads in results.items()
     ]
     title = f"Latency of a message, {name}, in ms"
-    note = f"Each adds one header to 10 KB; UNIX socket (purepythonmilter: TCP); {machine}"
+    note = f"Cheap scans of 10 KB over UNIX sockets (purepythonmilter: TCP); {machine}"
     steps = list(map(str, LOADS))
     return Chart(title, note, "connections that send without a pause", steps, lines, log=True)

@@ -13,7 +13,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.messages import GREETING, OFFER, exchanges, message
@@ -39,8 +40,8 @@ class Result:
 
     seconds: float
     latencies: list[float] = field(repr=False)
-    client_cpu: float
     verdicts: dict[str, int]
+    client_cpu: float = 0.0
 
     @property
     def messages(self) -> int:
@@ -63,7 +64,7 @@ class Result:
             "mails/s": self.rate,
             "p50 ms": 1000 * self.percentile(0.5),
             "p99 ms": 1000 * self.percentile(0.99),
-            "client CPU": f"{self.client_cpu / self.seconds:.0%}",
+            "client": f"{self.client_cpu / self.seconds:.0%}",
             "verdicts": "".join(sorted(self.verdicts)),
         }
 
@@ -76,8 +77,8 @@ def pooled(results: Sequence[Result]) -> Result:
     return Result(
         sum(result.seconds for result in results),
         [latency for result in results for latency in result.latencies],
-        sum(result.client_cpu for result in results),
         dict(verdicts),
+        sum(result.client_cpu for result in results),
     )
 
 
@@ -85,7 +86,11 @@ def connect(address: str) -> socket.socket:
     """A socket to a path or to HOST:PORT."""
     if address.startswith("/"):
         sock = socket.socket(socket.AF_UNIX)
-        sock.connect(address)
+        try:
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            raise
     else:
         host, _, port = address.rpartition(":")
         sock = socket.create_connection((host, int(port)))
@@ -190,35 +195,46 @@ def run(
 ) -> Result:
     """`messages` on each of so many connections at the same time; none begins after `seconds`."""
     known: dict[bytes, int] = {}
-    contents = (packets or message(connection=number) for number in range(connections))
-    everyone = [Connection(address, content, glued, known) for content in contents]
-    open_ones = {connection.socket.fileno(): connection for connection in everyone}
-    latencies: list[float] = []
-    verdicts: Counter[int] = Counter()
-    poll = select.epoll()
-    cpu, started = time.process_time(), time.perf_counter()
-    for descriptor, connection in open_ones.items():
-        poll.register(descriptor, select.EPOLLIN)
-        connection.left = messages
-        connection.begin()
-    while open_ones:
-        for descriptor, _ in poll.poll():
-            connection = open_ones[descriptor]
-            letter = connection.receive()
-            if not letter:
-                continue
-            now = time.perf_counter()
-            latencies.append(now - connection.began)
-            verdicts[letter] += 1
-            if connection.left and now - started < seconds:
-                connection.begin()
-            else:
-                open_ones.pop(descriptor).socket.close()
-    spent, client = time.perf_counter() - started, time.process_time() - cpu
-    poll.close()
-    return Result(spent, latencies, client, {chr(letter): n for letter, n in verdicts.items()})
+    with ExitStack() as stack:
+        everyone = []
+        for number in range(connections):
+            content = packets or message(connection=number)
+            connection = Connection(address, content, glued, known)
+            stack.callback(connection.socket.close)
+            connection.left = messages
+            everyone.append(connection)
+        cpu = time.process_time()
+        result = _drive(everyone, seconds)
+        return replace(result, client_cpu=time.process_time() - cpu)
 
 
 def run_for(address: str, connections: int, seconds: float) -> Result:
     """As many messages as so many connections can send in that time."""
     return run(address, connections, _UNLIMITED, seconds=seconds)
+
+
+def _drive(everyone: Sequence[Connection], seconds: float) -> Result:
+    busy = {connection.socket.fileno(): connection for connection in everyone}
+    latencies: list[float] = []
+    verdicts: Counter[int] = Counter()
+    with select.epoll() as poll:
+        started = time.perf_counter()
+        for descriptor, connection in busy.items():
+            poll.register(descriptor, select.EPOLLIN)
+            connection.begin()
+        while busy:
+            for descriptor, _ in poll.poll():
+                connection = busy[descriptor]
+                letter = connection.receive()
+                if not letter:
+                    continue
+                now = time.perf_counter()
+                latencies.append(now - connection.began)
+                verdicts[letter] += 1
+                if connection.left and now - started < seconds:
+                    connection.begin()
+                else:
+                    poll.unregister(descriptor)
+                    del busy[descriptor]
+        spent = time.perf_counter() - started
+    return Result(spent, latencies, verdicts={chr(letter): n for letter, n in verdicts.items()})

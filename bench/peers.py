@@ -76,9 +76,9 @@ def row(subject: Subject, rounds: Sequence[Measured], ours: Sequence[Measured]) 
         "milter": subject.name + (" (TCP)" if subject.tcp_only else ""),
         "ours/it": median(each.load.rate for each in ours) / result["mails/s"],
         **result,
-        "µs client": middle(lambda each: _MICRO * each.load.client_cpu / each.load.messages),
-        "µs master": middle(lambda each: _MICRO * each.cpu.master / each.load.messages),
-        "µs workers": middle(lambda each: _MICRO * each.cpu.workers / each.load.messages),
+        "client µs": middle(lambda each: _MICRO * each.load.client_cpu / each.load.messages),
+        "master µs": middle(lambda each: _MICRO * each.cpu.master / each.load.messages),
+        "workers µs": middle(lambda each: _MICRO * each.cpu.workers / each.load.messages),
     }
 
 
@@ -117,7 +117,7 @@ def main() -> None:
             rows = [row(s, measured[s.name, connections], ours) for s in subjects]
             report.table(title, rows)
     if options.svg is not None:
-        where = "{system}, {cores} cores, Python {python}".format(**machine())
+        where = "{cores} cores, Python {python}".format(**machine())
         curves.draw(options.svg, subjects, options.seconds, where)
     report.save(options.json)
 

@@ -180,7 +180,7 @@ def _spread(heights: Sequence[float]) -> list[float]:
     order = sorted(range(len(placed)), key=lambda index: placed[index])
     for above, below in pairwise(order):
         placed[below] = max(placed[below], placed[above] + LINE_HEIGHT)
-    lowest = HEIGHT - BOTTOM
+    lowest = float(HEIGHT - BOTTOM)
     for below in reversed(order):
         placed[below] = min(placed[below], lowest)
         lowest = placed[below] - LINE_HEIGHT
