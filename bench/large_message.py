@@ -8,11 +8,12 @@ One connection on a UNIX socket; the same with pymilter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from bench import load, processes
 from bench.messages import message
 from bench.report import Report, Row, Target, arguments
-from bench.subjects import OURS, PYMILTER, Job, Subject
+from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
 from sharded_milter.protocol.packets import Packet
 
 # The content crosses to another process and must not be slower for it.
@@ -43,27 +44,24 @@ def main() -> None:
     report = Report(__doc__)
     size = int(options.megabytes * _MB)
     packets = message(body=size)
-    rows: list[Row] = []
-    for subject in (OURS, PYMILTER):
-        if not subject.available():
-            report.say(f"skipped: {subject.name} ({subject.install})")
-            continue
-        measured = [measure(subject, packets, options.messages) for _ in range(options.rounds)]
-        seconds = sorted(each[0] for each in measured)[options.rounds // 2]
-        peak = max(each[1] for each in measured)
-        rows.append(
-            {
-                "milter": subject.name,
-                "MB/s": size / _MB / seconds,
-                "p50 ms": 1000 * seconds,
-                "peak MB of the master above idle": peak,
-            }
-        )
-    report.table(f"messages of {options.megabytes:g} MB", rows)
+    subjects = installed([PYMILTER], report.say)
+    measured = in_turn(
+        subjects, options.rounds, lambda subject: measure(subject, packets, options.messages)
+    )
+    rows: list[Row] = [
+        {
+            "milter": name,
+            "MB/s": size / _MB / median(seconds for seconds, _ in rounds),
+            "p50 ms": 1000 * median(seconds for seconds, _ in rounds),
+            "peak MB": max(peak for _, peak in rounds),
+        }
+        for name, rounds in measured.items()
+    ]
+    report.table(f"messages of {options.megabytes:g} MB; peak of the master above idle", rows)
     if len(rows) > 1:
         ratio = rows[0]["MB/s"] / rows[1]["MB/s"]
         report.target(Target("MB/s, ours / pymilter's", ratio, SPEED_AT_LEAST, at_least=True))
-    peak = rows[0]["peak MB of the master above idle"]
+    peak = rows[0]["peak MB"]
     report.target(Target("peak of the master above idle", peak, PEAK_AT_MOST_MB, "MB"))
     report.save(options.json)
 

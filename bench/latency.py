@@ -7,9 +7,11 @@ One connection on a UNIX socket, a cheap scan, both milters in turn.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from bench import load
 from bench.report import Report, Target, arguments
-from bench.subjects import OURS, PYMILTER, Job
+from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
 
 # A job crosses to a worker and back: two more wake-ups of a process than pymilter has, and no
 # user may feel them.
@@ -22,21 +24,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     report = Report(__doc__)
-    subjects = [subject for subject in (OURS, PYMILTER) if subject.available()]
-    results: dict[str, list[load.Result]] = {subject.name: [] for subject in subjects}
-    for _ in range(options.rounds):
-        for subject in subjects:
-            with subject.serving(Job()) as server:
-                load.run_for(server.path, 1, options.seconds / 3)  # warm
-                results[subject.name].append(load.run_for(server.path, 1, options.seconds))
-    pooled = {name: load.pooled(several) for name, several in results.items()}
-    report.table("one connection", [{"milter": name, **r.row()} for name, r in pooled.items()])
-    if PYMILTER.name in pooled:
-        ratio = pooled[OURS.name].percentile(0.5) / pooled[PYMILTER.name].percentile(0.5)
-        report.target(Target("p50, ours / pymilter's", ratio, AT_MOST))
-    else:
-        report.say(f"skipped: {PYMILTER.name} ({PYMILTER.install})")
+
+    def measure(subject: Subject) -> load.Result:
+        with subject.serving(Job()) as server:
+            load.run_for(server.path, 1, options.seconds / 3)  # warm
+            return load.run_for(server.path, 1, options.seconds)
+
+    subjects = installed([PYMILTER], report.say)
+    results = in_turn(subjects, options.rounds, measure)
+    report_ratio(report, "one connection", results, AT_MOST)
     report.save(options.json)
+
+
+def report_ratio(
+    report: Report, title: str, results: Mapping[str, Sequence[load.Result]], at_most: float
+) -> None:
+    """A table, and the ratio of the first one's p50 to the second's."""
+    pooled = {name: load.pooled(several) for name, several in results.items()}
+    report.table(title, [{"milter": name, **result.row()} for name, result in pooled.items()])
+    if len(pooled) == 2:
+        (ours, one), (theirs, other) = pooled.items()
+        ratio = one.percentile(0.5) / other.percentile(0.5)
+        report.target(Target(f"p50, {ours} / {theirs}", ratio, at_most))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ latency against connections, which takes some minutes more.
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from bench import curves, load, processes
 from bench.report import Report, Row, arguments, machine
 from bench.server import cores
-from bench.subjects import OURS, PEERS, Job, Subject
+from bench.subjects import OURS, PEERS, Job, Subject, in_turn, installed
 
 # Before each measurement: interpreters warm up, thread stacks and buffers grow.
 WARM_SECONDS = 0.5
@@ -35,12 +35,8 @@ class Measured:
     cpu: processes.Cpu
 
 
-# By subject and connections, one for each round.
-Everything = dict[tuple[str, int], list[Measured]]
-
-
 def measure(
-    subject: Subject, job: Job, loads: Sequence[int], seconds: float, tcp: bool
+    job: Job, loads: Sequence[int], seconds: float, tcp: bool, subject: Subject
 ) -> dict[int, Measured]:
     """One server, one run for each number of connections."""
     results = {}
@@ -51,17 +47,6 @@ def measure(
             result = load.run_for(server.path, connections, seconds)
             results[connections] = Measured(result, processes.cpu(server.pid) - before)
     return results
-
-
-def measure_all(subjects: Sequence[Subject], job: Job, options: argparse.Namespace) -> Everything:
-    """All subjects in turn, again and again, so that a busy minute hits all of them."""
-    everything: Everything = defaultdict(list)
-    for _ in range(options.rounds):
-        for subject in subjects:
-            runs = measure(subject, job, options.connections, options.seconds, options.tcp)
-            for connections, measured in runs.items():
-                everything[subject.name, connections].append(measured)
-    return everything
 
 
 def row(subject: Subject, rounds: Sequence[Measured], ours: Sequence[Measured]) -> Row:
@@ -82,20 +67,7 @@ def row(subject: Subject, rounds: Sequence[Measured], ours: Sequence[Measured]) 
     }
 
 
-def present(report: Report, only: Sequence[str]) -> list[Subject]:
-    """Ours and the peers that can run; says which cannot."""
-    subjects = [OURS]
-    for peer in PEERS:
-        if only and peer.name not in only:
-            continue
-        if peer.available():
-            subjects.append(peer)
-        else:
-            report.say(f"skipped: {peer.name} ({peer.install})")
-    return subjects
-
-
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--ms", type=float, nargs="+", default=[0.0], help="CPU time of a scan")
@@ -105,17 +77,27 @@ def main() -> None:
     parser.add_argument("--tcp", action="store_true", help="loopback instead of a UNIX socket")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these peers")
     parser.add_argument("--svg", type=Path, metavar="DIR", help="draw there")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
     report = Report(__doc__)
-    subjects = present(report, options.only)
+    peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
+    subjects = installed(peers, report.say)
     for ms in options.ms:
         job = Job(ms, options.workers)
-        measured = measure_all(subjects, job, options)
+        measured = in_turn(
+            subjects,
+            options.rounds,
+            partial(measure, job, options.connections, options.seconds, options.tcp),
+        )
         for connections in options.connections:
             title = f"{connections} connections, scan of {ms:g} ms CPU, {options.workers} workers"
-            ours = measured[OURS.name, connections]
-            rows = [row(s, measured[s.name, connections], ours) for s in subjects]
-            report.table(title, rows)
+            rounds = {
+                name: [each[connections] for each in several] for name, several in measured.items()
+            }
+            report.table(title, [row(s, rounds[s.name], rounds[OURS.name]) for s in subjects])
     if options.svg is not None:
         where = "{cores} cores, Python {python}".format(**machine())
         curves.draw(options.svg, subjects, options.seconds, where)

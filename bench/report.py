@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +39,17 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """What is checked out; empty outside of a checkout or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Report:
         self._console = Console(
             width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False
         )
-        facts = ", ".join(f"{name} {value}" for name, value in self._machine.items())
+        facts = ", ".join(f"{name} {value}" for name, value in self._machine.items() if value)
         self.say(self._question)
         self.say(facts)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from bench.server import ADDS_A_HEADER, Server, running
 
@@ -172,3 +173,25 @@ PEERS = (
     ),
     LIBMILTER,
 )
+
+
+def installed(peers: Sequence[Subject], say: Callable[[str], None]) -> list[Subject]:
+    """Ours, and those of the peers that can run; `say` hears which cannot, and what they need."""
+    for peer in peers:
+        if not peer.available():
+            say(f"skipped: {peer.name} ({peer.install})")
+    return [OURS, *(peer for peer in peers if peer.available())]
+
+
+T = TypeVar("T")
+
+
+def in_turn(
+    subjects: Sequence[Subject], rounds: int, measure: Callable[[Subject], T]
+) -> dict[str, list[T]]:
+    """What each round has measured, by name; in turn, so that a busy minute hits all of them."""
+    results: dict[str, list[T]] = {subject.name: [] for subject in subjects}
+    for _ in range(rounds):
+        for subject in subjects:
+            results[subject.name].append(measure(subject))
+    return results

@@ -29,7 +29,7 @@ def test_everything_that_is_printed_is_saved(
     report.save(tmp_path / "figures.json")
     saved = json.loads((tmp_path / "figures.json").read_text())
     assert saved["question"] == "Is it fast?"
-    assert saved["machine"].keys() == {"python", "system", "cores", "load"}
+    assert saved["machine"].keys() == {"python", "system", "cores", "load", "commit"}
     assert saved["tables"]["a table"][0] == {"milter": "ours", "mails/s": 1234.5}
     assert saved["targets"][0]["met"] is False
     printed = capsys.readouterr().out
