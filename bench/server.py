@@ -137,15 +137,15 @@ def _wait(server: Server) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends it politely, then whatever it has left in its session."""
+    """Ends it politely, then whatever is left in its session, also when that is interrupted."""
     process.send_signal(signal.SIGINT)
     try:
-        process.wait(_STOP_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager
