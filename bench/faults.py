@@ -1,6 +1,6 @@
 """How long does the MTA wait more when the worker dies that scans its message?
 
-    python bench/faults.py [--deaths 40] [--workers 4] [--ms 20] [--connections 2]
+    python -m bench.faults [--deaths 40] [--workers 4] [--ms 20] [--connections 2]
 
 Each of these messages kills its first worker (SIGKILL) and is scanned by another; other
 connections send mail meanwhile. Printed is the time from the death to the verdict without the
@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from server import Server, serving
-
+from bench.server import Server, serving
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol import replies
 from sharded_milter.testing.mta import Mail, MtaClient, Outcome

@@ -1,6 +1,6 @@
 """What does an idle MTA connection cost, and what do many of them cost a new message?
 
-    python bench/idle_connections.py [--connections 10000] [--messages 200]
+    python -m bench.idle_connections [--connections 10000] [--messages 200]
 
 Needs as many descriptors (ulimit -Hn), here and in the server.
 """
@@ -12,16 +12,10 @@ import os
 import platform
 import resource
 import socket
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import load
-from server import serving
-
-from sharded_milter.protocol import commands
-from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, VERSION
+from bench import load
+from bench.messages import GREETING, OFFER
+from bench.server import serving
 
 MILTER = """
 from sharded_milter import Accept, AddHeader, Milter
@@ -34,22 +28,15 @@ def eom(message):
 """
 
 # What an MTA has said when its client has greeted and says nothing more.
-GREETING = b"".join(
-    command.encode()
-    for command in (
-        commands.Macro("C", (("j", "mx.example.test"), ("v", "Postfix 3.9.0"))),
-        commands.Connect("client.example.test", "4", 25, "192.0.2.1"),
-        commands.Helo("client.example.test"),
-    )
-)
+GREETED = b"".join(command.encode() for command in GREETING)
 
 
 def idle(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(path)
-    sock.sendall(commands.Negotiate(VERSION, KNOWN_ACTIONS, KNOWN_PROTOCOL).encode())
+    sock.sendall(OFFER.encode())
     sock.recv(4096)
-    sock.sendall(GREETING)
+    sock.sendall(GREETED)
     return sock
 
 

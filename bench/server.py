@@ -1,33 +1,71 @@
-"""A real server for a bench, on a UNIX socket in a directory of its own."""
+"""Servers for a bench: any command that serves a milter, and ours, each in its own directory."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from bench import load, processes
+
+# A milter that adds one header, after as much CPU time as its first argument says.
+ADDS_A_HEADER = """
+import time
+from sharded_milter import Accept, AddHeader, Message, Milter, Verdict
+
+BURN = {ms} / 1000
+milter = Milter("bench")
+
+@milter.eom
+def scan(message: Message) -> Verdict:
+    until = time.thread_time() + BURN
+    while BURN and time.thread_time() < until:
+        sum(range(1000))
+    return Accept(AddHeader("X-Bench", "1"))
+"""
+
+# Interpreters and their imports on a busy machine.
+START_TIMEOUT = 30.0
+
+# How often a socket is tried that nobody listens on yet.
+_RETRY = 0.02
+
+# Workers that have used no CPU time for so long wait for work.
+_REST = 0.3
+
+# A milter in C waits for its connections to end.
+_STOP_TIMEOUT = 5.0
 
 
 @dataclass
 class Server:
     """The running master."""
 
-    path: str
+    path: str  # or HOST:PORT: what bench.load takes
     process: subprocess.Popen[bytes]
     log: Path
+
+    @property
+    def pid(self) -> int:
+        """Of the master."""
+        return self.process.pid
 
     def rss(self) -> int:
         """Bytes of the master's memory that are resident."""
         return int(psutil.Process(self.process.pid).memory_info().rss)
 
     def descriptors(self) -> int:
+        """How many the master has open."""
         return psutil.Process(self.process.pid).num_fds()
 
     def workers(self) -> list[int]:
@@ -35,29 +73,95 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         return [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
 
+    def settle(self) -> None:
+        """Returns when all workers have started: it serves when the first has."""
+        deadline = time.monotonic() + START_TIMEOUT
+        before = None
+        while (now := processes.cpu(self.pid).workers) != before:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"its workers do not come to rest\n{self.log.read_text()}")
+            before = now
+            time.sleep(_REST)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
 
 @contextmanager
-def serving(source: str, *options: str) -> Iterator[Server]:
-    """Serves the milter `milter` of a module with this source."""
-    with tempfile.TemporaryDirectory() as folder:
-        milter, path, log = Path(folder, "bench_milter.py"), f"{folder}/s", Path(folder, "log")
-        milter.write_text(source)
-        reader, writer = os.pipe()
-        arguments = ["--listen", f"unix:{path}", "--ready-fd", str(writer), *options]
+def running(
+    command: Callable[[Path, str], Sequence[str]], *, tcp: bool = False
+) -> Iterator[Server]:
+    """Runs what `command` makes of a directory and an address until the block ends.
+
+    The address is spelled as libmilter does. It is serving when the block begins.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        port = free_port() if tcp else 0
+        listen, address = (
+            (f"inet:{port}@127.0.0.1", f"127.0.0.1:{port}")
+            if tcp
+            else (f"unix:{folder}/s", f"{folder}/s")
+        )
+        log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "sharded_milter", *arguments, f"{milter}:milter"],
-                pass_fds=(writer,),
+                command(folder, listen),
                 stdout=output,
                 stderr=output,
                 cwd=folder,
+                start_new_session=True,
             )
-        os.close(writer)
+        server = Server(address, process, log)
         try:
-            if os.read(reader, 1) != b"\n":
-                raise SystemExit(log.read_text())
-            yield Server(path, process, log)
+            _wait(server)
+            yield server
         finally:
-            os.close(reader)
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+            _stop(process)
+
+
+def _wait(server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            load.connect(server.path).close()
+        except OSError:
+            time.sleep(_RETRY)
+        else:
+            return
+    raise SystemExit(f"it does not serve: {server.process.args!r}\n{server.log.read_text()}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends it politely, then whatever is left in its session, also when that is interrupted."""
+    process.send_signal(signal.SIGINT)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def serving(source: str, *options: str, tcp: bool = False) -> Iterator[Server]:
+    """Serves the milter `milter` of a module with this source with our own server."""
+
+    def command(folder: Path, listen: str) -> list[str]:
+        milter = folder / "bench_milter.py"
+        milter.write_text(source)
+        arguments = ["--listen", listen, *options, f"{milter}:milter"]
+        return [sys.executable, "-m", "sharded_milter", *arguments]
+
+    with running(command, tcp=tcp) as server:
+        yield server
+
+
+def cores() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))

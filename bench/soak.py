@@ -1,6 +1,6 @@
 """Does the master grow while workers come and go?
 
-    python bench/soak.py [--messages 200000] [--workers 2] [--max-messages 500] [--connections 8]
+    python -m bench.soak [--messages 200000] [--workers 2] [--max-messages 500] [--connections 8]
 
 Prints the master's memory and descriptors after the first tenth of the messages and at the end.
 """
@@ -10,14 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import load
-from server import Server, serving
+from bench import load
+from bench.server import Server, serving
 
 MILTER = """
 from sharded_milter import Accept, AddHeader, Milter

@@ -1,0 +1,67 @@
+"""The drawings of `bench.peers`: how far workers carry, and what load does to latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import load
+from bench.subjects import Job, Subject
+from bench.svg import Chart, Line
+
+# A light content scan: long enough that the cores are what is short.
+SCAN_MS = 10.0
+
+WORKERS = (1, 2, 3, 4)
+
+# Enough that no worker waits for a message, few enough for milters with a thread for each.
+CONNECTIONS = 8
+
+LOADS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def run(
+    subject: Subject, job: Job, connections: Sequence[int], seconds: float
+) -> list[load.Result]:
+    """One server, one result for each load."""
+    with subject.serving(job) as server:
+        load.run_for(server.path, max(connections), seconds / 4)  # warm
+        return [load.run_for(server.path, n, seconds) for n in connections]
+
+
+def draw(folder: Path, subjects: Sequence[Subject], seconds: float, machine: str) -> None:
+    """Measures and writes throughput.svg, latency-p50.svg and latency-p99.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "throughput.svg").write_text(throughput(subjects, seconds, machine).svg())
+    results = {s.name: run(s, Job(), LOADS, seconds) for s in subjects}
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        chart = latency(name, share, results, machine)
+        (folder / f"latency-{name}.svg").write_text(chart.svg())
+
+
+def throughput(subjects: Sequence[Subject], seconds: float, machine: str) -> Chart:
+    """Messages a second against workers; a milter without workers is a flat line."""
+
+    def rate(subject: Subject, workers: int) -> float:
+        return run(subject, Job(SCAN_MS, workers), [CONNECTIONS], seconds)[0].rate
+
+    lines = []
+    for subject in subjects:
+        if subject.has_workers:
+            lines.append(Line(subject.name, [rate(subject, workers) for workers in WORKERS]))
+        else:
+            lines.append(Line(subject.name, [rate(subject, 1)] * len(WORKERS), flat=True))
+    note = f"Each burns {SCAN_MS:g} ms of CPU; {CONNECTIONS} connections; {machine}"
+    return Chart("Messages a second", note, "worker processes", list(map(str, WORKERS)), lines)
+
+
+def latency(name: str, share: float, results: dict[str, list[load.Result]], machine: str) -> Chart:
+    """Milliseconds from MAIL to the verdict against busy connections."""
+    lines = [
+        Line(subject, [1000 * result.percentile(share) for result in all_loads])
+        for subject, all_loads in results.items()
+    ]
+    title = f"Latency of a message, {name}, in ms"
+    note = f"Cheap scans of 10 KB over UNIX sockets (purepythonmilter: TCP); {machine}"
+    steps = list(map(str, LOADS))
+    return Chart(title, note, "connections that send without a pause", steps, lines, log=True)

@@ -1,0 +1,52 @@
+"""How long does one mail take that is alone, and how long with pymilter?
+
+    python -m bench.latency [--seconds 3] [--rounds 3] [--json FILE]
+
+One connection on a UNIX socket, a cheap scan, both milters in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench import load
+from bench.report import Report, Target, arguments
+from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
+
+# A job crosses to a worker and back: two more wake-ups of a process than pymilter has, and no
+# user may feel them.
+AT_MOST = 2.0
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    report = Report(__doc__)
+
+    def measure(subject: Subject) -> load.Result:
+        with subject.serving(Job()) as server:
+            load.run_for(server.path, 1, options.seconds / 3)  # warm
+            return load.run_for(server.path, 1, options.seconds)
+
+    subjects = installed([PYMILTER], report.say)
+    results = in_turn(subjects, options.rounds, measure)
+    report_ratio(report, "one connection", results, AT_MOST)
+    report.save(options.json)
+
+
+def report_ratio(
+    report: Report, title: str, results: Mapping[str, Sequence[load.Result]], at_most: float
+) -> None:
+    """A table, and the ratio of the first one's p50 to the second's."""
+    pooled = {name: load.pooled(several) for name, several in results.items()}
+    report.table(title, [{"milter": name, **result.row()} for name, result in pooled.items()])
+    if len(pooled) == 2:
+        (ours, one), (theirs, other) = pooled.items()
+        ratio = one.percentile(0.5) / other.percentile(0.5)
+        report.target(Target(f"p50, {ours} / {theirs}", ratio, at_most))
+
+
+if __name__ == "__main__":
+    main()

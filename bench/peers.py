@@ -1,0 +1,108 @@
+"""How do we compare with every other way to run a milter, under the same load in the same run?
+
+    python -m bench.peers [--connections 1 8 32] [--ms 0] [--seconds 2] [--rounds 3] [--tcp]
+                          [--only NAME ...] [--json FILE] [--svg DIR]
+
+A peer that is not installed is skipped by name. `--svg` draws throughput against workers and
+latency against connections, which takes some minutes more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from bench import curves, load, processes
+from bench.report import Report, Row, arguments, machine
+from bench.server import cores
+from bench.subjects import OURS, PEERS, Job, Subject, in_turn, installed
+
+# Before each measurement: interpreters warm up, thread stacks and buffers grow.
+WARM_SECONDS = 0.5
+
+_MICRO = 1e6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    load: load.Result
+    cpu: processes.Cpu
+
+
+def measure(
+    job: Job, loads: Sequence[int], seconds: float, tcp: bool, subject: Subject
+) -> dict[int, Measured]:
+    """One server, one run for each number of connections."""
+    results = {}
+    with subject.serving(job, tcp=tcp) as server:
+        for connections in loads:
+            load.run_for(server.path, connections, WARM_SECONDS)
+            before = processes.cpu(server.pid)
+            result = load.run_for(server.path, connections, seconds)
+            results[connections] = Measured(result, processes.cpu(server.pid) - before)
+    return results
+
+
+def row(subject: Subject, rounds: Sequence[Measured], ours: Sequence[Measured]) -> Row:
+    """A line of the table: rates and CPU time of the round in the middle, all latencies."""
+
+    def middle(figure: Callable[[Measured], float]) -> float:
+        return median(map(figure, rounds))
+
+    result = load.pooled([each.load for each in rounds]).row()
+    result["mails/s"] = middle(lambda each: each.load.rate)
+    return {
+        "milter": subject.name + (" (TCP)" if subject.tcp_only else ""),
+        "ours/it": median(each.load.rate for each in ours) / result["mails/s"],
+        **result,
+        "client µs": middle(lambda each: _MICRO * each.load.client_cpu / each.load.messages),
+        "master µs": middle(lambda each: _MICRO * each.cpu.master / each.load.messages),
+        "workers µs": middle(lambda each: _MICRO * each.cpu.workers / each.load.messages),
+    }
+
+
+def _options() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--ms", type=float, nargs="+", default=[0.0], help="CPU time of a scan")
+    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tcp", action="store_true", help="loopback instead of a UNIX socket")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these peers")
+    parser.add_argument("--svg", type=Path, metavar="DIR", help="draw there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
+    report = Report(__doc__)
+    peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
+    subjects = installed(peers, report.say)
+    for ms in options.ms:
+        job = Job(ms, options.workers)
+        measured = in_turn(
+            subjects,
+            options.rounds,
+            partial(measure, job, options.connections, options.seconds, options.tcp),
+        )
+        for connections in options.connections:
+            title = f"{connections} connections, scan of {ms:g} ms CPU, {options.workers} workers"
+            rounds = {
+                name: [each[connections] for each in several] for name, several in measured.items()
+            }
+            report.table(title, [row(s, rounds[s.name], rounds[OURS.name]) for s in subjects])
+    if options.svg is not None:
+        where = "{cores} cores, Python {python}".format(**machine())
+        curves.draw(options.svg, subjects, options.seconds, where)
+    report.save(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A milter in a thread that checks what the load client says, and answers as it is told."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from sharded_milter.errors import MilterError
+from sharded_milter.protocol import commands
+from sharded_milter.protocol.negotiation import VERSION, Manifest, negotiate
+from sharded_milter.protocol.replies import Accept, AddHeader, Continue
+from sharded_milter.protocol.session import Session
+from sharded_milter.protocol.stages import STAGES, Actions, Protocol
+from sharded_milter.protocol.wire import LETTER, PAYLOAD, Framer
+
+VERDICT = AddHeader("X-Bench", "1").encode() + Accept().encode()
+
+
+class Scripted:
+    """Serves on a path; `errors` has what the client did wrong."""
+
+    def __init__(
+        self, path: str, protocol: Protocol, verdict: Sequence[bytes] = (VERDICT,)
+    ) -> None:
+        self.path = path
+        self.letters: list[str] = []  # of all packets, in order
+        self.errors: list[BaseException] = []
+        self._protocol = protocol
+        self._verdict = verdict
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def stop(self) -> None:
+        """Raises what went wrong."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+        for error in self.errors:
+            raise error
+
+    def _start(self, function: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=function, args=arguments)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self._start(self._serve, sock)
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, suppress(OSError):  # a client that gives up closes
+            try:
+                self._talk(sock)
+            except (AssertionError, MilterError) as error:
+                self.errors.append(error)
+
+    def _talk(self, sock: socket.socket) -> None:
+        session, framer = Session(), Framer()
+        while data := sock.recv(65_536):
+            for packet in framer.receive(data):
+                self.letters.append(chr(packet[LETTER]))
+                step = session.receive(packet)
+                if packet[LETTER : LETTER + 1] == commands.Negotiate.letter:
+                    self._negotiate(sock, session, packet)
+                elif step.stage is not None:
+                    self._answer(sock, packet)
+
+    def _negotiate(self, sock: socket.socket, session: Session, packet: bytes) -> None:
+        manifest = Manifest("scripted", Actions.ADDHDRS, self._protocol)
+        agreement = negotiate(commands.Negotiate.offer(packet[PAYLOAD:]), [manifest])
+        session.agree(agreement)
+        sock.sendall(commands.Negotiate(VERSION, Actions.ADDHDRS, self._protocol).encode())
+
+    def _answer(self, sock: socket.socket, packet: bytes) -> None:
+        stage = STAGES[packet[LETTER]]
+        if self._protocol & stage.suppress:
+            raise AssertionError(f"{stage.name} was not to be sent")
+        if packet[LETTER : LETTER + 1] == commands.Eom.letter:
+            for piece in self._verdict:
+                sock.sendall(piece)
+        elif not self._protocol & stage.no_reply:
+            sock.sendall(Continue().encode())
