@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -14,8 +18,16 @@ import pytest
 from sharded_milter.cli.daemon import daemon
 from sharded_milter.dialects.loader import load
 from sharded_milter.protocol import commands
-from sharded_milter.protocol.replies import InsertHeader, ReplyCode, parse_reply
+from sharded_milter.protocol.replies import (
+    Accept,
+    AddHeader,
+    Continue,
+    InsertHeader,
+    ReplyCode,
+    parse_reply,
+)
 from sharded_milter.protocol.stages import Stage
+from sharded_milter.testing.mta import Mail, MtaClient
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,11 +44,14 @@ OTHERS_OPTIONS = {
 @pytest.fixture
 def sample(tmp_path: Path) -> Path:
     """The README's milter as a file of its own."""
-    block = re.search(
-        r"<!-- spamguard.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
+    return example(ROOT / "README.md", "spamguard.py", tmp_path)
+
+
+def example(document: Path, name: str, folder: Path) -> Path:
+    """The code that a document calls by a file's name, as that file."""
+    block = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", document.read_text(), re.S)
     assert block is not None
-    path = tmp_path / "spamguard.py"
+    path = folder / name
     path.write_text(block[1])
     return path
 
@@ -55,6 +70,46 @@ def test_the_readmes_milter_answers(sample: Path) -> None:
     added = parse_reply(tagged[:length])
     assert isinstance(added, InsertHeader)
     assert (added.name, added.value) == ("X-Score", "0.00")
+
+
+def test_yatxmilters_example_serves_with_its_imports_changed(tmp_path: Path) -> None:
+    path = example(ROOT / "docs" / "yatxmilter.md", "yatxmilter.py", tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path.write_text(path.read_text().replace("1234", str(port)))  # another test may have that
+    program = subprocess.Popen([sys.executable, str(path)], cwd=tmp_path)
+    try:
+        with MtaClient(connected(port, program)) as client:
+            assert client.deliver(Mail(b"Subject: hi\r\n\r\n.\r\n")).verdict == Continue()
+    finally:
+        program.terminate()
+        program.wait()
+
+
+def connected(port: int, program: subprocess.Popen[bytes]) -> socket.socket:
+    while program.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+    raise AssertionError(f"the program has ended with {program.returncode}")
+
+
+def test_the_class_for_who_comes_from_yatxmilter_answers(tmp_path: Path) -> None:
+    path = example(ROOT / "docs" / "yatxmilter.md", "policy.py", tmp_path)
+    for name in ("Policy", "PolicyFactory"):
+        milter = load(f"{path}:{name}")
+        offer = commands.Negotiate(6, 0x1FF, 0x1FFFFF)
+        client = commands.Connect("mail.example.org", "4", 25, "192.0.2.1")
+        connection = b"".join(packet.encode() for packet in (offer, offer, client))
+        assert milter.answer(Stage.CONNECT, connection, b"", 1) == Continue().encode()
+        rcpt = commands.Mail("<a@b>").encode() + commands.Rcpt("<ghost@c>").encode()
+        answer: Any = milter.answer(Stage.RCPT, b"", rcpt, 1)
+        refused = parse_reply(asyncio.run(answer))
+        assert refused == ReplyCode("550 5.1.1 no such user")
+        tagged = milter.answer(Stage.EOM, b"", commands.Eom().encode(), 1)
+        assert tagged == AddHeader("X-Client", " mail.example.org").encode() + Accept().encode()
 
 
 def test_the_readmes_milter_is_typed(sample: Path) -> None:

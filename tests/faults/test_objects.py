@@ -144,10 +144,8 @@ def test_a_thousand_connections_of_slow_coroutines_keep_their_order(tmp_path: Pa
                     if seen != of(sent):
                         failures.append(f"{sent}: {seen}")
 
-    with Server(
-        tmp_path, "--in-master", "./slow.py:Remembers", program=program(tmp_path)
-    ) as server:
-        (tmp_path / "slow.py").write_text(source(sleep=0.01))
+    (tmp_path / "slow.py").write_text(source(sleep=0.01))
+    with Server(tmp_path, "--in-master", "./slow.py:Remembers") as server:
         path = str(server.path)
         ranges = [range(start, 1000, 50) for start in range(50)]
         threads = [threading.Thread(target=talk, args=(path, numbers)) for numbers in ranges]
@@ -157,12 +155,6 @@ def test_a_thousand_connections_of_slow_coroutines_keep_their_order(tmp_path: Pa
             thread.join()
         assert failures == []
         assert server.unforeseen() == [], server.log()
-
-
-def program(folder: Path) -> tuple[str, ...]:
-    """The daemon, after the milter in the master has been written."""
-    (folder / "slow.py").write_text(source(sleep=0.01))
-    return ("-m", "sharded_milter")
 
 
 def test_connections_stay_on_the_old_generation_until_they_end(tmp_path: Path) -> None:

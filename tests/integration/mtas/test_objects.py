@@ -238,8 +238,8 @@ def test_every_callback_is_called_once_in_order_and_every_change_is_made(
 
     made = calls(place)
     assert [call[0] for call in made] == [
-        "connect", "helo", "unknown", "envfrom", *["envrcpt"] * 4, "data", *["header"] * 6, "eoh", "body",
-        "eom", "close",
+        "connect", "helo", "unknown", "envfrom", *["envrcpt"] * 4, "data", *["header"] * 6, "eoh",
+        "body", "eom", "close",
     ]  # fmt: skip
     by_name = {call[0]: call for call in made}
     assert by_name["helo"] == ["helo", "client.example.org"]
