@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -144,12 +144,16 @@ class Dispatch:
         self._running: set[Job] = set()
         self._pins: dict[Worker, set[Pin]] = {}  # whose objects a shard has
         self._numbers = itertools.count(1)  # for objects
+        self._farewells: set[Job] = set()
         self._overdue_call: Any = None
 
     def submit(self, job: Job) -> Deferred[bytes]:
         """Fires with the reply packets; fails with a JobFailed."""
         result = job.result
         job.submitted = self._reactor.seconds()
+        if job.stage is None:
+            self._farewells.add(job)
+            result.addBoth(self._parted, job)
         limit = self._limit(job)
         job.timer = self._reactor.callLater(SOFT_LIMIT * limit, self._warn, job)
         if job.pin is not None and job.pin.broken:
@@ -210,6 +214,14 @@ class Dispatch:
         job.result.addErrback(lambda _: None)
 
     # Objects and their shards
+
+    def farewells(self) -> Deferred[Any]:
+        """Fires when all objects have ended whose connections are over."""
+        return DeferredList([job.result for job in self._farewells], consumeErrors=True)
+
+    def _parted(self, result: Any, job: Job) -> Any:
+        self._farewells.discard(job)
+        return result
 
     def _settle(self, pin: Pin, shard: Worker | None) -> None:
         if shard is not None:

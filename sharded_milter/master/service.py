@@ -19,7 +19,8 @@ from sharded_milter.master.pool import Pool
 from sharded_milter.master.sockets import Listener
 from sharded_milter.protocol.negotiation import Manifest
 
-# Seconds for the last verdicts to leave the socket buffers of MTAs that read slowly.
+# Seconds for the last verdicts to leave the socket buffers of MTAs that read slowly, and for the
+# last objects to end.
 FLUSH_GRACE = 2.0
 
 
@@ -141,4 +142,6 @@ class Service:
             self._emptied = True
             if self._grace.active():
                 self._grace.cancel()
-            self.pool.stop().chainDeferred(self.stopped)
+            # Objects end before their workers do; one that does not holds nobody up for long.
+            parted = self.dispatch.farewells().addTimeout(FLUSH_GRACE, self.reactor)
+            parted.addBoth(lambda _: self.pool.stop().chainDeferred(self.stopped))

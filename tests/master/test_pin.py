@@ -246,3 +246,18 @@ def test_what_a_command_of_no_message_asks_comes_behind_what_is_new() -> None:
     assert question == Question(b"U", b"connection", HEAD, 2, 3, 0, b"unknown")
     again = mine.question(b"U", b"connection", HEAD, 2, b"unknown")
     assert again == Question(b"U", b"", b"", 2, 3, 0, b"unknown")
+
+
+def test_farewells_are_over_when_the_last_is_answered_or_lost() -> None:
+    workers = Objects(2)
+    pins = [pin(), pin()]
+    for each in pins:
+        workers.ask(each, Stage.CONNECT, b"")
+        each.place.answer()
+        workers.ask(each, None, b"")
+    over = workers.dispatch.farewells()
+    pins[0].place.answer()
+    assert not over.called
+    pins[1].place.exit()
+    assert over.called
+    assert workers.dispatch.farewells().called

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from one_mta import Transport, packed
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
@@ -72,6 +72,7 @@ class FakeDispatch:
         self.counters: Counter[str] = Counter(retries=2, deadlines=1)
         self.schedule: list[Job] = []
         self.jobs: list[Job] = []
+        self.parting: Deferred[Any] = succeed(None)
 
     def submit(self, job: Job) -> Deferred[bytes]:
         self.jobs.append(job)
@@ -79,6 +80,9 @@ class FakeDispatch:
 
     def cancel(self, job: Job) -> None:
         self.jobs.remove(job)
+
+    def farewells(self) -> Deferred[Any]:
+        return self.parting
 
 
 class AbortableTransport(Transport):
@@ -249,3 +253,17 @@ def test_the_state_of_things_is_one_line() -> None:
         "1 connections, 0 jobs queued, 0 bytes in flight; deadlines=1 retries=2"
     ]
     assert house.told == ["serve", "dump stacks"]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_workers_end_after_the_last_objects_but_not_for_ever(ends: bool) -> None:
+    house = House()
+    house.dispatch.parting = Deferred()
+    stopped = house.service.stop()
+    assert "stop workers" not in house.told
+    if ends:
+        house.dispatch.parting.callback(None)
+    else:
+        house.clock.advance(FLUSH_GRACE)
+    assert "stop workers" in house.told
+    assert not stopped.called
