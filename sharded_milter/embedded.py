@@ -47,7 +47,8 @@ class MilterProtocolFactory(ServerFactory):
 
     `factories` is one or a list of what builds or is a milter: a MilterFactory, a class derived
     from Milter, or a `sharded_milter.Milter` made of functions. `limits` bound times and sizes,
-    `policy` is what an MTA hears when a milter raises. `reactor` is the global one if not given.
+    `policy` is what an MTA hears when a milter raises. `reactor` is the global one if not given,
+    which is chosen then if it was not before.
     """
 
     noisy = False
@@ -66,18 +67,9 @@ class MilterProtocolFactory(ServerFactory):
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.members: tuple[Member, ...] = ()
         self.connections: set[MilterConnection] = set()
-        self._reactor = reactor
+        self.reactor = reactor or _global_reactor()
         for factory in factories if isinstance(factories, Iterable) else [factories]:
             self.addMilterFactory(factory)
-
-    @property
-    def reactor(self) -> Any:
-        """Chosen when it is first needed, as Twisted's programs like it."""
-        if self._reactor is None:
-            from twisted.internet import reactor
-
-            self._reactor = reactor
-        return self._reactor
 
     @property
     def full(self) -> bool:
@@ -106,3 +98,9 @@ class MilterProtocolFactory(ServerFactory):
     def disconnected(self, connection: MilterConnection) -> None:
         """An MTA has left."""
         self.connections.discard(connection)
+
+
+def _global_reactor() -> Any:
+    from twisted.internet import reactor
+
+    return reactor

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from sharded_milter.errors import JobFailed, LocalProtocolError
 from sharded_milter.jobs import Memory
 from sharded_milter.master.dispatch import Job
-from sharded_milter.master.merge import accepts, ends, merged
+from sharded_milter.master.merge import ACCEPT, GO_ON, merged
 from sharded_milter.master.pin import Pin
 from sharded_milter.master.policy import Policy, answer_for
 from sharded_milter.protocol.answers import check_replies
@@ -28,6 +28,7 @@ from sharded_milter.protocol.negotiation import Agreement, Manifest, Pinning
 from sharded_milter.protocol.replies import Continue
 from sharded_milter.protocol.stages import Protocol as ProtocolBits
 from sharded_milter.protocol.stages import Stage
+from sharded_milter.protocol.wire import LETTER
 
 _CONTINUE = Continue().encode()
 _CLIENT = frozenset({Stage.CONNECT, Stage.HELO})
@@ -35,8 +36,6 @@ _CLIENT = frozenset({Stage.CONNECT, Stage.HELO})
 
 class Answers(Protocol):
     """Who answers jobs: dispatch, for the milters in workers."""
-
-    counters: Any
 
     def submit(self, job: Job) -> Deferred[bytes]: ...
     def cancel(self, job: Job) -> None: ...
@@ -187,6 +186,7 @@ class Chain:
             job, link.job = link.job, None
             if link.answer is None and job is not None:
                 link.member.answers.cancel(job)
+            link.answer = None  # it may be megabytes
 
     def _by_policy(self, failure: Failure, link: _Link, job: Job) -> bytes:
         if link.job is not job or job.stage is None:
@@ -209,24 +209,25 @@ class Chain:
             link.answer = answer
             self._finish(answer)
             return
-        link.answer = answer = self._checked(answer, job)
-        if accepts(answer):
+        final, answer = self._checked(answer, job)
+        link.answer = answer
+        if final == ACCEPT:
             link.silence = _Silence.CLIENT if job.stage in _CLIENT else _Silence.MESSAGE
-        if ends(answer):
+        if final not in GO_ON:
             self._finish(answer)
         elif all(each.answer is not None for each in self._waiting):
             self._finish(self._merged(job))
 
-    def _checked(self, answer: bytes, job: Job) -> bytes:
-        """The answer, if this milter alone could give it; else the policy's."""
+    def _checked(self, answer: bytes, job: Job) -> tuple[int, bytes]:
+        """The final reply's letter and the answer, or the policy's if it is not legal."""
         assert job.stage is not None  # it was asked
         assert self._agreement is not None  # and that comes after negotiating
         try:
-            check_replies(job.stage, answer, self._agreement)
+            return check_replies(job.stage, answer, self._agreement), answer
         except LocalProtocolError as error:
             self.log.error("{about}: {why}; not sent", about=job.about(), why=str(error))
-            return answer_for(error, self._policy, job.stage)
-        return answer
+            answer = answer_for(error, self._policy, job.stage)
+            return answer[LETTER], answer
 
     def _merged(self, job: Job) -> bytes:
         answers = [link.answer for link in self._waiting if link.answer is not None]
@@ -270,11 +271,8 @@ class Chain:
             if link.pin is not None:
                 link.pin.message_over()
 
-    def client_over(self, connection: bytes, about: Callable[[], str]) -> None:
-        """The client has left, or the MTA: objects end, and whoever comes gets new ones.
-
-        `connection` is the connection's part of the transcript.
-        """
+    def client_over(self, about: Callable[[], str]) -> None:
+        """The client has left, or the MTA: objects end, and whoever comes gets new ones."""
         self.cancel()
         self.message_over()
         for link in self._links:
@@ -283,19 +281,20 @@ class Chain:
             pin, link.pin = link.pin, None
             assert pin is not None
             if pin.known:
-                self._say_farewell(link.member, pin, connection, about)
+                self._say_farewell(link.member, pin, about)
             elif pin.place is not None:  # its first job was withdrawn
                 link.member.answers.release(pin)
             link.pin = Pin(replayable=link.member.manifest.pinning is Pinning.REPLAYABLE)
 
-    def _say_farewell(
-        self, member: Member, pin: Pin, connection: bytes, about: Callable[[], str]
-    ) -> None:
-        job = Job(None, False, connection, b"", about, manifest=member.manifest,
-                  milter=member.number, pin=pin)  # fmt: skip
+    def _say_farewell(self, member: Member, pin: Pin, about: Callable[[], str]) -> None:
+        job = Job(None, False, b"", b"", about, manifest=member.manifest, milter=member.number,
+                  pin=pin)  # fmt: skip
         done = member.answers.submit(job)
-        done.addErrback(lambda failure: self.log.info(
-            "{about} at its end: {why}", about=about(), why=failure.getErrorMessage()))  # fmt: skip
+        done.addErrback(
+            lambda failure: self.log.info(
+                "{about} at its end: {why}", about=about(), why=failure.getErrorMessage()
+            )
+        )
         done.addCallback(lambda _: member.answers.release(pin))
 
 

@@ -159,7 +159,7 @@ class Conversation:
 
     def _client_over(self) -> None:
         about = self._about()
-        self._chain.client_over(self._transcript.connection_part(), lambda: about)
+        self._chain.client_over(lambda: about)
         self._transcript.clear_client()
 
     def _keep(self, keep: Keep, packet: bytes) -> None:

@@ -154,8 +154,8 @@ class Dispatch:
         if job.stage is None:
             self._farewells.add(job)
             result.addBoth(self._parted, job)
-        limit = self._limit(job)
-        job.timer = self._reactor.callLater(SOFT_LIMIT * limit, self._warn, job)
+        if job.stage is not None:
+            self._arm(job)
         if job.pin is not None and job.pin.broken:
             self._fail(job, Failure(WorkerLost(LOST)))
         elif self._is_poison(job):
@@ -163,6 +163,9 @@ class Dispatch:
         elif not self._joined(job):
             self._queue(job)
         return result
+
+    def _arm(self, job: Job) -> None:
+        job.timer = self._reactor.callLater(SOFT_LIMIT * self._limit(job), self._warn, job)
 
     def _limit(self, job: Job) -> float:
         limits = self._limits
@@ -194,13 +197,21 @@ class Dispatch:
     def _run(self, job: Job, shard: Worker) -> None:
         if job.pin is not None and job.pin.place is None:  # there was no shard before
             self._settle(job.pin, shard)
+        try:
+            question = job.question()
+        except OSError as error:
+            self.schedule.idle(shard)
+            self._fail(job, Failure(Overloaded(f"no memory for a job: {error.strerror}")))
+            return
+        if job.timer is None:  # nobody waits for it, so its time begins now
+            self._arm(job)
         job.shard = shard
         job.slot = shard.slot
         job.started = self._reactor.seconds()
         job.attempts += 1
         shard.label = job.about()
         self._running.add(job)
-        answer = shard.ask(job.question())
+        answer = shard.ask(question)
         answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
 
     def cancel(self, job: Job) -> None:
@@ -239,16 +250,20 @@ class Dispatch:
 
     def lost(self, shard: Worker) -> None:
         """The shard is gone; its objects are lost, and what waits for them goes elsewhere."""
+        waiting = self.schedule.gone(shard)
         for pin in self._pins.pop(shard, ()):
             if pin.place is shard:
                 pin.lose()
-        for job in self.schedule.gone(shard):
+        for job in waiting:
             self._again(job, Failure(WorkerLost(LOST)))
         self.assign()
 
     def _again(self, job: Job, failure: Failure) -> None:
         """Another shard takes the job, if it need not have the object that was lost."""
-        if job.stage is None or (job.pin is not None and job.pin.broken):
+        wanted = not job.abandoned or job.followers
+        if job.result.called or not wanted:  # the one before has ended the question for all
+            self._disarm(job)
+        elif job.stage is None or (job.pin is not None and job.pin.broken):
             self._fail(job, failure)
         else:
             self._queue(job)
@@ -387,12 +402,13 @@ class Dispatch:
         """Whether the job waits for the answer of one that scans the same message already."""
         if not self._limits.join_retries or job.stage is not Stage.EOM or job.pin is not None:
             return False
+        asked = job.stage, job.milter, job.manifest, job.client
         since = job.submitted - JOIN_AFTER
         for other in self._running:
             if (
-                other.stage is job.stage
+                other.pin is None
                 and other.started <= since
-                and other.client == job.client
+                and (other.stage, other.milter, other.manifest, other.client) == asked
                 and abs(other.size - job.size) < JOIN_SLACK
                 and other.digest == job.digest
             ):

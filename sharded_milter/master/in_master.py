@@ -70,9 +70,8 @@ class InMaster:
         """Fires with the reply packets; fails with a JobFailed."""
         result = job.result
         job.submitted = self._reactor.seconds()
-        eom = job.stage is Stage.EOM
-        limit = self._limits.eom_deadline if eom else self._limits.command_deadline
-        job.timer = self._reactor.callLater(limit, self._expire, job, limit)
+        if job.stage is not None:
+            self._arm(job)
         if job.pin is None:
             self._run(job)
         else:
@@ -81,6 +80,11 @@ class InMaster:
                 self._locks[job.pin] = DeferredLock()
             self._locks[job.pin].run(self._run, job)
         return result
+
+    def _arm(self, job: Job) -> None:
+        eom = job.stage is Stage.EOM
+        limit = self._limits.eom_deadline if eom else self._limits.command_deadline
+        job.timer = self._reactor.callLater(limit, self._expire, job, limit)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for the answer any more. An object is left to finish what it does."""
@@ -103,6 +107,8 @@ class InMaster:
         if job.abandoned or job.result.called:  # it has waited too long
             return succeed(None)
         job.started = self._reactor.seconds()
+        if job.timer is None:  # nobody waits for it, so its time begins now
+            self._arm(job)
         answer = maybeDeferred(self._answer, job)
         self._running[job] = answer
         answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
@@ -151,6 +157,10 @@ class InMaster:
         running = self._running.get(job)
         if running is not None:
             running.cancel()
+        if self._running.pop(job, None) is not None and job.pin is not None:
+            # It will not be stopped: the connection goes on with another object.
+            self._locks.pop(job.pin, None)
+            job.pin.lose()
 
     def _disarm(self, job: Job) -> None:
         timer, job.timer = job.timer, None

@@ -23,7 +23,10 @@ from sharded_milter.protocol.replies import (
 from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
 
 _CONTINUE, _ACCEPT = Continue().encode(), Accept().encode()
-_GO_ON = frozenset((_CONTINUE[LETTER], _ACCEPT[LETTER]))
+
+# The final replies after which others are still heard; ACCEPT says that a milter wants no more.
+ACCEPT = _ACCEPT[LETTER]
+GO_ON = frozenset((_CONTINUE[LETTER], ACCEPT))
 _BODY = ReplaceBody.letter[0]
 _CHANGE = ChangeHeader.letter[0]
 _INDEX = PAYLOAD + INT_BYTES
@@ -35,29 +38,13 @@ _ADDS = {AddHeader.letter[0]: PAYLOAD, InsertHeader.letter[0]: _INDEX}
 _ONCE = frozenset(kind.letter[0] for kind in (AddRecipient, AddRecipientPar, DeleteRecipient))
 
 
-def final_of(answer: bytes) -> int:
-    """The letter of the final reply of an answer."""
-    *_, (letter, _, _) = packets(answer)
-    return letter
-
-
-def ends(answer: bytes) -> bool:
-    """Whether it refuses or discards: then no other milter's answer matters."""
-    return final_of(answer) not in _GO_ON
-
-
-def accepts(answer: bytes) -> bool:
-    """Whether the milter wants to hear no more."""
-    return final_of(answer) == _ACCEPT[LETTER]
-
-
 def merged(answers: Sequence[bytes], *, accept: bool) -> tuple[bytes, int]:
     """The answer that all milters give together, and how many new bodies were left out.
 
     None of `answers` refuses or discards; they are in the milters' order. Only the first new
     body is taken. `accept` says that no milter wants to hear more.
     """
-    lists = [[packet for packet in _cut(answer) if packet[LETTER] not in _GO_ON]
+    lists = [[packet for packet in _cut(answer) if packet[LETTER] not in GO_ON]
              for answer in answers]  # fmt: skip
     with_body = [at for at, actions in enumerate(lists) if any(map(_is_body, actions))]
     for at in with_body[1:]:
@@ -89,9 +76,10 @@ def _in_order(lists: Sequence[list[bytes]]) -> list[bytes]:
     changes: list[bytes] = []
     deletions: dict[tuple[bytes, bytes], bytes] = {}
     rest: list[bytes] = []
-    said: set[bytes] = set()
+    said: dict[bytes, bytes] = {}  # what other milters have said last of a recipient
     for actions in acting:
         added: set[bytes] = set()
+        own: dict[bytes, bytes] = {}
         for packet in actions:
             letter = packet[LETTER]
             if letter in _ADDS:
@@ -101,9 +89,14 @@ def _in_order(lists: Sequence[list[bytes]]) -> list[bytes]:
                     deletions[_field(packet)] = packet
                 else:
                     changes.append(packet)
-            elif letter not in _ONCE or packet not in said:
+            elif letter not in _ONCE:
                 rest.append(packet)
-                said.add(packet)
+            else:
+                recipient = _name(packet, PAYLOAD)
+                if said.get(recipient) != packet or recipient in own:
+                    rest.append(packet)
+                own[recipient] = packet
+        said |= own
     down = sorted(deletions.items(), key=lambda item: item[0], reverse=True)
     return [*changes, *(packet for _, packet in down), *rest]
 

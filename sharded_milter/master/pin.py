@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharded_milter.jobs import Memory, Question
+from sharded_milter.jobs import Memory, Question, blob
 from sharded_milter.protocol.commands import Abort
 
 _ABORT = Abort().encode()
@@ -61,10 +61,13 @@ class Pin:
         self, stage: bytes, connection: bytes | Memory, message: bytes | Memory, milter: int,
         command: bytes | Memory,
     ) -> Question:  # fmt: skip
-        """What the object must be told for this; it counts as told."""
+        """What the object must be told for this; it counts as told.
+
+        Raises OSError, and nothing counts as told, where the system has no memory for it.
+        """
         start = self._told
         if self.known:
-            connection = (_ABORT if self._aborted else b"") + b"".join(self._news.values())
+            connection = blob((_ABORT if self._aborted else b"") + b"".join(self._news.values()))
         self._told = len(message) if isinstance(message, bytes) else message.size
         self.known, self._aborted = True, False
         self._news.clear()

@@ -100,7 +100,10 @@ class Pool:
         If one of them cannot start, all of them are given up and the old ones go on. A reload
         that is asked for during another, or during the start, is done after it, once.
         """
-        if self._stopped is not None or not self._slots:
+        if self._stopped is not None:
+            return
+        if not self._slots:
+            self.log.warn("no milter runs in a worker; those in the master stay as they are")
             return
         if self._reloading or not self._started.called:
             self._reload_again = True
@@ -149,7 +152,7 @@ class Pool:
             if self._tick_call is not None and self._tick_call.active():
                 self._tick_call.cancel()
             for shard in self.shards:
-                self._dispatch.schedule.gone(shard)
+                self._dispatch.lost(shard)
                 if shard.state is State.IDLE:
                     shard.drain()
                 else:

@@ -109,9 +109,10 @@ class Schedule(Generic[J, S]):
     def submit(self, job: J, now: float) -> None:
         """A job to be done; raises Overloaded when nobody is idle and the queue is full.
 
-        Idle shards need not fit the jobs that wait, so they make room for as many as they are.
+        Idle shards need not fit the jobs that wait, so they make room for as many as they are. A
+        job without a stage keeps nobody waiting: it is never too much, nor too late.
         """
-        if len(self._entries) >= self._max_queue + len(self._idle):
+        if job.stage is not None and len(self._entries) >= self._max_queue + len(self._idle):
             raise Overloaded(f"the queue is full ({self._max_queue} jobs wait)")
         due = now + self._queue_wait
         entry = _Entry(not job.light, -PROGRESS[job.stage], next(self._numbers), job, due)
@@ -216,11 +217,13 @@ class Schedule(Generic[J, S]):
     @property
     def next_due(self) -> float | None:
         """When the first job will have waited too long; None while none waits."""
-        return next((entry.due for entry in self._entries.values()), None)
+        return next((entry.due for entry in self._entries.values() if entry.job.stage), None)
 
     def overdue(self, now: float) -> list[J]:
         """The jobs that have waited too long; they are withdrawn."""
-        late = [entry.job for entry in self._entries.values() if entry.due <= now]
+        late = [
+            entry.job for entry in self._entries.values() if entry.due <= now and entry.job.stage
+        ]
         for job in late:
             self.withdraw(job)
         return late

@@ -199,7 +199,7 @@ class Shard:
         release(answer["replies"])
         if self.state is State.BUSY:
             self.state = State.IDLE
-        if self.state is State.IDLE or self._lingers:
+        if self.state is State.IDLE or (self.state is State.DRAINING and self._lingers):
             self._events.shard_idle(self)
         else:
             self._end_if_drained()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from operator import and_, or_
 from types import MappingProxyType
 
@@ -94,9 +94,16 @@ class Manifest:
     pinning: Pinning = Pinning.NONE
     version: int = VERSION
 
+    @cached_property
+    def answered(self) -> frozenset[Stage]:
+        """The stages at which the milter gives verdicts."""
+        return frozenset(
+            stage for stage in Stage if not self.protocol & (stage.suppress | stage.no_reply)
+        )
+
     def answers(self, stage: Stage) -> bool:
         """Whether the milter gives verdicts at the stage."""
-        return not self.protocol & (stage.suppress | stage.no_reply)
+        return stage in self.answered
 
     def to_packet(self) -> bytes:
         """The negotiable part, for the way from the worker to the master."""
@@ -178,7 +185,7 @@ def _negotiate(offer: Negotiate, manifests: tuple[Manifest, ...], mds: Protocol)
     if symlists:
         actions |= Actions.SETSYMLIST
     reply = Negotiate(
-        min(VERSION, offer.version, *(manifest.version for manifest in manifests)),
+        min(offer.version, max((m.version for m in manifests), default=VERSION)),
         int(actions & offered_actions),
         int(agreed | (mds & MDS & offer.protocol)),
         symlists,

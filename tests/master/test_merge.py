@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_mta import packed
 
-from sharded_milter.master.merge import accepts, ends, merged
+from sharded_milter.master.merge import merged
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.replies import (
@@ -20,31 +20,19 @@ from sharded_milter.protocol.replies import (
     ChangeSender,
     Continue,
     DeleteRecipient,
-    Discard,
     InsertHeader,
     Quarantine,
-    Reject,
     ReplaceBody,
-    ReplyCode,
-    TempFail,
 )
 from sharded_milter.protocol.wire import Framer
 
 GO_ON: list[Packet] = [Continue(), Accept()]
-ENDINGS: list[Packet] = [Reject(), TempFail(), Discard(), ReplyCode("550 5.7.1 no")]
 
 
 def together(*answers: list[Packet], accept: bool = False) -> list[Packet]:
     """What the MTA hears, packet by packet."""
     answer, _ = merged([packed(*answer) for answer in answers], accept=accept)
     return [replies.parse_reply(packet) for packet in Framer().receive(answer)]
-
-
-@pytest.mark.parametrize("final", [*GO_ON, *ENDINGS], ids=repr)
-def test_refusals_and_discards_end_a_question_and_nothing_else_does(final: Packet) -> None:
-    answer = packed(AddHeader("X", "1"), final)
-    assert ends(answer) is (final in ENDINGS)
-    assert accepts(answer) is (final == Accept())
 
 
 @pytest.mark.parametrize("accept", [False, True])
@@ -107,6 +95,12 @@ def test_a_milter_that_changes_what_it_has_added_means_its_own_field() -> None:
 def test_what_two_milters_say_of_a_recipient_is_said_once(action: Packet) -> None:
     other = AddRecipient("<b>")
     assert together([action, Continue()], [other, action, Accept()]) == [action, other, Continue()]
+
+
+def test_what_a_milter_has_undone_another_may_do_again() -> None:
+    a: list[Packet] = [AddRecipient("<r>"), DeleteRecipient("<r>"), Continue()]
+    b: list[Packet] = [AddRecipient("<r>"), Continue()]
+    assert together(a, b) == [*a[:2], b[0], Continue()]
 
 
 ACTIONS = st.one_of(

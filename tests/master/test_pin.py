@@ -8,7 +8,7 @@ import pytest
 from one_pool import MESSAGE, FakeShard, Result, Workers, noted
 
 from sharded_milter.errors import DeadlineExceeded, Overloaded, WorkerLost
-from sharded_milter.jobs import Question
+from sharded_milter.jobs import Memory, Question
 from sharded_milter.master.dispatch import Job
 from sharded_milter.master.pin import Pin
 from sharded_milter.master.shard import State
@@ -261,3 +261,91 @@ def test_farewells_are_over_when_the_last_is_answered_or_lost() -> None:
     pins[1].place.exit()
     assert over.called
     assert workers.dispatch.farewells().called
+
+
+def test_a_repeat_does_not_wait_for_the_scan_of_another_milter() -> None:
+    workers = Objects(2, join_retries=True)
+    workers.submit(client=b"c", milter=0)
+    workers.wait(30.0)
+    workers.submit(client=b"c", milter=1)
+    assert len(workers.busy()) == 2
+
+
+def test_a_question_whose_chain_has_been_answered_is_not_asked_again() -> None:
+    """The first of two that waited for the dead shard fails and so ends the question for both."""
+    workers = Objects(2)
+    first, second = pin(), pin()
+    workers.ask(first, Stage.MAIL, HEAD)
+    home = first.place
+    home.answer()
+    second.settle(home, 98)
+    blocker = pin()
+    blocker.settle(home, 99)
+    workers.ask(blocker)
+    lost = workers.ask(first, Stage.EOM, HEAD + REST)
+    other = workers.ask(second, Stage.EOM, HEAD + REST)
+    lost.job.result.addErrback(lambda _: workers.dispatch.cancel(other.job))
+    home.exit()
+    assert [shard for shard in workers.busy() if shard is not home] == []
+
+
+def test_an_object_that_waited_when_its_idle_shard_died_is_lost_with_it() -> None:
+    workers = Objects(2, reserve=1)
+    mine = pin()
+    workers.ask(mine, Stage.MAIL, HEAD)
+    home = mine.place
+    home.answer()
+    workers.submit()  # the other one scans, and this one is reserved for light jobs
+    result = workers.ask(mine, Stage.EOM, HEAD + REST)
+    assert (result.job.shard, result.values) == (None, [])
+    home.exit()
+    assert isinstance(result.only, WorkerLost)
+
+
+def test_a_farewell_waits_as_long_as_it_takes_and_is_never_too_much() -> None:
+    workers = Objects(1, max_queue=0, queue_wait=5.0, command_deadline=20.0, eom_deadline=200.0)
+    mine = pin()
+    workers.ask(mine, Stage.CONNECT, b"")
+    (home,) = workers.shards
+    home.answer()
+    workers.ask(mine)
+    done = workers.ask(mine, None, b"")
+    workers.wait(100.0)
+    home.answer()
+    assert home.asked[-1][0] is None
+    assert done.values == []
+    home.answer(b"")
+    assert done.only == b""
+    assert workers.dispatch.counters["deadlines"] == 0
+
+
+def test_a_farewell_that_hangs_has_a_deadline_too() -> None:
+    workers = Objects(1, command_deadline=20.0)
+    mine = pin()
+    workers.ask(mine, Stage.CONNECT, b"")
+    (home,) = workers.shards
+    home.answer()
+    done = workers.ask(mine, None, b"")
+    workers.wait(20.0)
+    assert isinstance(done.only, DeadlineExceeded)
+    assert home.state is State.KILLED
+
+
+def test_news_that_there_is_no_memory_for_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Objects(1)
+    mine = pin()
+    workers.ask(mine, Stage.CONNECT, b"")
+    (home,) = workers.shards
+    home.answer()
+    mine.learn(b"H", Helo("x" * 60_000).encode())
+    monkeypatch.setattr("os.memfd_create", _refuse)
+    result = workers.ask(mine, Stage.HELO, b"")
+    assert isinstance(result.only, Overloaded)
+    monkeypatch.undo()
+    workers.ask(mine, Stage.HELO, b"")
+    assert isinstance(home.asked[-1][1], Memory)
+    home.answer()
+
+
+def _refuse(*_: object) -> int:
+    raise OSError(24, "Too many open files")
