@@ -8,7 +8,7 @@ so that whoever reads it knows that it does not count.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sharded_milter.api.values import (
@@ -20,6 +20,7 @@ from sharded_milter.api.values import (
     Macros,
     Message,
 )
+from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.commands import (
     Body,
     Connect,
@@ -34,6 +35,7 @@ from sharded_milter.protocol.commands import (
 from sharded_milter.protocol.commands import Header as HeaderCommand
 from sharded_milter.protocol.replies import Reject
 from sharded_milter.protocol.stages import Protocol
+from sharded_milter.protocol.text import split_strings
 from sharded_milter.protocol.wire import packets
 
 # libmilter's search order: what a later stage said hides what an earlier one did.
@@ -41,7 +43,6 @@ _MACRO_ORDER = "CHMRTNE"
 
 _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
 _REFUSED = Reject.letter[0]
-_CONTENT = frozenset(kind.letter[0] for kind in (Body, Eom))
 
 
 @dataclass
@@ -73,10 +74,12 @@ class Transcript:
     def headers_value(self) -> Headers:
         """The header; the blank behind the colon is set apart from the value."""
         if not self.protocol & Protocol.HDR_LEADSPC:
-            return Headers(Header(name, value) for name, value in self.headers)
+            return Headers([Header(name, value) for name, value in self.headers])
         return Headers(
-            Header(name, value[1:]) if value[:1] == " " else Header(name, value, "")
-            for name, value in self.headers
+            [
+                Header(name, value[1:]) if value[:1] == " " else Header(name, value, "")
+                for name, value in self.headers
+            ]
         )
 
     def message_value(self) -> Message:
@@ -101,42 +104,76 @@ def client_of(connect: Connect) -> tuple[str, str, str, int]:
 def read(connection: bytes, message: bytes | memoryview) -> Transcript:
     """The transcript with these two parts; raises RemoteProtocolError where they are malformed."""
     transcript = Transcript()
-    view = memoryview(message)
-    for part in (memoryview(connection), view):
+    for part in (memoryview(connection), memoryview(message)):
         before = 0
         for code, start, end in packets(part):
-            if code in _CONTENT:
-                transcript.chunks.append(part[start:end])
+            reader = _READERS.get(code)
+            if reader is not None:
+                reader(transcript, part[start:end])
             elif code == _REFUSED:
                 _undo(transcript, before)
-            else:
-                _apply(transcript, code, bytes(part[start:end]))
             before = code
     return transcript
 
 
-def _apply(transcript: Transcript, code: int, payload: bytes) -> None:
-    match chr(code):
-        case "L":
-            header = HeaderCommand.parse(payload)
-            transcript.headers.append((header.name, header.value))
-        case "D":
-            macro = Macro.parse(payload)
-            transcript.macros[macro.stage] = macro.pairs
-        case "R":
-            rcpt = Rcpt.parse(payload)
-            transcript.recipients.append(Address(rcpt.recipient, rcpt.esmtp))
-        case "M":
-            mail = Mail.parse(payload)
-            transcript.sender = Address(mail.sender, mail.esmtp)
-        case "C":
-            transcript.connect = Connect.parse(payload)
-        case "H":
-            transcript.helo = Helo.parse(payload).name
-        case "O":
-            transcript.protocol = Protocol(Negotiate.parse(payload).protocol)
-        case "U":
-            transcript.command = Unknown.parse(payload).command
+def _header(transcript: Transcript, payload: memoryview) -> None:
+    # Most packets of a message are these: no value is built that nobody keeps.
+    try:
+        name, value = split_strings(payload)
+    except ValueError:
+        raise RemoteProtocolError(
+            f"header of other than two strings: {bytes(payload[:80])!r}"
+        ) from None
+    transcript.headers.append((name, value))
+
+
+def _macro(transcript: Transcript, payload: memoryview) -> None:
+    macro = Macro.parse(bytes(payload))
+    transcript.macros[macro.stage] = macro.pairs
+
+
+def _rcpt(transcript: Transcript, payload: memoryview) -> None:
+    recipient, *esmtp = split_strings(payload)
+    transcript.recipients.append(Address(recipient, tuple(esmtp)))
+
+
+def _mail(transcript: Transcript, payload: memoryview) -> None:
+    mail = Mail.parse(bytes(payload))
+    transcript.sender = Address(mail.sender, mail.esmtp)
+
+
+def _connect(transcript: Transcript, payload: memoryview) -> None:
+    transcript.connect = Connect.parse(bytes(payload))
+
+
+def _helo(transcript: Transcript, payload: memoryview) -> None:
+    transcript.helo = Helo.parse(bytes(payload)).name
+
+
+def _options(transcript: Transcript, payload: memoryview) -> None:
+    transcript.protocol = Protocol(Negotiate.parse(bytes(payload)).protocol)
+
+
+def _unknown(transcript: Transcript, payload: memoryview) -> None:
+    transcript.command = Unknown.parse(bytes(payload)).command
+
+
+def _content(transcript: Transcript, payload: memoryview) -> None:
+    transcript.chunks.append(payload)
+
+
+_READERS: Mapping[int, Callable[[Transcript, memoryview], None]] = {
+    HeaderCommand.letter[0]: _header,
+    Macro.letter[0]: _macro,
+    Rcpt.letter[0]: _rcpt,
+    Mail.letter[0]: _mail,
+    Connect.letter[0]: _connect,
+    Helo.letter[0]: _helo,
+    Negotiate.letter[0]: _options,
+    Unknown.letter[0]: _unknown,
+    Body.letter[0]: _content,
+    Eom.letter[0]: _content,
+}
 
 
 def _is_ip(address: str) -> bool:

@@ -13,9 +13,9 @@ ENCODING = "utf-8"
 ERRORS = "surrogateescape"
 
 
-def to_text(raw: bytes) -> str:
+def to_text(raw: bytes | memoryview) -> str:
     """The text of wire bytes; bytes that are not UTF-8 become lone surrogates."""
-    return raw.decode(ENCODING, ERRORS)
+    return str(raw, ENCODING, ERRORS)
 
 
 def to_wire(text: str) -> bytes:
@@ -23,7 +23,7 @@ def to_wire(text: str) -> bytes:
     return text.encode(ENCODING, ERRORS)
 
 
-def split_strings(payload: bytes) -> list[str]:
+def split_strings(payload: bytes | memoryview) -> list[str]:
     """The NUL-terminated strings that fill `payload`; `[]` when it is empty.
 
     Raises RemoteProtocolError when the last string lacks its NUL.
@@ -31,7 +31,9 @@ def split_strings(payload: bytes) -> list[str]:
     if not payload:
         return []
     if payload[-1]:
-        raise RemoteProtocolError(f"string without its final NUL in payload {payload[-40:]!r}")
+        raise RemoteProtocolError(
+            f"string without its final NUL in payload {bytes(payload[-40:])!r}"
+        )
     # NUL is no part of a longer UTF-8 sequence, so decoding first and cutting then is the same.
     return to_text(payload[:-1]).split("\0")
 

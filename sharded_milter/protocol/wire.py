@@ -82,8 +82,11 @@ def packets(buffer: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
     """
     start, size = 0, len(buffer)
     while start < size:
-        end = start + LENGTH_BYTES + checked_length(bytes(buffer[start : start + LENGTH_BYTES]))
-        if end > size:
+        # Said here once more, without a call: whole transcripts are read this way.
+        length = int.from_bytes(buffer[start : start + LENGTH_BYTES], "big")
+        end = start + LENGTH_BYTES + length
+        if not 1 <= length <= MAX_PACKET or end > size:
+            checked_length(bytes(buffer[start : start + LENGTH_BYTES]))
             raise RemoteProtocolError(f"packet of {end - start} bytes cut off at {size - start}")
         yield buffer[start + LETTER], start + PAYLOAD, end
         start = end
