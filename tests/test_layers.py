@@ -27,13 +27,14 @@ ALLOWED: dict[str, set[str]] = {
     ".dialects": {".dialects", ".api", ".protocol", ".errors"},
     ".jobs": {"twisted"},
     ".coroutines": {".errors", "twisted"},
+    ".sending": {"twisted"},
     ".master": {
-        ".master", ".protocol", ".jobs", ".coroutines", ".errors",
+        ".master", ".protocol", ".jobs", ".coroutines", ".sending", ".errors",
         "twisted", "zope", "psutil", "ampoule",
     },
     ".embedded": {".master", ".dialects", "twisted"},
     ".workers": {
-        ".workers", ".dialects", ".api", ".protocol", ".jobs", ".coroutines", ".errors",
+        ".workers", ".dialects", ".api", ".protocol", ".jobs", ".coroutines", ".sending", ".errors",
         "twisted", "ampoule", "yara_x",
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},

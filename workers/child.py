@@ -8,26 +8,39 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Awaitable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from ampoule.child import AMPChild
 from twisted.internet import defer
+from twisted.protocols import amp
+from twisted.python.failure import Failure
 
 from ..coroutines import driven
 from ..dialects.loader import Dialect, load
 from ..errors import MilterError, MilterLoadError
-from ..jobs import MAX_TEXT, Ask, LoadFailed, Memory, Ready, blob, release
+from ..jobs import (
+    MAX_TEXT,
+    Ask,
+    LoadFailed,
+    Memory,
+    Ready,
+    answer_box,
+    blob,
+    read_question,
+    release,
+)
 from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
+from ..sending import SendsAtOnce
 
 # What a `Blob` arrives as.
 Bytes = bytes | memoryview
 
 
-class Child(AMPChild):  # type: ignore[misc]  # ampoule is not typed
+class Child(SendsAtOnce, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     """Loads its milters when the master is there, then answers jobs with them."""
 
     def __init__(self, specs: Sequence[str]) -> None:
@@ -52,42 +65,39 @@ class Child(AMPChild):  # type: ignore[misc]  # ampoule is not typed
         # A master that does not answer is gone; connectionLost ends this process then.
         self.callRemote(command, **arguments).addErrback(lambda _: None)
 
-    @Ask.responder
-    def ask(
-        self,
-        stage: bytes,
-        connection: Bytes,
-        message: Bytes,
-        milter: int,
-        session: int,
-        start: int,
-        command: Bytes,
-    ) -> defer.Deferred[dict[str, Any]]:
-        """Answers one job; fires when the milter has, at once unless it is a coroutine."""
+    def locateResponder(self, name: bytes) -> Any:
+        """Questions are read without AMP's own machinery."""
+        return self.ask if name == Ask.commandName else super().locateResponder(name)
+
+    def ask(self, box: amp.AmpBox) -> Any:
+        """Answers one job with a box, or a Deferred of one if the milter is a coroutine."""
         self._reply = b""
-        asked = STAGES.get(stage[0])
-        news: Bytes = message[start:]  # of memory it is a view of its own
-        if command:
-            news = bytes(news) + bytes(command)
-        dialect = self._dialects[milter]
-        # Not maybeDeferred: it would run coroutines itself, and cannot do what asyncio does.
-        answer: Any = defer.execute(dialect.answer, asked, bytes(connection), news, session)
-        answer.addCallback(_awaited)
-        answer.addCallback(self._answered)
-        answer.addErrback(self._failed)
-        answer.addBoth(_released, news, connection, message, command)
-        return cast("defer.Deferred[dict[str, Any]]", answer)
+        asked = read_question(box, self)
+        news = asked.message[asked.start :]  # of memory it is a view of its own
+        views = (news, asked.connection, asked.message, asked.command)
+        message = bytes(news) + bytes(asked.command) if asked.command else news
+        try:
+            answer = self._dialects[asked.milter].answer(
+                STAGES.get(asked.stage[0]), bytes(asked.connection), message, asked.session
+            )
+            if isinstance(answer, bytes):
+                return _released(self._answered(answer), *views)
+        except BaseException:  # also an exit: no job ends the worker
+            return _released(self._failed(Failure()), *views)
+        later: defer.Deferred[Any] = driven(answer)
+        later.addCallback(self._answered).addErrback(self._failed)
+        return later.addBoth(_released, *views)
 
-    def _answered(self, replies: bytes) -> dict[str, Any]:
+    def _answered(self, replies: bytes) -> amp.AmpBox:
         self._reply = blob(replies)
-        return {"replies": self._reply, "error": b""}
+        return answer_box(self._reply, b"", self)
 
-    def _failed(self, failure: Any) -> dict[str, Any]:
+    def _failed(self, failure: Any) -> amp.AmpBox:
         error = failure.value
         traceback.print_exception(type(error), error, failure.getTracebackObject())
         sys.stderr.flush()
         summary = " ".join("".join(traceback.format_exception_only(error)).split())
-        return {"replies": b"", "error": _log_text(summary)[:MAX_TEXT]}
+        return answer_box(b"", _log_text(summary)[:MAX_TEXT] or b"?", self)
 
 
 def _introduced(manifest: Manifest) -> dict[str, bytes]:
@@ -103,12 +113,6 @@ def _introduced(manifest: Manifest) -> dict[str, bytes]:
 def _log_text(text: str) -> bytes:
     """Bytes of a text that may hold anything an author's code has put into an exception."""
     return text.encode(ENCODING, "backslashreplace")
-
-
-def _awaited(answer: bytes | Awaitable[bytes]) -> Any:
-    if isinstance(answer, bytes):
-        return answer
-    return driven(answer)
 
 
 def _released(result: Any, *blobs: Bytes) -> Any:

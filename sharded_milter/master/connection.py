@@ -25,6 +25,7 @@ from sharded_milter.protocol.commands import Abort, Quit, QuitNc
 from sharded_milter.protocol.replies import Progress
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import LETTER, Framer
+from sharded_milter.sending import send_now
 
 _PROGRESS = Progress().encode()
 _LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
@@ -168,8 +169,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
 
     def _write(self, data: bytes) -> None:
         if data:
-            transport: Any = self.transport
-            transport.write(data)
+            send_now(self.transport, data)
 
     def pauseProducing(self) -> None:
         """The MTA reads more slowly than it asks."""

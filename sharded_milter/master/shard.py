@@ -26,17 +26,18 @@ import psutil
 from ampoule import commands as ampoule_commands
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet import error
-from twisted.internet.defer import maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
-from sharded_milter.jobs import Ask, LoadFailed, Question, Ready, release
+from sharded_milter.jobs import Ask, LoadFailed, Question, Ready, question_box, read_answer
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
+from sharded_milter.sending import SendsAtOnce
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
 PASSED_ENVIRONMENT = (
@@ -177,34 +178,23 @@ class Shard:
         self._asked = True
         if self.state is State.IDLE:
             self.state = State.BUSY
-        answer = maybeDeferred(
-            self._amp.callRemote,
-            Ask,
-            stage=question.stage,
-            connection=question.connection,
-            message=question.message,
-            milter=question.milter,
-            session=question.session,
-            start=question.start,
-            command=question.command,
-        )
+        answer = maybeDeferred(self._amp.ask, question)
         answer.addCallbacks(self._answered, self._lost)
         return answer
 
-    def _answered(self, answer: dict[str, Any]) -> bytes:
+    def _answered(self, answer: tuple[bytes, bytes]) -> bytes:
+        replies, error = answer
         self.answered += 1
         self._asked = False
         self._connector.catch_up()
-        replies = bytes(answer["replies"])
-        release(answer["replies"])
         if self.state is State.BUSY:
             self.state = State.IDLE
         if self.state is State.IDLE or (self.state is State.DRAINING and self._lingers):
             self._events.shard_idle(self)
         else:
             self._end_if_drained()
-        if answer["error"]:
-            raise CallbackFailed(to_text(answer["error"]))
+        if error:
+            raise CallbackFailed(to_text(error))
         return replies
 
     def _lost(self, failure: Failure) -> None:
@@ -391,13 +381,19 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         """Comes when the pipes are closed too; nobody waits for that."""
 
 
-class _Parent(amp.AMP):
+class _Parent(SendsAtOnce, amp.AMP):
     """The master's end of the AMP connection to one worker."""
 
     def __init__(self, shard: Shard) -> None:
         super().__init__()
         self._shard = shard
         self._impatience: Callable[[], None] | None = None
+
+    def ask(self, question: Question) -> Deferred[tuple[bytes, bytes]]:
+        """A Deferred of reply packets and error."""
+        box = question_box(question, self)
+        answer: Deferred[Any] = self.callRemoteString(Ask.commandName, **box)
+        return answer.addCallback(read_answer, self)
 
     @Ready.responder
     def ready(self, milters: list[dict[str, bytes]]) -> dict[str, Any]:

@@ -87,9 +87,9 @@ class Worker(amp.AMP):
 
     @Ask.responder
     def ask(
-        self, stage: bytes, connection: Any, message: Any, **rest: Any
+        self, head: bytes, connection: Any, message: Any, **rest: Any
     ) -> Deferred[dict[str, Any]]:
-        self.asked.append((stage, bytes(connection), bytes(message)))
+        self.asked.append((head[:1], bytes(connection), bytes(message)))
         return self.answers.pop(0)
 
     @ampoule_commands.Shutdown.responder  # type: ignore[untyped-decorator]

@@ -14,7 +14,14 @@ import psutil
 import pytest
 from twisted.protocols import amp
 
-from sharded_milter.jobs import Ask, LoadFailed, Ready
+from sharded_milter.jobs import (
+    Ask,
+    LoadFailed,
+    Question,
+    Ready,
+    question_box,
+    read_answer,
+)  # fmt: skip
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.stages import Stage
 
@@ -72,15 +79,13 @@ class Master(amp.AMP):
 
     def ask(self) -> str:
         ended: list[Any] = []
-        job = {
-            "stage": Stage.CONNECT.value, "connection": b"", "message": b"", "milter": 0,
-            "session": 0, "start": 0, "command": b"",
-        }  # fmt: skip
-        asked = self.callRemote(Ask, **job)  # type: ignore[no-untyped-call]
+        box = question_box(Question(Stage.CONNECT.value, b"", b""), self)
+        asked = self.callRemoteString(Ask.commandName, **box)
+        asked.addCallback(read_answer, self)
         asked.addCallbacks(ended.append, ended.append)
-        answer = self.until(ended)
-        assert answer["error"] == b""
-        reply: Any = replies.parse_reply(bytes(answer["replies"]))
+        answer, error = self.until(ended)
+        assert error == b""
+        reply: Any = replies.parse_reply(answer)
         return str(reply.text.removeprefix("550 5.7.1 "))
 
 
@@ -197,7 +202,7 @@ def test_a_worker_dies_with_its_master(folder: Path) -> None:
         fd = theirs.fileno()
         inner = (
             f"import os; os.dup2({fd}, 3); from sharded_milter.workers.bootstrap import main;"
-            "main(os.getppid(), 'real_milter:milter')"
+            "main(os.getppid(), ['real_milter:milter'])"
         )
         with subprocess.Popen(
             [sys.executable, "-c", script, inner, str(fd)],
@@ -206,8 +211,10 @@ def test_a_worker_dies_with_its_master(folder: Path) -> None:
             assert master.stdout is not None
             worker = psutil.Process(int(master.stdout.readline()))
             peer = Master(ours)
-            assert peer.until(peer.told) == "real"
-            master.kill()
+            try:
+                assert peer.until(peer.told) == "real"
+            finally:
+                master.kill()
         worker.wait(PATIENCE)
 
 

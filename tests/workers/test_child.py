@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,17 @@ import pytest
 from amp_link import Link, deliver
 from twisted.protocols import amp
 
-from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Question, Ready, blob, release
+from sharded_milter.jobs import (
+    MAX_INLINE,
+    Ask,
+    LoadFailed,
+    Memory,
+    Question,
+    Ready,
+    blob,
+    question_box,
+    read_answer,
+)  # fmt: skip
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
@@ -99,11 +108,10 @@ class Room:
     def ask(self, stage: Stage, message: bytes, connection: bytes = b"") -> list[Any]:
         """What comes back: the replies as bytes and the error, or a failure."""
         ended: list[Any] = []
-        job = Question(stage.value, blob(connection), blob(message))
-        asked = self.master.callRemote(Ask, **fields_of(job))  # type: ignore[no-untyped-call]
-        asked.addCallbacks(
-            lambda answer: ended.append((taken(answer["replies"]), answer["error"])), ended.append
-        )
+        box = question_box(Question(stage.value, blob(connection), blob(message)), self.master)
+        asked = self.master.callRemoteString(Ask.commandName, **box)
+        asked.addCallback(read_answer, self.master)
+        asked.addCallbacks(ended.append, ended.append)
         self.pump()
         return ended
 
@@ -114,16 +122,6 @@ class Room:
     def call(self, expression: str) -> tuple[bytes, bytes]:
         """The end of message callback returns, or raises, what the expression does."""
         return self.scan(b"call " + expression.encode())
-
-
-def fields_of(question: Question) -> dict[str, Any]:
-    return {field.name: getattr(question, field.name) for field in fields(question)}
-
-
-def taken(value: bytes | memoryview) -> bytes:
-    data = bytes(value)
-    release(value)
-    return data
 
 
 def descriptors() -> int:
