@@ -100,6 +100,16 @@ ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
 Call = Callable[..., Any]
 
 
+def _code_of(result: object) -> ReturnCodes | None:
+    """The code that a callback returned, or None; a truth value is none, though it is a number."""
+    if isinstance(result, bool):
+        return None
+    try:
+        return ReturnCodes(result)  # type: ignore[arg-type]  # whatever the author returned
+    except ValueError:
+        return None
+
+
 def call_plainly(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Calls it; whoever wants to know how long that takes puts another function in its place."""
     return function(*arguments)
@@ -243,18 +253,14 @@ class Context:
     def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
         """What the callback answers, checked."""
         result = yield from self._called(command, arguments)
-        name = self._names[command]
-        try:
-            code = ReturnCodes(result)
-        except ValueError:
-            code = None
-        allowed = VERDICTS[command]
+        code = _code_of(result)
         if code is ReturnCodes.NOREPLY and self._is_unanswered(command):
             return ReturnCodes.CONTINUE
-        if code is None or code not in allowed or isinstance(result, bool):
+        allowed = VERDICTS[command]
+        if code is None or code not in allowed:
             words = ", ".join(each.name for each in sorted(allowed))
             shown = repr(result)[:200] if code is None else code.name
-            raise InvalidVerdict(f"{name} returned {shown}; it may return {words}")
+            raise InvalidVerdict(f"{self._names[command]} returned {shown}; it may return {words}")
         return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
 
     def _is_unanswered(self, command: int) -> bool:
