@@ -72,7 +72,8 @@ def test_what_is_raised_between_two_awaits_is_raised_by_the_whole() -> None:
 
 def test_what_nobody_catches_is_raised_by_the_whole() -> None:
     def careless() -> Steps[bytes]:
-        return (yield Fails())
+        value: bytes = yield Fails()
+        return value
 
     with pytest.raises(ZeroDivisionError, match="awaited"):
         awaited(run(careless()))

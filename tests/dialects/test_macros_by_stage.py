@@ -26,7 +26,8 @@ macros = st.tuples(
         lambda names: st.fixed_dictionaries({name: st.text("xy", max_size=2) for *_, name in names})
     ),
 )
-reached = st.tuples(st.just("reached"), st.sampled_from(LETTERS), st.just({}))
+nothing: dict[str, str] = {}
+reached = st.tuples(st.just("reached"), st.sampled_from(LETTERS), st.just(nothing))
 events = st.lists(st.one_of(macros, reached), max_size=12)
 
 
