@@ -66,7 +66,7 @@ class ClassDialect:
     def _build(self) -> Context:
         context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))
         context.milter = self._object(context)
-        context.callbacks = _callbacks(context.milter)
+        context.callbacks = _callbacks(context.milter, self._options)
         return context
 
     def _object(self, context: Context) -> Milter:
@@ -147,10 +147,16 @@ def _are_words(values: Sequence[object]) -> bool:
     return all(isinstance(value, int) and value >= 0 for value in values)
 
 
-def _callbacks(milter: Milter) -> Mapping[int, Callable[..., Any]]:
-    """Those that the author has written, by letter."""
+def _callbacks(milter: Milter, options: Protocol) -> Mapping[int, Callable[..., Any]]:
+    """Those that the author has written, by letter.
+
+    The MTA may send a stage that this milter left out, because another one needs it.
+    """
+    declined = {stage.code for stage in Stage if options & stage.suppress}
     found: dict[int, Callable[..., Any]] = {
-        code: getattr(milter, name) for code, name in NAMES.items() if milter._overrides(code)
+        code: getattr(milter, name)
+        for code, name in NAMES.items()
+        if code not in declined and milter._overrides(code)
     }
     connect = found.get(ord("C"))
     if connect is not None:
