@@ -103,7 +103,7 @@ class Watched:
         make = self._coroutine if coroutines else self._method
         names = dict.fromkeys([*callbacks, *self._answers])
         methods = {name: make(name) for name in names}
-        self.milter = type("Watched", (Milter,), {**methods, **attributes})
+        self.milter: Any = type("Watched", (Milter,), {**methods, **attributes})
         self.dialect = as_dialect(self.milter)
         self.calls.clear()
 
