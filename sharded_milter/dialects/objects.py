@@ -115,18 +115,18 @@ def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol) -> Protoco
     return word | (wanted & Protocol.RCPT_REJ)
 
 
-def _negotiated(name: str, milter: Milter, result: object) -> tuple[int, Actions, Protocol]:
+def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actions, Protocol]:
     """Version, actions and protocol out of whatever xxfi_negotiate may return."""
-    version = VERSION
+    result, version = returned, VERSION
     if isinstance(result, Sequence) and len(result) == 4:
         result, version, *words = result
-        if result is ReturnCodes.CONTINUE:
+        if result == ReturnCodes.CONTINUE:
             result = words
     if result in (None, ReturnCodes.CONTINUE, ReturnCodes.ALL_OPTS):
         result = Milter.xxfi_negotiate(milter, KNOWN_ACTIONS, KNOWN_PROTOCOL)
     if not isinstance(result, Sequence) or not _are_words([*result, version]) or len(result) != 2:
         raise MilterLoadError(
-            f"{name}.xxfi_negotiate returned {result!r:.80}; it may return actions and protocol,"
+            f"{name}.xxfi_negotiate returned {returned!r:.80}; it may return actions and protocol,"
             " or CONTINUE"
         )
     actions, protocol = result
