@@ -119,8 +119,8 @@ class Context:
     """One connection and what a milter may say and ask about it.
 
     `callbacks` are an object's, by the letter of the command (`Q` is close); those that are not
-    there answer CONTINUE. `names` is how messages call them. `wanted` is what the milter asked
-    for when it was negotiated with: what it did not ask for it may not do.
+    there answer CONTINUE. `names` is how messages call them. `actions` and `options` are what the
+    milter asked for when it was negotiated with: what it did not ask for it may not do.
     """
 
     def __init__(
@@ -129,9 +129,7 @@ class Context:
         self.callbacks: Mapping[int, Callable[..., Any]] = {}
         self.milter: Any = None  # the object
         self.symbols = Symbols()
-        self.symlists: dict[
-            int, tuple[str, ...]
-        ] = {}  # what it asks for when it is negotiated with
+        self.symlists: dict[int, tuple[str, ...]] = {}  # what smfi_setsymlist has asked for
         self.changes = Changes()
         self.in_message = False
         self._names = names
@@ -220,7 +218,7 @@ class Context:
                 return self._decided(EOM)
         self.in_message = False  # eom is called, or would be: there is no abort any more
         code = yield from self._code(EOM, ())
-        answer = self._packet(EOM, code)
+        answer = self._packet(code)
         if code in (ReturnCodes.CONTINUE, ReturnCodes.ACCEPT):
             answer = self.changes.packets() + answer
         self._forget_message()
@@ -238,7 +236,7 @@ class Context:
         if code is ReturnCodes.SKIP:
             self._skipping = True
             code = ReturnCodes.CONTINUE
-        answer = self._packet(command, code)
+        answer = self._packet(code)
         goes_on = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
         if command in _MESSAGE and not goes_on:
             self._verdict = answer
@@ -277,7 +275,7 @@ class Context:
                 result = yield result
             return result
 
-    def _packet(self, command: int, code: ReturnCodes) -> bytes:
+    def _packet(self, code: ReturnCodes) -> bytes:
         reply = self._reply
         if reply and _REPLY_CLASS.get(code) == reply[0]:
             self._reply = ""
