@@ -23,7 +23,7 @@ from sharded_milter.dialects.symbols import Symbols
 from sharded_milter.dialects.transcript import client_of
 from sharded_milter.errors import CallRefused, InvalidVerdict
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.stages import Actions, Protocol, Stage
+from sharded_milter.protocol.stages import STAGES, Actions, Protocol, Stage
 from sharded_milter.protocol.text import to_text
 from sharded_milter.protocol.wire import packets
 
@@ -51,7 +51,7 @@ _REFUSED = replies.Reject.letter[0]
 
 # The commands of a message; the first of them begins it.
 _MESSAGE = frozenset(b"MRTLNBE")
-# Its content, which is not answered by itself.
+# Its content, which is not answered by itself: verdicts are kept for the end.
 _CONTENT = frozenset(b"LNB")
 
 _ALWAYS = {ReturnCodes.CONTINUE, ReturnCodes.REJECT, ReturnCodes.TEMPFAIL}
@@ -66,6 +66,10 @@ VERDICTS: Mapping[int, frozenset[ReturnCodes]] = {
     **dict.fromkeys(b"B", frozenset({*_IN_MESSAGE, ReturnCodes.NOREPLY, ReturnCodes.SKIP})),
     **dict.fromkeys(b"U", frozenset(_ALWAYS)),
 }
+
+# Where the milter itself has negotiated that it does not answer, as libmilter demands: any other
+# verdict would be heard by nobody.
+_UNANSWERED = frozenset({ReturnCodes.CONTINUE, ReturnCodes.NOREPLY})
 
 # Verdicts that leave the message open: of one recipient, of one DATA command.
 _OPEN = {
@@ -252,18 +256,17 @@ class Context:
         """What the callback answers, checked."""
         result = yield from self._called(command, arguments)
         code = _code_of(result)
-        if code is ReturnCodes.NOREPLY and self._is_unanswered(command):
-            return ReturnCodes.CONTINUE
-        allowed = VERDICTS[command]
+        allowed = self._allowed(command)
         if code is None or code not in allowed:
             words = ", ".join(each.name for each in sorted(allowed))
             shown = repr(result)[:200] if code is None else code.name
             raise InvalidVerdict(f"{self._names[command]} returned {shown}; it may return {words}")
         return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
 
-    def _is_unanswered(self, command: int) -> bool:
-        stage = Stage(bytes((command,)))
-        return bool(stage.no_reply & self._options)
+    def _allowed(self, command: int) -> frozenset[ReturnCodes]:
+        if command not in _CONTENT and STAGES[command].no_reply & self._options:
+            return _UNANSWERED
+        return VERDICTS[command]
 
     def _called(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
         callback = self.callbacks.get(command)
