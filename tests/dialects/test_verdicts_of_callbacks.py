@@ -109,8 +109,34 @@ def test_no_reply_is_for_stages_that_were_negotiated_so(stage: Stage) -> None:
     watched = Watched({name: ReturnCodes.NOREPLY, **wants})
     assert watched.ask(PACKETS[stage]) == frame(b"c")
     assert not watched.dialect.manifest.answers(stage)
+    assert Watched(wants).ask(PACKETS[stage]) == frame(b"c")
     with pytest.raises(InvalidVerdict, match="returned NOREPLY"):
         Watched({name: ReturnCodes.NOREPLY}).ask(PACKETS[stage])
+
+
+@pytest.mark.parametrize("code", ["REJECT", "DISCARD", "ACCEPT", "TEMPFAIL", "SKIP", "ALL_OPTS"])
+@pytest.mark.parametrize("stage", UNANSWERED, ids=CALLBACKS.get)
+def test_a_verdict_that_nobody_would_hear_is_refused(stage: Stage, code: str) -> None:
+    name = CALLBACKS[stage]
+    wants = {"xxfi_negotiate": (0, UNANSWERED[stage])}
+    with pytest.raises(InvalidVerdict) as refused:
+        Watched({name: ReturnCodes[code], **wants}).ask(PACKETS[stage])
+    assert str(refused.value) == f"{name} returned {code}; it may return CONTINUE, NOREPLY"
+
+
+@pytest.mark.parametrize(
+    ("stage", "bit"),
+    [
+        (Stage.HEADER, Protocol.NR_HEADER),
+        (Stage.EOH, Protocol.NR_EOH),
+        (Stage.BODY, Protocol.NR_BODY),
+    ],
+)
+def test_a_verdict_on_content_is_heard_at_the_end_whatever_was_negotiated(
+    stage: Stage, bit: Protocol
+) -> None:
+    watched = Watched({CALLBACKS[stage]: ReturnCodes.REJECT, "xxfi_negotiate": (0, bit)})
+    assert watched.ask(PACKETS[stage], PACKETS[Stage.EOM]) == frame(b"r")
 
 
 # Verdicts and the messages they are of
