@@ -9,7 +9,7 @@ from typing import Any
 
 from sharded_milter.dialects.classic import NAMES, Milter, NetworkTypes
 from sharded_milter.dialects.context import NEGOTIATE, Call, Context, ReturnCodes, call_plainly
-from sharded_milter.errors import MilterLoadError
+from sharded_milter.errors import CallbackFailed, MilterLoadError
 from sharded_milter.protocol.negotiation import (
     HEADER_ACTIONS,
     KNOWN_ACTIONS,
@@ -38,7 +38,7 @@ class ClassDialect:
 
     def __init__(self, factory: Any) -> None:
         self._factory = factory
-        self._contexts: dict[int, Context] = {}
+        self._contexts: dict[int, Context | None] = {}  # None: its object could not be built
         self._options = NO_PROTOCOL
         self._actions = NO_ACTIONS
         self.call: Call = call_plainly
@@ -54,14 +54,21 @@ class ClassDialect:
         """The reply packets for the last of what is new to the object with the number `session`.
 
         A number that is new is that of a new object. Without a stage it ends. Raises what its
-        callbacks raise, and InvalidVerdict for what they may not return.
+        callbacks and its constructor raise, InvalidVerdict for what they may not return, and
+        CallbackFailed for an object that could not be built when its connection began.
         """
-        context = self._contexts.get(session)
-        if context is None:
-            context = self._contexts[session] = self._build()
+        if session not in self._contexts:
+            # An object that is built later would be told half of the story.
+            self._contexts[session] = None
+            self._contexts[session] = self._build()
+        context = self._contexts[session]
         if stage is None:
             del self._contexts[session]
-        return context.answer(stage, connection, message)
+        if context is not None:
+            return context.answer(stage, connection, message)
+        if stage is None:
+            return b""
+        raise CallbackFailed(f"the {self.manifest.name} of this connection could not be built")
 
     def _build(self) -> Context:
         context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))

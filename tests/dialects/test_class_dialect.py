@@ -15,7 +15,7 @@ from sharded_milter.dialects.context import ReturnCodes
 from sharded_milter.dialects.functions import FunctionDialect
 from sharded_milter.dialects.loader import NotAMilter, as_dialect
 from sharded_milter.dialects.objects import ClassDialect
-from sharded_milter.errors import CallRefused, InvalidValue, MilterLoadError
+from sharded_milter.errors import CallbackFailed, CallRefused, InvalidValue, MilterLoadError
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.packets import Packet
@@ -376,6 +376,26 @@ def test_an_object_need_not_call_the_constructor_of_its_class() -> None:
 
     dialect = as_dialect(Careless)
     assert dialect.answer(Stage.HELO, b"", PACKETS[Stage.HELO].encode(), 1) == frame(b"c")
+
+
+def test_an_object_that_cannot_be_built_is_not_built_later_with_half_the_story() -> None:
+    works = [True, False, True]
+
+    class Fails(OwnFactory):
+        def build_milter(self, protocol: Any) -> Milter:
+            if not works.pop(0):
+                raise ZeroDivisionError
+            return super().build_milter(protocol)
+
+    dialect = as_dialect(Fails)
+    helo = PACKETS[Stage.HELO].encode()
+    with pytest.raises(ZeroDivisionError):
+        dialect.answer(Stage.HELO, b"", helo, 1)
+    for _ in range(2):
+        with pytest.raises(CallbackFailed, match="the Greets of this connection could not be bu"):
+            dialect.answer(Stage.HELO, b"", helo, 1)
+    assert dialect.answer(None, b"", b"", 1) == b""
+    assert dialect.answer(Stage.HELO, b"", helo, 2) == frame(b"c")
 
 
 def test_whoever_measures_calls_every_callback_himself() -> None:
