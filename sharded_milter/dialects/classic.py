@@ -176,9 +176,12 @@ class Milter:
             number = MacroStages(stage)
         except ValueError:
             raise CallRefused(f"smfi_setsymlist: there is no stage {stage!r:.40}") from None
-        if not isinstance(macros, str) or not macros.split():
+        names = macros.replace(",", " ").split() if isinstance(macros, str) else []
+        if not names:
             raise CallRefused(f"smfi_setsymlist: {macros!r:.80} are no names of macros")
-        self._context.symlists[number] = tuple(macros.replace(",", " ").split())
+        if number in self._context.symlists:
+            raise CallRefused(f"smfi_setsymlist: the macros of {number.name} are set already")
+        self._context.symlists[number] = tuple(names)
 
     def smfi_setreply(self, rcode: str, xcode: str | None, message: str | None) -> None:
         """The words of this callback's REJECT (5dd) or TEMPFAIL (4dd)."""

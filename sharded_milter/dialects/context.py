@@ -23,7 +23,7 @@ from sharded_milter.dialects.symbols import Symbols
 from sharded_milter.dialects.transcript import client_of
 from sharded_milter.errors import CallRefused, InvalidVerdict
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.stages import Actions, Protocol, Stage
+from sharded_milter.protocol.stages import STAGES, Actions, Protocol, Stage
 from sharded_milter.protocol.text import to_text
 from sharded_milter.protocol.wire import packets
 
@@ -51,7 +51,7 @@ _REFUSED = replies.Reject.letter[0]
 
 # The commands of a message; the first of them begins it.
 _MESSAGE = frozenset(b"MRTLNBE")
-# Its content, which is not answered by itself.
+# Its content, which is not answered by itself: verdicts are kept for the end.
 _CONTENT = frozenset(b"LNB")
 
 _ALWAYS = {ReturnCodes.CONTINUE, ReturnCodes.REJECT, ReturnCodes.TEMPFAIL}
@@ -66,6 +66,10 @@ VERDICTS: Mapping[int, frozenset[ReturnCodes]] = {
     **dict.fromkeys(b"B", frozenset({*_IN_MESSAGE, ReturnCodes.NOREPLY, ReturnCodes.SKIP})),
     **dict.fromkeys(b"U", frozenset(_ALWAYS)),
 }
+
+# Where the milter itself has negotiated that it does not answer, as libmilter demands: any other
+# verdict would be heard by nobody.
+_UNANSWERED = frozenset({ReturnCodes.CONTINUE, ReturnCodes.NOREPLY})
 
 # Verdicts that leave the message open: of one recipient, of one DATA command.
 _OPEN = {
@@ -100,6 +104,16 @@ ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
 Call = Callable[..., Any]
 
 
+def _code_of(result: object) -> ReturnCodes | None:
+    """The code that a callback returned, or None; a truth value is none, though it is a number."""
+    if isinstance(result, bool):
+        return None
+    try:
+        return ReturnCodes(result)  # type: ignore[arg-type]  # whatever the author returned
+    except ValueError:
+        return None
+
+
 def call_plainly(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Calls it; whoever wants to know how long that takes puts another function in its place."""
     return function(*arguments)
@@ -109,8 +123,8 @@ class Context:
     """One connection and what a milter may say and ask about it.
 
     `callbacks` are an object's, by the letter of the command (`Q` is close); those that are not
-    there answer CONTINUE. `names` is how messages call them. `wanted` is what the milter asked
-    for when it was negotiated with: what it did not ask for it may not do.
+    there answer CONTINUE. `names` is how messages call them. `actions` and `options` are what the
+    milter asked for when it was negotiated with: what it did not ask for it may not do.
     """
 
     def __init__(
@@ -119,9 +133,7 @@ class Context:
         self.callbacks: Mapping[int, Callable[..., Any]] = {}
         self.milter: Any = None  # the object
         self.symbols = Symbols()
-        self.symlists: dict[
-            int, tuple[str, ...]
-        ] = {}  # what it asks for when it is negotiated with
+        self.symlists: dict[int, tuple[str, ...]] = {}  # what smfi_setsymlist has asked for
         self.changes = Changes()
         self.in_message = False
         self._names = names
@@ -210,7 +222,7 @@ class Context:
                 return self._decided(EOM)
         self.in_message = False  # eom is called, or would be: there is no abort any more
         code = yield from self._code(EOM, ())
-        answer = self._packet(EOM, code)
+        answer = self._packet(code)
         if code in (ReturnCodes.CONTINUE, ReturnCodes.ACCEPT):
             answer = self.changes.packets() + answer
         self._forget_message()
@@ -228,7 +240,7 @@ class Context:
         if code is ReturnCodes.SKIP:
             self._skipping = True
             code = ReturnCodes.CONTINUE
-        answer = self._packet(command, code)
+        answer = self._packet(code)
         goes_on = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
         if command in _MESSAGE and not goes_on:
             self._verdict = answer
@@ -243,23 +255,18 @@ class Context:
     def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
         """What the callback answers, checked."""
         result = yield from self._called(command, arguments)
-        name = self._names[command]
-        try:
-            code = ReturnCodes(result)
-        except ValueError:
-            code = None
-        allowed = VERDICTS[command]
-        if code is ReturnCodes.NOREPLY and self._is_unanswered(command):
-            return ReturnCodes.CONTINUE
-        if code is None or code not in allowed or isinstance(result, bool):
+        code = _code_of(result)
+        allowed = self._allowed(command)
+        if code is None or code not in allowed:
             words = ", ".join(each.name for each in sorted(allowed))
             shown = repr(result)[:200] if code is None else code.name
-            raise InvalidVerdict(f"{name} returned {shown}; it may return {words}")
+            raise InvalidVerdict(f"{self._names[command]} returned {shown}; it may return {words}")
         return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
 
-    def _is_unanswered(self, command: int) -> bool:
-        stage = Stage(bytes((command,)))
-        return bool(stage.no_reply & self._options)
+    def _allowed(self, command: int) -> frozenset[ReturnCodes]:
+        if command not in _CONTENT and STAGES[command].no_reply & self._options:
+            return _UNANSWERED
+        return VERDICTS[command]
 
     def _called(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
         callback = self.callbacks.get(command)
@@ -271,7 +278,7 @@ class Context:
                 result = yield result
             return result
 
-    def _packet(self, command: int, code: ReturnCodes) -> bytes:
+    def _packet(self, code: ReturnCodes) -> bytes:
         reply = self._reply
         if reply and _REPLY_CLASS.get(code) == reply[0]:
             self._reply = ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from sharded_milter.dialects.classic import NAMES, Milter, NetworkTypes
 from sharded_milter.dialects.context import NEGOTIATE, Call, Context, ReturnCodes, call_plainly
-from sharded_milter.errors import MilterLoadError
+from sharded_milter.errors import CallbackFailed, MilterLoadError
 from sharded_milter.protocol.negotiation import (
     HEADER_ACTIONS,
     KNOWN_ACTIONS,
@@ -38,7 +38,7 @@ class ClassDialect:
 
     def __init__(self, factory: Any) -> None:
         self._factory = factory
-        self._contexts: dict[int, Context] = {}
+        self._contexts: dict[int, Context | None] = {}  # None: its object could not be built
         self._options = NO_PROTOCOL
         self._actions = NO_ACTIONS
         self.call: Call = call_plainly
@@ -54,19 +54,26 @@ class ClassDialect:
         """The reply packets for the last of what is new to the object with the number `session`.
 
         A number that is new is that of a new object. Without a stage it ends. Raises what its
-        callbacks raise, and InvalidVerdict for what they may not return.
+        callbacks and its constructor raise, InvalidVerdict for what they may not return, and
+        CallbackFailed for an object that could not be built when its connection began.
         """
-        context = self._contexts.get(session)
-        if context is None:
-            context = self._contexts[session] = self._build()
+        if session not in self._contexts:
+            # An object that is built later would be told half of the story.
+            self._contexts[session] = None
+            self._contexts[session] = self._build()
+        context = self._contexts[session]
         if stage is None:
             del self._contexts[session]
-        return context.answer(stage, connection, message)
+        if context is not None:
+            return context.answer(stage, connection, message)
+        if stage is None:
+            return b""
+        raise CallbackFailed(f"the {self.manifest.name} of this connection could not be built")
 
     def _build(self) -> Context:
         context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))
         context.milter = self._object(context)
-        context.callbacks = _callbacks(context.milter)
+        context.callbacks = _callbacks(context.milter, self._options)
         return context
 
     def _object(self, context: Context) -> Milter:
@@ -115,18 +122,18 @@ def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol) -> Protoco
     return word | (wanted & Protocol.RCPT_REJ)
 
 
-def _negotiated(name: str, milter: Milter, result: object) -> tuple[int, Actions, Protocol]:
+def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actions, Protocol]:
     """Version, actions and protocol out of whatever xxfi_negotiate may return."""
-    version = VERSION
+    result, version = returned, VERSION
     if isinstance(result, Sequence) and len(result) == 4:
         result, version, *words = result
-        if result is ReturnCodes.CONTINUE:
+        if result == ReturnCodes.CONTINUE:
             result = words
     if result in (None, ReturnCodes.CONTINUE, ReturnCodes.ALL_OPTS):
         result = Milter.xxfi_negotiate(milter, KNOWN_ACTIONS, KNOWN_PROTOCOL)
     if not isinstance(result, Sequence) or not _are_words([*result, version]) or len(result) != 2:
         raise MilterLoadError(
-            f"{name}.xxfi_negotiate returned {result!r:.80}; it may return actions and protocol,"
+            f"{name}.xxfi_negotiate returned {returned!r:.80}; it may return actions and protocol,"
             " or CONTINUE"
         )
     actions, protocol = result
@@ -147,10 +154,16 @@ def _are_words(values: Sequence[object]) -> bool:
     return all(isinstance(value, int) and value >= 0 for value in values)
 
 
-def _callbacks(milter: Milter) -> Mapping[int, Callable[..., Any]]:
-    """Those that the author has written, by letter."""
+def _callbacks(milter: Milter, options: Protocol) -> Mapping[int, Callable[..., Any]]:
+    """Those that the author has written, by letter.
+
+    The MTA may send a stage that this milter left out, because another one needs it.
+    """
+    declined = {stage.code for stage in Stage if options & stage.suppress}
     found: dict[int, Callable[..., Any]] = {
-        code: getattr(milter, name) for code, name in NAMES.items() if milter._overrides(code)
+        code: getattr(milter, name)
+        for code, name in NAMES.items()
+        if code not in declined and milter._overrides(code)
     }
     connect = found.get(ord("C"))
     if connect is not None:

@@ -12,8 +12,8 @@ from sharded_milter.protocol.text import to_wire
 # libmilter's limit on the bytes of a line of a reply (MAXREPLYLEN).
 MAX_LINE = 980
 
-_RCODE = re.compile(r"[45]\d\d")
-_XCODE = re.compile(r"[45]\.\d{1,3}\.\d{1,3}")
+_RCODE = re.compile(r"[45]\d\d", re.ASCII)
+_XCODE = re.compile(r"[45]\.\d{1,3}\.\d{1,3}", re.ASCII)
 
 
 def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) -> str:
@@ -21,7 +21,8 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) 
 
     `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. A line has at most
     MAX_LINE bytes and no line break, and there are at most MAX_REPLY_LINES. A percent sign that
-    is not doubled is. Raises CallRefused, which names `call`, for anything else.
+    is not doubled is. Where an MTA would miss an enhanced code it is x.0.0. Raises CallRefused,
+    which names `call`, for anything else.
     """
     if not isinstance(rcode, str) or not _RCODE.fullmatch(rcode):
         raise CallRefused(f"{call}: reply code {rcode!r:.40} is neither 4dd nor 5dd")
@@ -31,14 +32,19 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) 
         raise CallRefused(f"{call}: enhanced code {xcode} does not belong to reply code {rcode}")
     if not 1 <= len(lines) <= MAX_REPLY_LINES:
         raise CallRefused(f"{call}: {len(lines)} lines are not 1 to {MAX_REPLY_LINES}")
-    if len(lines) > 1 and not xcode:
-        xcode = f"{rcode[0]}.0.0"
     texts = [_checked(call, line) for line in lines]
+    if not xcode and (len(texts) > 1 or _looks_like_a_class(texts[0], rcode)):
+        xcode = f"{rcode[0]}.0.0"
     words = [" ".join(filter(None, [xcode, text])) for text in texts]
     separators = ["-"] * (len(words) - 1) + [" "]
     return "\r\n".join(
         f"{rcode}{separator}{text}" for separator, text in zip(separators, words, strict=True)
     )
+
+
+def _looks_like_a_class(text: str, rcode: str) -> bool:
+    """Whether Postfix would take the text's beginning for an enhanced code of another class."""
+    return text[:1].isdigit() and text[0] != rcode[0]
 
 
 def _checked(call: str, line: str | None) -> str:
