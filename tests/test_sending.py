@@ -18,7 +18,8 @@ class Reactor:
         self.writers: list[FileDescriptor] = []
 
     def addWriter(self, writer: FileDescriptor) -> None:
-        self.writers.append(writer)
+        if writer not in self.writers:
+            self.writers.append(writer)
 
     def removeWriter(self, writer: FileDescriptor) -> None:
         self.writers.remove(writer)

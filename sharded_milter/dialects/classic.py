@@ -94,7 +94,7 @@ class Milter:
 
     def __init__(self, factory: Any = None, protocol: Any = None) -> None:
         self.factory = factory
-        self.protocol = protocol
+        self.protocol = self._context = protocol
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -12,6 +12,7 @@ ends a message, one of them; `close` ends the connection, once; nothing is calle
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
@@ -278,6 +279,13 @@ class Context:
                 result = yield result
             return result
 
+    def _told(self, command: int, *arguments: Any) -> Steps[None]:
+        """A callback that nobody waits for: what it raises is its own affair."""
+        try:
+            yield from self._called(command, arguments)
+        except Exception as error:
+            traceback.print_exception(error)
+
     def _packet(self, code: ReturnCodes) -> bytes:
         reply = self._reply
         if reply and _REPLY_CLASS.get(code) == reply[0]:
@@ -292,7 +300,7 @@ class Context:
         open_still, self.in_message = self.in_message, False
         self._forget_message()
         if open_still:
-            yield from self._called(ABORT, ())
+            yield from self._told(ABORT)
 
     def _forget_message(self) -> None:
         self.in_message = False
@@ -303,10 +311,8 @@ class Context:
     def _close(self) -> Steps[None]:
         if not self._closed:
             self._closed = True
-            try:
-                yield from self._abort()
-            finally:
-                yield from self._called(CLOSE, ())
+            yield from self._abort()
+            yield from self._told(CLOSE)
 
     # Negotiation
 
@@ -321,7 +327,7 @@ class Context:
         adds_space = self._leading_space and not self._options & Protocol.HDR_LEADSPC
         self.changes.granted = Actions(words.actions) & self._actions
         self.changes.space = " " if adds_space else ""
-        yield from self._called(NEGOTIATE, (self._offer.actions, self._offer.protocol))
+        yield from self._told(NEGOTIATE, self._offer.actions, self._offer.protocol)
 
     # What callbacks may do
 

@@ -8,7 +8,14 @@ from operator import or_
 from typing import Any
 
 from sharded_milter.dialects.classic import NAMES, Milter, NetworkTypes
-from sharded_milter.dialects.context import NEGOTIATE, Call, Context, ReturnCodes, call_plainly
+from sharded_milter.dialects.context import (
+    ABORT,
+    NEGOTIATE,
+    Call,
+    Context,
+    ReturnCodes,
+    call_plainly,
+)
 from sharded_milter.errors import CallbackFailed, MilterLoadError
 from sharded_milter.protocol.negotiation import (
     HEADER_ACTIONS,
@@ -31,6 +38,10 @@ from sharded_milter.protocol.stages import (
 # What is answered at the end of the message only: the MTA has the whole message before it sends
 # any of this, so a verdict that is given then is as good, and saves a round trip for each field.
 CONTENT = (Stage.HEADER, Stage.EOH, Stage.BODY)
+
+
+# The versions of the protocol in which commands came that the first ones did not have.
+_SINCE = {Stage.UNKNOWN: 3, Stage.DATA: 4}
 
 
 class ClassDialect:
@@ -58,6 +69,8 @@ class ClassDialect:
         CallbackFailed for an object that could not be built when its connection began.
         """
         if session not in self._contexts:
+            if stage is None:  # there never was one
+                return b""
             # An object that is built later would be told half of the story.
             self._contexts[session] = None
             self._contexts[session] = self._build()
@@ -97,24 +110,28 @@ class ClassDialect:
         needed = {stage for stage in Stage if milter._overrides(stage.code)} - {
             stage for stage in Stage if protocol & stage.suppress
         }
+        needed -= {stage for stage, since in _SINCE.items() if version < since}
         self._actions, self._options = actions, protocol
         return Manifest(
             name=name,
             actions=actions & ~Actions.SETSYMLIST,
-            protocol=_protocol(needed, actions, protocol),
+            protocol=_protocol(needed, actions, protocol, ends=milter._overrides(ABORT)),
             macros=tuple((SYMLIST_STAGES[n], m) for n, m in sorted(context.symlists.items())),
             pinning=Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED,
             version=version,
         )
 
 
-def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol) -> Protocol:
-    """What is left out, what goes unanswered, and the options."""
+def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol, *, ends: bool) -> Protocol:
+    """What is left out, what goes unanswered, and the options.
+
+    `ends` says that the object must know of messages that end well, to tell them from others.
+    """
     suppressed = [stage.suppress for stage in Stage if stage not in needed]
     unanswered = [stage.no_reply for stage in CONTENT if stage in needed]
     word = reduce(or_, [*suppressed, *unanswered], NO_PROTOCOL)
     word |= wanted & reduce(or_, (stage.no_reply for stage in needed), NO_PROTOCOL)
-    if needed.isdisjoint((*CONTENT, Stage.EOM)):
+    if needed.isdisjoint((*CONTENT, Stage.EOM)) and not ends:
         word |= Protocol.NR_EOM
     if Stage.HEADER in needed or actions & HEADER_ACTIONS:
         # What the object did not ask for is hidden from it, but functions beside it need it.

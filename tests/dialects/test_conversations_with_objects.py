@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from watched import CALLBACKS, EVERY_CALLBACK, PACKETS, Watched, agreed, packed
 
+from sharded_milter.dialects.classic import Milter
 from sharded_milter.dialects.context import ReturnCodes
+from sharded_milter.dialects.loader import as_dialect
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Protocol, Stage
@@ -426,15 +428,48 @@ def test_what_a_callback_raises_is_passed_on_and_the_message_is_aborted_later(
     assert ("xxfi_abort" in watched.names) == aborted
 
 
-def test_the_connection_is_closed_also_where_abort_fails() -> None:
+def test_what_nobody_waits_for_fails_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its traceback is in the log, and the next message is none of its business."""
+
     def broken(milter: Any) -> None:
         raise ZeroDivisionError
 
-    watched = Watched({"xxfi_abort": broken})
+    watched = Watched({"xxfi_abort": broken, "xxfi_close": broken})
     watched.ask(PACKETS[Stage.MAIL])
-    with pytest.raises(ZeroDivisionError):
-        watched.close()
-    assert watched.names == ["xxfi_envfrom", "xxfi_abort", "xxfi_close"]
+    watched.ask(PACKETS[Stage.MAIL])
+    assert watched.close() == b""
+    assert watched.names == [
+        "xxfi_envfrom", "xxfi_abort", "xxfi_envfrom", "xxfi_abort", "xxfi_close",
+    ]  # fmt: skip
+    assert capsys.readouterr().err.count("\nZeroDivisionError\n") == 3
+
+
+def test_an_object_that_hears_of_aborts_is_asked_at_the_end_too() -> None:
+    class Aborts(Milter):
+        def xxfi_envfrom(self, argv: object) -> Any:
+            return ReturnCodes.CONTINUE
+
+    assert not as_dialect(Aborts).manifest.answers(Stage.EOM)
+    Aborts.xxfi_abort = lambda self: None  # type: ignore[method-assign]
+    assert as_dialect(Aborts).manifest.answers(Stage.EOM)
+
+
+@pytest.mark.parametrize(("version", "left"), [(2, ""), (3, "unknown"), (4, "data unknown")])
+def test_an_object_of_an_old_version_is_not_asked_what_that_did_not_have(
+    version: int, left: str
+) -> None:
+    class Old(Milter):
+        def xxfi_negotiate(self, actions: int, protocol: int) -> Any:
+            return [ReturnCodes.CONTINUE, version, 0, 0]
+
+        def xxfi_data(self) -> Any:
+            return ReturnCodes.CONTINUE
+
+        def xxfi_unknown(self, command: str) -> Any:
+            return ReturnCodes.CONTINUE
+
+    manifest = as_dialect(Old).manifest
+    assert " ".join(sorted(stage.word for stage in manifest.answered - {Stage.EOM})) == left
 
 
 def test_what_abort_and_close_return_does_not_matter() -> None:
