@@ -132,6 +132,7 @@ class Chain:
         lost: Callable[[], None],
     ) -> None:
         self._facts: Facts | None = None  # what is asked about now
+        self.is_asked = False
         self._links = [_Link(member) for member in members]
         self._pinned = [link for link in self._links if link.pin is not None]
         self._policy = policy
@@ -164,6 +165,7 @@ class Chain:
     def ask(self, facts: Facts) -> None:
         """Asks all whom it concerns; the answer may come before this returns."""
         self._facts = facts
+        self.is_asked = True
         self._waiting = [link for link in self._links if link.is_asked(facts)]
         for link in self._waiting:
             link.answer = None
@@ -181,6 +183,7 @@ class Chain:
     def cancel(self) -> None:
         """Nobody wants the answer any more."""
         self._facts = None
+        self.is_asked = False
         waiting, self._waiting = self._waiting, []
         for link in waiting:
             job, link.job = link.job, None

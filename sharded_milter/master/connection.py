@@ -107,10 +107,12 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         answers = [answer]
         broken = None
         try:
-            while self._waiting and talk.asked is None and not talk.over:
+            while self._waiting and talk.is_ready:
                 packet = self._waiting.popleft()
                 self._waiting_bytes -= len(packet)
-                answers.append(talk.take(packet))
+                answer = talk.take(packet)
+                if answer:
+                    answers.append(answer)
         except RemoteProtocolError as error:
             broken = error
         self._write(b"".join(answers))

@@ -97,6 +97,11 @@ class Conversation:
         return self._chain.asked
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it takes a command now."""
+        return not self._chain.is_asked and self._session.state is not State.CLOSED
+
+    @property
     def over(self) -> bool:
         """Whether the MTA has left."""
         return self._session.state is State.CLOSED
@@ -115,6 +120,9 @@ class Conversation:
         Raises RemoteProtocolError when the packet cannot come here.
         """
         step = self._session.receive(packet)
+        if step.only_kept:
+            self._transcript.append(packet)
+            return b""
         if step.offer is not None:
             return self._negotiate(step.offer)
         if step.leaves is not Leaves.NOTHING:

@@ -25,6 +25,7 @@ SPOOL_ABOVE = MAX_INLINE
 _MACRO = Macro.letter[0]
 _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
 _KEYS = {"sender": Mail.letter[0], "recipient": Rcpt.letter[0]}
+_FIRSTS = frozenset(_KEYS.values())
 QUEUE_ID = ("i", "{i}")
 MTA = ("v", "{v}")
 # How the MTA marks a recipient that it has refused itself (SMFIP_RCPT_REJ).
@@ -124,7 +125,7 @@ class Transcript:
         code = packet[LETTER]
         if code == _MACRO:
             self._macros[packet[PAYLOAD]] = packet
-        elif code in _KEYS.values():
+        elif code in _FIRSTS:
             self._firsts.setdefault(code, packet)
         self.size += size
         self._recent += packet

@@ -7,11 +7,12 @@ here instead: a stage that cannot be suppressed, or that cannot go unanswered, g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, lru_cache, reduce
 from operator import and_, or_
 from types import MappingProxyType
+from typing import Any
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.commands import Negotiate
@@ -150,6 +151,8 @@ class Agreement:
     reply: Negotiate
     handling: Mapping[int, Handling]  # by the letter of the stage
     recorded: frozenset[int]  # letters of the stages that some milter needs to see
+    # What sessions have found out under it, for all others: it is the same for most connections.
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def actions(self) -> Actions:

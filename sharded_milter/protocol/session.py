@@ -14,7 +14,7 @@ seen to do, which is more than libmilter allows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
@@ -31,6 +31,8 @@ _NEGOTIATE = Negotiate.letter[0]
 
 class State(Enum):
     """Where the MTA is."""
+
+    __hash__ = object.__hash__  # members are single; Enum's own hash is a call of Python's
 
     START = auto()  # nothing was said
     NEGOTIATED = auto()  # options are agreed, no client yet
@@ -226,6 +228,13 @@ class Step:
     leaves: Leaves = Leaves.NOTHING
     offer: Negotiate | None = None  # the MTA offers options and waits for ours
 
+    only_kept: bool = False  # nothing is to be done but to append it to the message's part
+
+
+# What commands do in a state under an agreement: the state after, and the step. Working that out
+# costs more than all the rest of a packet, and there are few of these.
+_Known = dict[int, tuple[State, Step]]
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -239,11 +248,12 @@ class Decision:
 class Session:
     """One MTA connection's place in the protocol; no I/O."""
 
-    __slots__ = ("_agreement", "state")
+    __slots__ = ("_agreement", "_known", "state")
 
     def __init__(self) -> None:
         self.state = State.START
         self._agreement: Agreement | None = None
+        self._known: dict[State, _Known] = {}
 
     @property
     def agreement(self) -> Agreement:
@@ -255,6 +265,7 @@ class Session:
     def agree(self, agreement: Agreement) -> None:
         """Option negotiation ended with this."""
         self._agreement = agreement
+        self._known = agreement.known
 
     def receive(self, packet: bytes) -> Step:
         """What a whole packet of the MTA asks for; moves on to the state after it.
@@ -263,8 +274,27 @@ class Session:
         come here. What was received is well-formed, and so are transcripts.
         """
         code = packet[LETTER]
-        if code == _MACRO:
-            return self._receive_macro(packet)
+        # A macro packet is told apart by the stage that it is for.
+        key = code if code != _MACRO else _MACRO << 8 | packet[PAYLOAD] if packet[PAYLOAD:] else -1
+        row = self._known.get(self.state)
+        known = row.get(key) if row is not None else None
+        if known is None:
+            return self._receive_first(code, key, packet)
+        check_command(packet)
+        self.state, step = known
+        return step
+
+    def _receive_first(self, code: int, key: int, packet: bytes) -> Step:
+        before = self.state
+        step = self._receive_macro(packet) if code == _MACRO else self._receive_command(packet)
+        if step.offer is None and self._agreement is not None:
+            only_kept = step == Step(step.stage, keep=Keep.APPEND)
+            known = self.state, replace(step, only_kept=only_kept)
+            self._known.setdefault(before, {})[key] = known
+        return step
+
+    def _receive_command(self, packet: bytes) -> Step:
+        code = packet[LETTER]
         cell = TRANSITIONS[self.state].get(code)
         if cell is None:
             raise RemoteProtocolError(f"{_name(code)} in state {self.state.name}")

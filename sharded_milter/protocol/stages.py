@@ -57,6 +57,8 @@ NO_PROTOCOL = Protocol(0)
 class Stage(Enum):
     """A command that a milter can answer; the value is its letter on the wire."""
 
+    __hash__ = object.__hash__  # members are single; Enum's own hash is a call of Python's
+
     CONNECT = b"C"
     HELO = b"H"
     MAIL = b"M"
