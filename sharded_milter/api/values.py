@@ -23,13 +23,19 @@ class Macros(Mapping[str, str]):
     A name of one character is found with and without braces, as libmilter's getsymval does.
     """
 
-    __slots__ = ("_values",)
+    __slots__ = ("_found", "_pairs")
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self._values: dict[str, str] = {}
-        for name, value in pairs:
-            self._values.pop(other_spelling(name), None)  # a later one hides it, however spelled
-            self._values[name] = value
+        self._pairs: Iterable[tuple[str, str]] | None = pairs  # until somebody looks
+        self._found: dict[str, str] = {}
+
+    @property
+    def _values(self) -> dict[str, str]:
+        pairs, self._pairs = self._pairs, None
+        for name, value in pairs or ():
+            self._found.pop(other_spelling(name), None)  # a later one hides it, however spelled
+            self._found[name] = value
+        return self._found
 
     def __getitem__(self, name: str) -> str:
         try:
@@ -108,10 +114,18 @@ class Headers:
     """
 
     # A Sequence in all but name: to type checkers that would hold fields only, and no names.
-    __slots__ = ("_fields",)
+    __slots__ = ("_found", "_source")
 
     def __init__(self, fields: Iterable[Header] = ()) -> None:
-        self._fields = tuple(fields)
+        self._source: Iterable[Header] | None = fields  # until somebody looks
+        self._found: tuple[Header, ...] = ()
+
+    @property
+    def _fields(self) -> tuple[Header, ...]:
+        source, self._source = self._source, None
+        if source is not None:
+            self._found = tuple(source)
+        return self._found
 
     @overload
     def __getitem__(self, key: str) -> str: ...

@@ -9,6 +9,7 @@ from operator import or_
 from typing import Any
 
 from sharded_milter.api.milter import Milter, check_verdict
+from sharded_milter.api.verdicts import Accept, ChangeHeader, Verdict
 from sharded_milter.dialects.context import Call, call_plainly
 from sharded_milter.dialects.transcript import Transcript, read
 from sharded_milter.dialects.translate import to_replies
@@ -102,5 +103,13 @@ class FunctionDialect:
 
 
 def _replies(stage: Stage, verdict: object, transcript: Transcript) -> bytes:
-    seen = [name for name, _ in transcript.headers]
-    return to_replies(check_verdict(stage.word, verdict), transcript.protocol, seen)
+    checked = check_verdict(stage.word, verdict)
+    names = transcript.header_names() if _changes_headers(checked) else None
+    return to_replies(checked, transcript.protocol, names)
+
+
+def _changes_headers(verdict: Verdict) -> bool:
+    """Whether it matters which header fields there are."""
+    return isinstance(verdict, Accept) and any(
+        isinstance(action, ChangeHeader) for action in verdict.actions
+    )

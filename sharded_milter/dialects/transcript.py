@@ -8,8 +8,9 @@ so that whoever reads it knows that it does not count.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from sharded_milter.api.values import (
     Address,
@@ -34,35 +35,41 @@ from sharded_milter.protocol.commands import (
 )
 from sharded_milter.protocol.commands import Header as HeaderCommand
 from sharded_milter.protocol.replies import Reject
-from sharded_milter.protocol.stages import Protocol
-from sharded_milter.protocol.text import split_strings
+from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol
+from sharded_milter.protocol.text import split_strings, to_text
 from sharded_milter.protocol.wire import packets
 
 # libmilter's search order: what a later stage said hides what an earlier one did.
-_MACRO_ORDER = "CHMRTNE"
+_MACRO_ORDER = b"CHMRTNE"
 
 _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
 _REFUSED = Reject.letter[0]
 
 
-@dataclass
+@dataclass(slots=True)
 class Transcript:
-    """What was read; the properties are the values that callbacks get."""
+    """What was read; the methods make the values that callbacks get.
 
-    protocol: Protocol = field(default_factory=lambda: Protocol(0))
+    Header fields and macros are kept as they came, and decoded when somebody looks at them.
+    """
+
+    protocol: Protocol = NO_PROTOCOL
     connect: Connect | None = None
     helo: str = ""
     sender: Address | None = None
     recipients: list[Address] = field(default_factory=list)
     command: str = ""
-    macros: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    headers: list[tuple[str, str]] = field(default_factory=list)
+    macros: dict[int, bytes] = field(default_factory=dict)  # payloads by the stage's letter
+    headers: list[bytes] = field(default_factory=list)  # payloads
     chunks: list[bytes | memoryview] = field(default_factory=list)
+    client: Connection | None = None  # made of the connection's part alone
 
     def connection_value(self) -> Connection:
         """The client, with the macros of connect and helo."""
+        if self.client is not None:
+            return self.client
         return Connection(
-            *client_of(self.connect or Connect("", "U")), self.helo, self._visible("CH")
+            *client_of(self.connect or Connect("", "U")), self.helo, self._visible(b"CH")
         )
 
     def envelope_value(self, recipients: Iterable[Address] | None = None) -> Envelope:
@@ -71,23 +78,36 @@ class Transcript:
         sender = self.sender or Address("")
         return Envelope(self.connection_value(), sender, tuple(chosen), self._visible(_MACRO_ORDER))
 
+    def header_names(self) -> list[str]:
+        """The names of the header fields, in order."""
+        return [to_text(payload[: payload.index(0)]) for payload in self.headers]
+
     def headers_value(self) -> Headers:
         """The header; the blank behind the colon is set apart from the value."""
-        if not self.protocol & Protocol.HDR_LEADSPC:
-            return Headers([Header(name, value) for name, value in self.headers])
-        return Headers(
-            [
-                Header(name, value[1:]) if value[:1] == " " else Header(name, value, "")
-                for name, value in self.headers
-            ]
-        )
+        return Headers(_fields(self.headers, bool(self.protocol & Protocol.HDR_LEADSPC)))
 
     def message_value(self) -> Message:
         """The whole message."""
         return Message(self.envelope_value(), self.headers_value(), b"".join(self.chunks))
 
-    def _visible(self, stages: str) -> Macros:
-        return Macros(pair for stage in stages for pair in self.macros.get(stage, ()))
+    def _visible(self, stages: bytes) -> Macros:
+        return Macros(_pairs([self.macros[stage] for stage in stages if stage in self.macros]))
+
+
+def _fields(payloads: list[bytes], leading_space: bool) -> Iterator[Header]:
+    for payload in payloads:
+        name, value = split_strings(payload)
+        if not leading_space:
+            yield Header(name, value)
+        elif value[:1] == " ":
+            yield Header(name, value[1:])
+        else:
+            yield Header(name, value, "")
+
+
+def _pairs(payloads: list[bytes]) -> Iterator[tuple[str, str]]:
+    for payload in payloads:
+        yield from Macro.parse(payload).pairs
 
 
 def client_of(connect: Connect) -> tuple[str, str, str, int]:
@@ -103,33 +123,46 @@ def client_of(connect: Connect) -> tuple[str, str, str, int]:
 
 def read(connection: bytes, message: bytes | memoryview) -> Transcript:
     """The transcript with these two parts; raises RemoteProtocolError where they are malformed."""
-    transcript = Transcript()
-    for part in (memoryview(connection), memoryview(message)):
-        before = 0
-        for code, start, end in packets(part):
-            reader = _READERS.get(code)
-            if reader is not None:
-                reader(transcript, part[start:end])
-            elif code == _REFUSED:
-                _undo(transcript, before)
-            before = code
+    first = _read_connection(connection)
+    transcript = replace(first, macros=first.macros.copy(), headers=[], recipients=[], chunks=[])
+    _read_part(transcript, memoryview(message))
     return transcript
 
 
+# It is the same for all questions about one connection.
+@lru_cache(maxsize=1024)
+def _read_connection(connection: bytes) -> Transcript:
+    transcript = Transcript()
+    _read_part(transcript, memoryview(connection))
+    transcript.client = transcript.connection_value()
+    return transcript
+
+
+def _read_part(transcript: Transcript, part: memoryview) -> None:
+    before = 0
+    for code, start, end in packets(part):
+        reader = _READERS.get(code)
+        if reader is not None:
+            reader(transcript, part[start:end])
+        elif code == _REFUSED:
+            _undo(transcript, before)
+        before = code
+
+
 def _header(transcript: Transcript, payload: memoryview) -> None:
-    # Most packets of a message are these: no value is built that nobody keeps.
-    try:
-        name, value = split_strings(payload)
-    except ValueError:
-        raise RemoteProtocolError(
-            f"header of other than two strings: {bytes(payload[:80])!r}"
-        ) from None
-    transcript.headers.append((name, value))
+    field = bytes(payload)  # the view goes with the job, the header may stay with the milter
+    if field.count(0) != 2 or field[-1]:
+        raise RemoteProtocolError(f"header of other than two strings: {field[:80]!r}")
+    transcript.headers.append(field)
 
 
 def _macro(transcript: Transcript, payload: memoryview) -> None:
-    macro = Macro.parse(bytes(payload))
-    transcript.macros[macro.stage] = macro.pairs
+    pairs = bytes(payload)
+    if not pairs or pairs.count(0, 1) % 2 or (pairs[1:] and pairs[-1]):
+        Macro.parse(pairs)  # says what is wrong
+    transcript.macros[pairs[0]] = pairs
+    if pairs[0] in b"CH":
+        transcript.client = None
 
 
 def _rcpt(transcript: Transcript, payload: memoryview) -> None:
@@ -143,11 +176,11 @@ def _mail(transcript: Transcript, payload: memoryview) -> None:
 
 
 def _connect(transcript: Transcript, payload: memoryview) -> None:
-    transcript.connect = Connect.parse(bytes(payload))
+    transcript.connect, transcript.client = Connect.parse(bytes(payload)), None
 
 
 def _helo(transcript: Transcript, payload: memoryview) -> None:
-    transcript.helo = Helo.parse(bytes(payload)).name
+    transcript.helo, transcript.client = Helo.parse(bytes(payload)).name, None
 
 
 def _options(transcript: Transcript, payload: memoryview) -> None:

@@ -7,7 +7,10 @@ that nobody wants its answer any more.
 
 from __future__ import annotations
 
+import socket
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from twisted.internet import interfaces
@@ -49,10 +52,10 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._conversation = Conversation(home, self._answered)
         self._framer = Framer()
         self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
         self._congested = False  # the MTA does not read what it was answered
         self._paused = False
         self._progress: Any = None
+        self._quick_ack: Callable[[], None] | None = None
 
     # What Twisted calls
 
@@ -60,6 +63,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         transport: Any = self.transport
         if interfaces.ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
+            self._quick_ack = _quick_ack_of(transport)
         transport.registerProducer(self, True)
         self.setTimeout(self._home.limits.idle_timeout)
         self._home.connected(self)
@@ -80,16 +84,16 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         if self._conversation.over:  # nothing is taken any more
             return
         self.resetTimeout()
+        if self._quick_ack is not None:
+            self._quick_ack()
         try:
             received = self._framer.receive(data)
         except RemoteProtocolError as error:
             self._give_up(error)
             return
-        for packet in received:
-            if packet[LETTER] in _LEAVING and self._conversation.asked is not None:
-                self._conversation.cancel()
-            self._waiting.append(packet)
-            self._waiting_bytes += len(packet)
+        if self._conversation.asked is not None and any(p[LETTER] in _LEAVING for p in received):
+            self._conversation.cancel()
+        self._waiting.extend(received)
         self._advance()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -108,9 +112,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         broken = None
         try:
             while self._waiting and talk.is_ready:
-                packet = self._waiting.popleft()
-                self._waiting_bytes -= len(packet)
-                answer = talk.take(packet)
+                answer = talk.take(self._waiting)
                 if answer:
                     answers.append(answer)
         except RemoteProtocolError as error:
@@ -189,7 +191,8 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
     def _restrain(self) -> None:
         """Stops reading while too much waits, and goes on when it is worked off."""
         transport: Any = self.transport
-        too_much = self._congested or self._waiting_bytes > self._home.limits.max_waiting
+        waiting_bytes = sum(map(len, self._waiting))
+        too_much = self._congested or waiting_bytes > self._home.limits.max_waiting
         if too_much and not self._paused:
             transport.pauseProducing()
         elif self._paused and not too_much:
@@ -205,3 +208,21 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             return
         transport.unregisterProducer()  # else what it has not read would keep it open
         transport.loseConnection()
+
+
+def _quick_ack_of(transport: Any) -> Callable[[], None] | None:
+    """Has the kernel acknowledge at once what the MTA sends next; Linux forgets that by itself.
+
+    Sendmail writes a macro packet and its command one by one with Nagle's algorithm on, and so
+    waits for our acknowledgement, which would else be delayed by 40 ms, at every stage.
+    """
+    if not hasattr(socket, "TCP_QUICKACK"):
+        return None
+    sock: socket.socket = transport.getHandle()
+
+    def acknowledge() -> None:
+        with suppress(OSError):  # the connection is lost, which the reactor finds out too
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+    acknowledge()
+    return acknowledge

@@ -5,7 +5,7 @@ It knows no socket: packets come in, answers go out. While a job is out it takes
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -114,15 +114,19 @@ class Conversation:
         """
         return self._transcript.mta().startswith("Postfix")
 
-    def take(self, packet: bytes) -> bytes:
-        """Follows one command; what can be answered without a milter is returned.
+    def take(self, waiting: deque[bytes]) -> bytes:
+        """Follows the commands at the head of `waiting` up to one that may need an answer.
 
-        Raises RemoteProtocolError when the packet cannot come here.
+        What can be answered without a milter is returned. Raises RemoteProtocolError when a
+        packet cannot come here.
         """
+        run = self._session.receive_run(waiting)
+        if run:
+            self._transcript.extend(run)
+        return self._take(waiting.popleft()) if waiting else b""
+
+    def _take(self, packet: bytes) -> bytes:
         step = self._session.receive(packet)
-        if step.only_kept:
-            self._transcript.append(packet)
-            return b""
         if step.offer is not None:
             return self._negotiate(step.offer)
         if step.leaves is not Leaves.NOTHING:

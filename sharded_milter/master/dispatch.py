@@ -29,6 +29,7 @@ from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
 from sharded_milter.master.poison import Keep, Poison, digest
 from sharded_milter.master.schedule import Schedule
+from sharded_milter.master.turns import PATIENCE, Turn, Turns
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
@@ -145,6 +146,7 @@ class Dispatch:
         self._pins: dict[Worker, set[Pin]] = {}  # whose objects a shard has
         self._numbers = itertools.count(1)  # for objects
         self._farewells: set[Job] = set()
+        self._turns: dict[Worker, Turns] = {}
         self._overdue_call: Any = None
 
     def submit(self, job: Job) -> Deferred[bytes]:
@@ -209,10 +211,51 @@ class Dispatch:
         job.slot = shard.slot
         job.started = self._reactor.seconds()
         job.attempts += 1
-        shard.label = job.about()
         self._running.add(job)
+        turn = self._begin(job, shard)
         answer = shard.ask(question)
-        answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
+        answer.addCallbacks(
+            self._succeeded, self._failed, callbackArgs=(turn,), errbackArgs=(turn,)
+        )
+
+    # Whose turn it is
+
+    def _begin(self, job: Job, shard: Worker) -> Turn:
+        turn, turns = Turn(job, shard), self._turns.setdefault(shard, Turns())
+        if turns.turns:
+            self._reactor.callLater(PATIENCE, self._give_elsewhere, turn)
+        else:
+            shard.label = job.about()
+        turns.add(turn, job.started)
+        if turns.take_one_more:
+            self.schedule.spare(shard)
+        return turn
+
+    def _end(self, turn: Turn) -> None:
+        """The shard has answered; it may do the next one, and take one more behind that."""
+        turns, now = self._turns[turn.shard], self._reactor.seconds()
+        turns.end(turn, now)
+        if turns.turns:
+            first = turns.turns[0].job
+            first.started, turn.shard.label = now, first.about()
+            if turns.take_one_more:
+                self.schedule.spare(turn.shard)
+                self.assign()
+
+    def _give_elsewhere(self, turn: Turn) -> None:
+        """The job before it takes long: whoever is idle does it; twice if need be."""
+        turns = self._turns.get(turn.shard)
+        if turns is None or turn not in turns.turns or turns.is_first(turn):
+            return
+        job = turn.job
+        if job not in self._running or (job.abandoned and not job.followers):
+            return
+        turn.void = True
+        self._running.discard(job)
+        job.shard = None
+        job.attempts -= 1
+        self.counters["given_elsewhere"] += 1
+        self._queue(job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for the answer any more.
@@ -251,6 +294,7 @@ class Dispatch:
     def lost(self, shard: Worker) -> None:
         """The shard is gone; its objects are lost, and what waits for them goes elsewhere."""
         waiting = self.schedule.gone(shard)
+        self._turns.pop(shard, None)
         for pin in self._pins.pop(shard, ()):
             if pin.place is shard:
                 pin.lose()
@@ -269,6 +313,11 @@ class Dispatch:
             self._queue(job)
 
     # Ends of a job
+
+    def _succeeded(self, replies: bytes, turn: Turn) -> None:
+        self._end(turn)
+        if not turn.void:
+            self._succeed(replies, turn.job)
 
     def _succeed(self, replies: bytes, job: Job) -> None:
         self._running.discard(job)
@@ -291,13 +340,21 @@ class Dispatch:
         followers, job.followers = job.followers, []
         return [follower for follower in followers if not follower.result.called]
 
-    def _failed(self, failure: Failure, job: Job) -> None:
+    def _failed(self, failure: Failure, turn: Turn) -> None:
         """The worker has not answered, or with an error."""
-        shard, job.shard = job.shard, None
+        job, shard = turn.job, turn.shard
+        turns = self._turns[shard]
+        began = turns.is_first(turn) and not turns.over
+        turns.over = turns.over or bool(failure.check(WorkerLost))
+        self._end(turn)
+        if turn.void:
+            return
+        job.shard = None
         self._running.discard(job)
         if failure.check(WorkerLost):
-            if shard is not None:
-                self.schedule.deaf(shard)  # its exit may be heard of later than its silence
+            self.schedule.deaf(shard)  # its exit may be heard of later than its silence
+            if not began:
+                job.attempts -= 1  # the worker did not die of this one
             if job.pin is not None and job.pin.place is shard:
                 job.pin.lose()
             self.counters["workers_lost"] += 1

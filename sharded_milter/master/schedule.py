@@ -96,6 +96,7 @@ class Schedule(Generic[J, S]):
         self._retired: set[S] = set()  # those that may get pinned jobs only
         self._at_rest: set[S] = set()  # the idle ones of them
         self._heavy: set[S] = set()  # those that do a heavy job
+        self._spare: set[S] = set()  # busy ones that take one more if nobody is idle
 
     def __len__(self) -> int:
         """How many jobs wait."""
@@ -144,6 +145,7 @@ class Schedule(Generic[J, S]):
     def idle(self, shard: S) -> None:
         """The shard, new or known, can take a job."""
         self._heavy.discard(shard)
+        self._spare.discard(shard)
         if shard in self._retired:
             self._at_rest.add(shard)
             return
@@ -152,11 +154,17 @@ class Schedule(Generic[J, S]):
             self._shards[shard] = next(self._numbers)
             self._rebuild()
 
+    def spare(self, shard: S) -> None:
+        """The shard is busy, and takes one more job where nobody is idle."""
+        if shard in self._shards and shard not in self._idle:
+            self._spare.add(shard)
+
     def retire(self, shard: S) -> None:
         """From now on the shard takes only jobs that are pinned to it."""
         if shard in self._retired:
             return
         self._retired.add(shard)
+        self._spare.discard(shard)
         if shard in self._idle:
             self._idle.discard(shard)
             self._at_rest.add(shard)
@@ -188,6 +196,7 @@ class Schedule(Generic[J, S]):
         heapq.heappop(heap)
         del self._entries[id(entry.job)]
         self._idle.discard(shard)
+        self._spare.discard(shard)
         self._at_rest.discard(shard)
         if entry.heavy:
             self._heavy.add(shard)
@@ -200,10 +209,11 @@ class Schedule(Generic[J, S]):
         heavy = len(self._heavy - self._retired)
         heavy_allowed = heavy < max(1, len(self._shards) - self._reserve)
         places = []
-        if self._idle:
-            places = [(self._common, min(self._idle, key=self._shards.__getitem__))]
+        able = self._idle or self._spare
+        if able:
+            places = [(self._common, min(able, key=self._shards.__getitem__))]
         if self._homes:
-            places += [(self._homes.get(shard.slot, []), shard) for shard in self._idle]
+            places += [(self._homes.get(shard.slot, []), shard) for shard in able]
         if self._pinned:
             ready = (*self._idle, *self._at_rest)
             places += [(self._pinned.get(shard, []), shard) for shard in ready]
@@ -211,7 +221,9 @@ class Schedule(Generic[J, S]):
             while heap and heap[0].taken:
                 heapq.heappop(heap)
                 self._debris -= 1
-            if heap and (heavy_allowed or not heap[0].heavy or shard in self._retired):
+            # Nobody else is kept from light jobs by a shard that does heavy ones already.
+            allowed = heavy_allowed or shard in self._retired or shard in self._heavy
+            if heap and (allowed or not heap[0].heavy):
                 yield heap[0], heap, shard
 
     @property

@@ -143,7 +143,7 @@ class Shard:
         self._events = events
         self._amp: Any = None
         self._connector: Any = None
-        self._asked = False  # it has not answered yet
+        self._asked = 0  # questions that it has not answered yet
         self._lingers = False  # it drains, and waits for its connections to end
 
     def __repr__(self) -> str:
@@ -172,10 +172,9 @@ class Shard:
         """A Deferred of the reply packets.
 
         Fails with CallbackFailed when the milter raised, with WorkerLost when the worker died.
-        The shard must have answered before; it may be asked again when the worker has answered,
-        whoever waits.
+        The worker answers in order, one question after the other, whoever waits.
         """
-        self._asked = True
+        self._asked += 1
         if self.state is State.IDLE:
             self.state = State.BUSY
         answer = maybeDeferred(self._amp.ask, question)
@@ -185,11 +184,12 @@ class Shard:
     def _answered(self, answer: tuple[bytes, bytes]) -> bytes:
         replies, error = answer
         self.answered += 1
-        self._asked = False
+        self._asked -= 1
         self._connector.catch_up()
-        if self.state is State.BUSY:
+        if self.state is State.BUSY and not self._asked:
             self.state = State.IDLE
-        if self.state is State.IDLE or (self.state is State.DRAINING and self._lingers):
+        lingers = self.state is State.DRAINING and self._lingers and not self._asked
+        if self.state is State.IDLE or lingers:
             self._events.shard_idle(self)
         else:
             self._end_if_drained()

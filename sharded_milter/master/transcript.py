@@ -7,7 +7,7 @@ moves into anonymous memory that workers map instead of receiving a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -50,6 +50,7 @@ class Transcript:
         "_macros",
         "_max_size",
         "_memory",
+        "_queue_id",
         "_recent",
         "_slots",
         "refusal",
@@ -69,6 +70,7 @@ class Transcript:
         self._recent = bytearray()  # the message's part, or what of it is not in _memory yet
         self._memory: Memory | None = None
         self._macros: dict[int, bytes] = {}  # the message's latest by stage, for queue_id
+        self._queue_id: str | None = None  # not looked up yet
         self._firsts: dict[int, bytes] = {}  # its first MAIL and RCPT, for keys
 
     def connection_part(self) -> bytes:
@@ -112,6 +114,21 @@ class Transcript:
         except OSError as error:
             self._refuse(Refusal.NO_MEMORY, str(error))
 
+    def extend(self, packets: Sequence[bytes]) -> None:
+        """Adds several packets to the message's part, as `append` does one after the other."""
+        data = b"".join(packets)
+        room = self.refusal is None and self.size + len(data) <= self._max_size
+        if not room or not self._inflight.take(len(data)):
+            for packet in packets:  # one of them is where it ends
+                self.append(packet)
+            return
+        for packet in packets:
+            self._note(packet)
+        try:
+            self._add(data)
+        except OSError as error:
+            self._refuse(Refusal.NO_MEMORY, str(error))
+
     def _append(self, packet: bytes) -> None:
         size = len(packet)
         if self.refusal is not None:
@@ -122,13 +139,20 @@ class Transcript:
         if not self._inflight.take(size):
             self._refuse(Refusal.NO_ROOM, f"{self._inflight.used} bytes are in hand already")
             return
+        self._note(packet)
+        self._add(packet)
+
+    def _note(self, packet: bytes) -> None:
         code = packet[LETTER]
         if code == _MACRO:
             self._macros[packet[PAYLOAD]] = packet
+            self._queue_id = None
         elif code in _FIRSTS:
             self._firsts.setdefault(code, packet)
-        self.size += size
-        self._recent += packet
+
+    def _add(self, data: bytes) -> None:
+        self.size += len(data)
+        self._recent += data
         if len(self._recent) > SPOOL_ABOVE:
             if self._memory is None:
                 self._memory = Memory()
@@ -152,6 +176,7 @@ class Transcript:
         self._memory = None
         self._macros.clear()
         self._firsts.clear()
+        self._queue_id = None
 
     def clear_client(self) -> None:
         """Forgets client and message; the negotiated options stay."""
@@ -162,8 +187,10 @@ class Transcript:
     # What the master itself must know of it
 
     def queue_id(self) -> str:
-        """The MTA's queue id, or empty; looked up when asked, for log lines only."""
-        return _find(QUEUE_ID, reversed(self._macros.values()))
+        """The MTA's queue id, or empty; for log lines only."""
+        if self._queue_id is None:  # something new was said since
+            self._queue_id = _find(QUEUE_ID, reversed(self._macros.values()))
+        return self._queue_id
 
     def is_refused(self) -> bool:
         """Whether the MTA itself has refused the latest recipient."""

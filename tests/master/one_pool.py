@@ -34,7 +34,7 @@ class FakeShard(Shard):
         self.memory = 0
 
     def ask(self, question: Question) -> Any:
-        assert self.state is State.IDLE
+        assert self.state in (State.IDLE, State.BUSY)
         self.state = State.BUSY
         self.asked.append((STAGES.get(question.stage[0]), question.connection, question.message))
         self.jobs.append(Deferred())
@@ -60,7 +60,7 @@ class FakeShard(Shard):
     def answer(self, replies: bytes | Exception = b"replies") -> None:
         self.answered += 1
         job = self.jobs.pop(0)
-        if self.state is State.BUSY:
+        if self.state is State.BUSY and not self.jobs:
             self.state = State.IDLE
             self._events.shard_idle(self)
         if isinstance(replies, bytes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from typing import Any
 
 import pytest
@@ -657,10 +658,26 @@ def test_a_tcp_connection_does_not_wait_to_fill_its_segments() -> None:
         def setTcpNoDelay(self, enabled: bool) -> None:
             self.no_delay = enabled
 
+        def getHandle(self) -> Any:
+            return self
+
+        acknowledged = 0
+
+        def setsockopt(self, level: int, option: int, value: int) -> None:
+            assert (level, option, value) == (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self.acknowledged += 1
+            if self.acknowledged == 3:
+                raise OSError(107, "not connected")
+
     tcp = Tcp()  # type: ignore[no-untyped-call]
     directlyProvides(tcp, ITCPTransport)
-    MilterConnection(Mta()).makeConnection(tcp)  # type: ignore[no-untyped-call]
+    connection = MilterConnection(Mta())
+    connection.makeConnection(tcp)  # type: ignore[no-untyped-call]
     assert tcp.no_delay
+    assert tcp.acknowledged == 1
+    for _ in range(2):  # the kernel forgets it, and a connection may be lost meanwhile
+        connection.dataReceived(packed(OFFER)[:2])
+    assert tcp.acknowledged == 3
 
 
 @pytest.mark.parametrize(
