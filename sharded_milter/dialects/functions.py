@@ -11,7 +11,7 @@ from typing import Any
 from sharded_milter.api.milter import Milter, check_verdict
 from sharded_milter.api.verdicts import Accept, ChangeHeader, Verdict
 from sharded_milter.dialects.context import Call, call_plainly
-from sharded_milter.dialects.transcript import Transcript, read
+from sharded_milter.dialects.transcript import Envelopes, Transcript, read
 from sharded_milter.dialects.translate import to_replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
@@ -30,6 +30,9 @@ NEEDS = {
     Stage.EOM: _ENVELOPE | {Stage.HEADER, Stage.BODY},
     Stage.UNKNOWN: _CLIENT | {Stage.UNKNOWN},
 }
+
+# The stages at which a message is asked about while more of it is to come.
+_GROWING = frozenset({Stage.MAIL, Stage.RCPT, Stage.DATA})
 
 # What an Accept at end of message can carry; nobody knows beforehand which it will be.
 ALL_ACTIONS = (
@@ -76,11 +79,12 @@ def manifest_of(milter: Milter) -> Manifest:
 
 
 class FunctionDialect:
-    """Answers jobs for one milter made of functions; keeps nothing between them."""
+    """Answers jobs for one milter made of functions; between them it keeps what it has read."""
 
     def __init__(self, milter: Milter) -> None:
         self.manifest = manifest_of(milter)
         self.call: Call = call_plainly
+        self._envelopes = Envelopes()
         self._callbacks = {Stage[word.upper()]: c for word, c in milter.callbacks.items()}
 
     def answer(
@@ -91,7 +95,8 @@ class FunctionDialect:
         Raises whatever the callback raises, and InvalidVerdict for what it may not return.
         """
         assert stage is not None  # functions are not told of the ends of connections
-        transcript = read(connection, message)
+        reader = self._envelopes.read if stage in _GROWING else read
+        transcript = reader(connection, message)
         arguments = ARGUMENTS[stage](transcript)
         verdict = self.call(stage.word, self._callbacks[stage].function, arguments)
         if inspect.isawaitable(verdict):

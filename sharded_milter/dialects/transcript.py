@@ -8,6 +8,7 @@ so that whoever reads it knows that it does not count.
 from __future__ import annotations
 
 import ipaddress
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -43,6 +44,9 @@ from sharded_milter.protocol.wire import packets
 _MACRO_ORDER = b"CHMRTNE"
 
 _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
+# Envelopes that are kept read: more conversations than one worker has before their content.
+MAX_ENVELOPES = 64
+
 _REFUSED = Reject.letter[0]
 
 
@@ -138,8 +142,31 @@ def _read_connection(connection: bytes) -> Transcript:
     return transcript
 
 
-def _read_part(transcript: Transcript, part: memoryview) -> None:
-    before = 0
+class Envelopes:
+    """Transcripts that are asked about again and again while they grow: one for each connection.
+
+    A message with a thousand recipients is asked about a thousand times. Reading it from its
+    beginning each time would cost a million packets.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, tuple[bytes, Transcript, int]] = OrderedDict()
+
+    def read(self, connection: bytes, message: bytes | memoryview) -> Transcript:
+        """As `read` does; what was read before is not read again."""
+        whole = bytes(message)
+        before, transcript, last = self._known.pop(connection, (b"", None, 0))
+        if transcript is None or not whole.startswith(before):
+            before, transcript, last = b"", read(connection, b""), 0
+        last = _read_part(transcript, memoryview(whole)[len(before) :], last)
+        self._known[connection] = whole, transcript, last
+        if len(self._known) > MAX_ENVELOPES:
+            self._known.popitem(last=False)
+        return transcript
+
+
+def _read_part(transcript: Transcript, part: memoryview, before: int = 0) -> int:
+    """Reads on; `before` is the letter of the packet in front, and that of the last is returned."""
     for code, start, end in packets(part):
         reader = _READERS.get(code)
         if reader is not None:
@@ -147,6 +174,7 @@ def _read_part(transcript: Transcript, part: memoryview) -> None:
         elif code == _REFUSED:
             _undo(transcript, before)
         before = code
+    return before
 
 
 def _header(transcript: Transcript, payload: memoryview) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_milter import Address, Connection, Envelope, Header, Headers
-from sharded_milter.dialects.transcript import Transcript, read
+from sharded_milter.dialects.transcript import MAX_ENVELOPES, Envelopes, Transcript, read
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.packets import Packet
@@ -154,3 +154,33 @@ def test_the_bytes_of_the_message_are_those_of_the_mail(
     sent = [commands.Header(name, to_text(value)) for name, value in fields]
     transcript = reading(*sent, *map(commands.Body, chunks), connection=(LEADSPC,))
     assert bytes(transcript.message_value()) == mail
+
+
+@given(st.lists(st.lists(st.sampled_from("MRrDT"), max_size=8), max_size=5), st.data())
+def test_an_envelope_that_grows_is_read_as_if_it_were_read_whole(
+    conversation: list[list[str]], data: st.DataObject
+) -> None:
+    """Messages of several connections, asked about at any places in any order."""
+    pieces = {
+        "M": commands.Mail("<a@x>"), "R": commands.Rcpt("<b@x>"), "r": replies.Reject(),
+        "D": commands.Macro("R", (("i", "1"),)), "T": commands.Data(),
+    }  # fmt: skip
+    envelopes = Envelopes()
+    connection = commands.Connect("client", "U").encode()
+    for turn, letters in enumerate(conversation):
+        message = commands.Mail(f"<{turn}@x>").encode()
+        for letter in letters:
+            if letter == "r" and not message.endswith(pieces["R"].encode()):
+                continue
+            message += pieces[letter].encode()
+            if data.draw(st.booleans()):
+                where = data.draw(st.sampled_from([connection, b""]))
+                view = data.draw(st.sampled_from([message, memoryview(message)]))
+                assert envelopes.read(where, view) == read(where, message)
+
+
+def test_envelopes_of_connections_that_are_long_gone_are_forgotten() -> None:
+    envelopes = Envelopes()
+    for number in range(3 * MAX_ENVELOPES):
+        envelopes.read(commands.Helo(str(number)).encode(), commands.Mail("<a@x>").encode())
+    assert len(envelopes._known) == MAX_ENVELOPES
