@@ -9,12 +9,12 @@ acknowledged, which a receiver may put off for 40 ms. Beside ours stands libmilt
 from __future__ import annotations
 
 from bench import load
-from bench.latency import report_ratio
-from bench.report import Report, arguments
+from bench.latency import report_medians
+from bench.report import Report, Target, arguments
 from bench.subjects import LIBMILTER, Job, Subject, in_turn, installed
 
-# Not slower than the library that Sendmail's authors wrote for it.
-AT_MOST = 1.0
+# One delayed acknowledgement is 40 ms; libmilter waits for two.
+AT_MOST_MS = 5.0
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
 
     subjects = installed([LIBMILTER], report.say)
     results = in_turn(subjects, options.rounds, measure)
-    report_ratio(report, "one connection over TCP, one write a packet", results, AT_MOST)
+    medians = report_medians(report, "one connection over TCP, one write a packet", results)
+    report.target(Target("p50", next(iter(medians.values())), AT_MOST_MS, "ms"))
     report.save(options.json)
 
 

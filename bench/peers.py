@@ -17,14 +17,17 @@ from pathlib import Path
 from statistics import median
 
 from bench import curves, load, processes
-from bench.report import Report, Row, arguments, machine
+from bench.report import Report, Row, Target, arguments, machine
 from bench.server import cores
-from bench.subjects import OURS, PEERS, Job, Subject, in_turn, installed
+from bench.subjects import OURS, PEERS, PYMILTER, Job, Subject, in_turn, installed
 
 # Before each measurement: interpreters warm up, thread stacks and buffers grow.
 WARM_SECONDS = 0.5
 
 _MICRO = 1e6
+
+# How many times pymilter's rate, by CPU time of a scan in ms and connections.
+TARGETS = {(0.0, 8): 2.0, (0.0, 32): 3.0, (10.0, 8): 1.95}
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,14 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _compare(report: Report, ms: float, connections: int, rows: list[Row]) -> None:
+    goal = TARGETS.get((ms, connections))
+    for row in rows:
+        if row["milter"] == PYMILTER.name and goal:
+            what = f"mails/s, ours / pymilter's, {ms:g} ms, {connections} connections"
+            report.target(Target(what, row["ours/it"], goal, at_least=True))
+
+
 def main() -> None:
     options = _options()
     report = Report(__doc__)
@@ -97,7 +108,9 @@ def main() -> None:
             rounds = {
                 name: [each[connections] for each in several] for name, several in measured.items()
             }
-            report.table(title, [row(s, rounds[s.name], rounds[OURS.name]) for s in subjects])
+            rows = [row(s, rounds[s.name], rounds[OURS.name]) for s in subjects]
+            report.table(title, rows)
+            _compare(report, ms, connections, rows)
     if options.svg is not None:
         where = "{cores} cores, Python {python}".format(**machine())
         curves.draw(options.svg, subjects, options.seconds, where)

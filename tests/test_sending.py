@@ -68,7 +68,7 @@ def test_what_the_socket_does_not_take_leaves_later_and_nothing_overtakes_it() -
         assert reactor.writers == [transport]
         received = b""
         while len(received) < len(large) + 6:
-            transport.doWrite()
+            transport.doWrite()  # type: ignore[no-untyped-call]
             received += peer.recv(1 << 20)
         assert received == large + b"behind"
 

@@ -80,7 +80,7 @@ class Master(amp.AMP):
     def ask(self) -> str:
         ended: list[Any] = []
         box = question_box(Question(Stage.CONNECT.value, b"", b""), self)
-        asked = self.callRemoteString(Ask.commandName, **box)
+        asked = self.callRemoteString(Ask.commandName, **box)  # type: ignore[no-untyped-call]
         asked.addCallback(read_answer, self)
         asked.addCallbacks(ended.append, ended.append)
         answer, error = self.until(ended)

@@ -109,7 +109,7 @@ class Room:
         """What comes back: the replies as bytes and the error, or a failure."""
         ended: list[Any] = []
         box = question_box(Question(stage.value, blob(connection), blob(message)), self.master)
-        asked = self.master.callRemoteString(Ask.commandName, **box)
+        asked = self.master.callRemoteString(Ask.commandName, **box)  # type: ignore[no-untyped-call]
         asked.addCallback(read_answer, self.master)
         asked.addCallbacks(ended.append, ended.append)
         self.pump()
