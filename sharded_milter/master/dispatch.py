@@ -221,7 +221,8 @@ class Dispatch:
     # Whose turn it is
 
     def _begin(self, job: Job, shard: Worker) -> Turn:
-        turn, turns = Turn(job, shard), self._turns.setdefault(shard, Turns())
+        turns = self._turns.setdefault(shard, Turns())
+        turn = Turn(job, shard, turns)
         if turns.turns:
             self._reactor.callLater(PATIENCE, self._give_elsewhere, turn)
         else:
@@ -233,7 +234,7 @@ class Dispatch:
 
     def _end(self, turn: Turn) -> None:
         """The shard has answered; it may do the next one, and take one more behind that."""
-        turns, now = self._turns[turn.shard], self._reactor.seconds()
+        turns, now = turn.turns, self._reactor.seconds()
         turns.end(turn, now)
         if turns.turns:
             first = turns.turns[0].job
@@ -244,8 +245,7 @@ class Dispatch:
 
     def _give_elsewhere(self, turn: Turn) -> None:
         """The job before it takes long: whoever is idle does it; twice if need be."""
-        turns = self._turns.get(turn.shard)
-        if turns is None or turn not in turns.turns or turns.is_first(turn):
+        if turn not in turn.turns.turns or turn.turns.is_first(turn):
             return
         job = turn.job
         if job not in self._running or (job.abandoned and not job.followers):
@@ -343,7 +343,7 @@ class Dispatch:
     def _failed(self, failure: Failure, turn: Turn) -> None:
         """The worker has not answered, or with an error."""
         job, shard = turn.job, turn.shard
-        turns = self._turns[shard]
+        turns = turn.turns
         began = turns.is_first(turn) and not turns.over
         turns.over = turns.over or bool(failure.check(WorkerLost))
         self._end(turn)

@@ -25,11 +25,12 @@ PATIENCE = 0.05
 class Turn:
     """A job with one shard. `void` says that its answer does not matter any more."""
 
-    __slots__ = ("job", "shard", "void")
+    __slots__ = ("job", "shard", "turns", "void")
 
-    def __init__(self, job: Any, shard: Any) -> None:
+    def __init__(self, job: Any, shard: Any, turns: Turns) -> None:
         self.job = job
         self.shard = shard
+        self.turns = turns
         self.void = False
 
 

@@ -114,9 +114,9 @@ def test_the_average_forgets() -> None:
     turns = Turns()
     now = 0.0
     for took in [10.0] * ENOUGH + [0.0] * 80:
-        turn = Turn("job", "shard")
+        turn = Turn("job", "shard", turns)
         turns.add(turn, now)
         now += took
         turns.end(turn, now)
-    turns.add(Turn("job", "shard"), now)
+    turns.add(Turn("job", "shard", turns), now)
     assert turns.take_one_more
