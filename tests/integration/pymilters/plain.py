@@ -14,7 +14,7 @@ from ..daemon import environment
 
 #: Importing the script and its libraries: seconds on a loaded machine.
 LISTEN_TIMEOUT = 60.0
-#: libmilter looks for its end every 5 s at the latest.
+#: libmilter waits for open sessions, and looks for its end every 5 s at the latest.
 STOP_TIMEOUT = 30.0
 
 
@@ -78,11 +78,22 @@ class Plain:
             return 0
         self._process.terminate()
         try:
-            status = self._process.wait(timeout)
+            status = self._wait_poked(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             pytest.fail(f"still runs {timeout} s after SIGTERM: {self.command}\n{self.log()}")
         self._process = None
+        return status
+
+    def _wait_poked(self, timeout: float) -> int:
+        """libmilter notices its end at the next connection, or after up to 5 s."""
+        assert self._process is not None
+        deadline = time.monotonic() + timeout
+        while (status := self._process.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.command, timeout)
+            time.sleep(0.05)
+            listens(self.listen)
         return status
 
     def kill(self) -> None:
