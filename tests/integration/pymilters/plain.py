@@ -1,6 +1,5 @@
 """The reference: a script on plain pymilter, as a process of its own, without any of our code."""
 
-import os
 import socket
 import subprocess
 import time
@@ -124,10 +123,3 @@ def _target(kind: str, place: str) -> tuple[socket.AddressFamily, str | tuple[st
         return socket.AF_UNIX, place
     port, _, host = place.partition("@")
     return socket.AF_INET, (host or "127.0.0.1", int(port))
-
-
-def remove_socket(address: str) -> None:
-    """A killed script leaves its socket behind."""
-    kind, _, place = address.partition(":")
-    if kind in ("unix", "local") and os.path.exists(place):
-        os.unlink(place)

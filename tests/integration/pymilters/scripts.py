@@ -17,6 +17,7 @@ was never published, and a syslog socket.
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 import sysconfig
@@ -176,6 +177,15 @@ def verified(environment: Environment, folder: Path, message: bytes) -> list[str
     as_sent = message.replace(b"\n", b"\r\n")
     said = environment.run("-c", _VERIFY, folder, SELECTOR, cwd=folder, stdin=as_sent)
     return said.decode().splitlines()
+
+
+#: Of a signature field: the second in which it was made, and what follows from that.
+_DATED = re.compile(rb"\b(t=)\d+|\b(b=)[^;:]*(?=\n[^ \t])")
+
+
+def undated(message: bytes) -> bytes:
+    """The message with signatures that do not tell when they were made: comparable."""
+    return _DATED.sub(lambda found: found[1] or found[2], message)
 
 
 def pyspf_milter(environment: Environment, folder: Path, listen: str) -> Script:

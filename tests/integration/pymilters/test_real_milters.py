@@ -69,6 +69,10 @@ def test_dkimpy_milter_signs(
             "ed25519-sha256 True",
             "rsa-sha256 True",
         ], name
+        fields = scripts.undated(fate.message).split(b"\nFrom:")[0]
+        assert fields.count(b"DKIM-Signature: v=1; a=") == 2, fields
+        assert fields.count(b" t=;") == 2, fields
+        assert fields.endswith(b"b="), fields
         # Nothing but the signatures, which stand on top, and the field that was forged.
         sent = stored(MAILS[name].raw)
         if name == "forged":
