@@ -154,7 +154,10 @@ class Ask(amp.Command):
 
 
 class Ready(amp.Command):
-    """Worker to master: the milters are imported; these are their manifests, in order."""
+    """Worker to master: the milters are imported; these are their manifests, in order.
+
+    `socket` is where a pymilter script wants to listen, or empty.
+    """
 
     arguments = [  # noqa: RUF012
         (
@@ -168,7 +171,8 @@ class Ready(amp.Command):
                     (b"pinning", amp.String()),
                 ]
             ),
-        )
+        ),
+        (b"socket", amp.String()),
     ]
     response = []  # noqa: RUF012
 

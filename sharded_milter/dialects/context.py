@@ -99,6 +99,9 @@ ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
 
 Call = Callable[..., Any]
 
+# What becomes of an exception, by the letter of the callback that it comes from.
+OnError = Callable[[int, Exception], ReturnCodes]
+
 
 def call_plainly(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Calls it; whoever wants to know how long that takes puts another function in its place."""
@@ -109,12 +112,19 @@ class Context:
     """One connection and what a milter may say and ask about it.
 
     `callbacks` are an object's, by the letter of the command (`Q` is close); those that are not
-    there answer CONTINUE. `names` is how messages call them. `wanted` is what the milter asked
-    for when it was negotiated with: what it did not ask for it may not do.
+    there answer CONTINUE. `names` is how messages call them. `actions` and `options` are what the
+    milter has asked for when it was loaded: what it did not ask for it may not do. `on_error`
+    turns what callbacks raise, and what they may not return, into a verdict; without it they are
+    raised.
     """
 
     def __init__(
-        self, names: Mapping[int, str], actions: Actions, options: Protocol, call: Call
+        self,
+        names: Mapping[int, str],
+        actions: Actions,
+        options: Protocol,
+        call: Call,
+        on_error: OnError | None = None,
     ) -> None:
         self.callbacks: Mapping[int, Callable[..., Any]] = {}
         self.milter: Any = None  # the object
@@ -128,13 +138,16 @@ class Context:
         self._actions = actions
         self._options = options
         self._call = call
+        self._on_error = on_error
         self._at = 0  # the letter of the callback that runs
         self._reply = ""  # what smfi_setreply has set
         self._verdict: bytes | None = None  # the message's, once it has one
         self._skipping = False  # no more of the body is wanted
         self._leading_space = False  # header values begin with the blank behind the colon
+        self.gone = False  # close was called
         self._closed = False
         self._offer: commands.Negotiate | None = None
+        self._agreed = commands.Negotiate(0, 0, 0)
 
     # What a job needs
 
@@ -241,8 +254,16 @@ class Context:
         return value
 
     def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
-        """What the callback answers, checked."""
-        result = yield from self._called(command, arguments)
+        """What the callback answers, or what is answered for it."""
+        try:
+            result = yield from self._called(command, arguments)
+            return self._checked(command, result)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            return self._on_error(command, error)
+
+    def _checked(self, command: int, result: object) -> ReturnCodes:
         name = self._names[command]
         try:
             code = ReturnCodes(result)
@@ -285,7 +306,7 @@ class Context:
         open_still, self.in_message = self.in_message, False
         self._forget_message()
         if open_still:
-            yield from self._called(ABORT, ())
+            yield from self._tell(ABORT)
 
     def _forget_message(self) -> None:
         self.in_message = False
@@ -299,7 +320,17 @@ class Context:
             try:
                 yield from self._abort()
             finally:
-                yield from self._called(CLOSE, ())
+                yield from self._tell(CLOSE)
+                self.gone = True
+
+    def _tell(self, command: int) -> Steps[None]:
+        """A callback whose answer nobody wants."""
+        try:
+            yield from self._called(command, ())
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._on_error(command, error)
 
     # Negotiation
 
@@ -309,12 +340,17 @@ class Context:
         if self._offer is None:
             self._offer = words
             return
-        agreed = Protocol(words.protocol)
-        self._leading_space = bool(agreed & Protocol.HDR_LEADSPC)
-        adds_space = self._leading_space and not self._options & Protocol.HDR_LEADSPC
-        self.changes.granted = Actions(words.actions) & self._actions
-        self.changes.space = " " if adds_space else ""
+        self._agreed = words
+        self.want(self._actions, self._options)
         yield from self._called(NEGOTIATE, (self._offer.actions, self._offer.protocol))
+
+    def want(self, actions: Actions, options: Protocol) -> None:
+        """What the milter asks for on this connection; it counts as far as the MTA has agreed."""
+        self._actions, self._options = actions, options
+        self._leading_space = bool(Protocol(self._agreed.protocol) & Protocol.HDR_LEADSPC)
+        adds_space = self._leading_space and not options & Protocol.HDR_LEADSPC
+        self.changes.granted = Actions(self._agreed.actions) & actions
+        self.changes.space = " " if adds_space else ""
 
     # What callbacks may do
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import reduce
 from operator import or_
@@ -33,16 +34,23 @@ from sharded_milter.protocol.stages import (
 CONTENT = (Stage.HEADER, Stage.EOH, Stage.BODY)
 
 
-class ClassDialect:
-    """Answers jobs for the milters of a factory."""
+class ObjectDialect(ABC):
+    """Answers jobs with one context for each connection."""
 
-    def __init__(self, factory: Any) -> None:
-        self._factory = factory
+    def __init__(self) -> None:
         self._contexts: dict[int, Context] = {}
         self._options = NO_PROTOCOL
         self._actions = NO_ACTIONS
         self.call: Call = call_plainly
         self.manifest = self._load()
+
+    @abstractmethod
+    def _load(self) -> Manifest:
+        """What the milter wants when an MTA offers everything; sets actions and options."""
+
+    @abstractmethod
+    def _build(self) -> Context:
+        """A new connection's context, with its callbacks."""
 
     def answer(
         self,
@@ -62,6 +70,26 @@ class ClassDialect:
         if stage is None:
             del self._contexts[session]
         return context.answer(stage, connection, message)
+
+    def _wanting(
+        self, actions: Actions, options: Protocol, needed: set[Stage], context: Context, **more: Any
+    ) -> Manifest:
+        """The manifest of a milter that wants all this, and the symbol lists of the context."""
+        self._actions, self._options = actions, options
+        return Manifest(
+            actions=actions & ~Actions.SETSYMLIST,
+            protocol=_protocol(needed, actions, options),
+            macros=tuple((SYMLIST_STAGES[n], m) for n, m in sorted(context.symlists.items()) if m),
+            **more,
+        )
+
+
+class ClassDialect(ObjectDialect):
+    """Answers jobs for the milters of a factory."""
+
+    def __init__(self, factory: Any) -> None:
+        self._factory = factory
+        super().__init__()
 
     def _build(self) -> Context:
         context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))
@@ -90,14 +118,9 @@ class ClassDialect:
         needed = {stage for stage in Stage if milter._overrides(stage.code)} - {
             stage for stage in Stage if protocol & stage.suppress
         }
-        self._actions, self._options = actions, protocol
-        return Manifest(
-            name=name,
-            actions=actions & ~Actions.SETSYMLIST,
-            protocol=_protocol(needed, actions, protocol),
-            macros=tuple((SYMLIST_STAGES[n], m) for n, m in sorted(context.symlists.items())),
-            pinning=Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED,
-            version=version,
+        pinning = Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED
+        return self._wanting(
+            actions, protocol, needed, context, name=name, pinning=pinning, version=version
         )
 
 

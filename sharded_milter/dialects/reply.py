@@ -16,12 +16,12 @@ _RCODE = re.compile(r"[45]\d\d")
 _XCODE = re.compile(r"[45]\.\d{1,3}\.\d{1,3}")
 
 
-def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) -> str:
+def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str | None]) -> str:
     """The text of a REPLYCODE packet.
 
     `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. A line has at most
-    MAX_LINE bytes and no line break, and there are at most MAX_REPLY_LINES. A percent sign that
-    is not doubled is. Raises CallRefused, which names `call`, for anything else.
+    MAX_LINE bytes and no line break, or is None for no text, and there are at most
+    MAX_REPLY_LINES. A percent sign that is not doubled is. Raises CallRefused, which names `call`, for anything else.
     """
     if not isinstance(rcode, str) or not _RCODE.fullmatch(rcode):
         raise CallRefused(f"{call}: reply code {rcode!r:.40} is neither 4dd nor 5dd")
@@ -33,17 +33,18 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) 
         raise CallRefused(f"{call}: {len(lines)} lines are not 1 to {MAX_REPLY_LINES}")
     if len(lines) > 1 and not xcode:
         xcode = f"{rcode[0]}.0.0"
+    xcode = xcode or None
     texts = [_checked(call, line) for line in lines]
-    words = [" ".join(filter(None, [xcode, text])) for text in texts]
+    words = [" ".join(word for word in (xcode, text) if word is not None) for text in texts]
     separators = ["-"] * (len(words) - 1) + [" "]
     return "\r\n".join(
         f"{rcode}{separator}{text}" for separator, text in zip(separators, words, strict=True)
     )
 
 
-def _checked(call: str, line: str | None) -> str:
+def _checked(call: str, line: str | None) -> str | None:
     if line is None:
-        return ""
+        return None
     if not isinstance(line, str):
         raise CallRefused(f"{call}: {line!r:.80} is not a str")
     if re.search("[\r\n\0]", line):

@@ -195,8 +195,9 @@ _FIELD = _payload(_LINE + _TEXT)
 _INDEXED_FIELD = _payload(_INDEX + _LINE + _TEXT)
 
 # The same code on every line; text that begins with a digit must be an enhanced code of the same
-# class; `%` doubled, since Sendmail drops a text with a single one. libmilter's limits.
-_REPLY_LINE = rb"(?:(?!\d)|(?=(?P=class)))(?:[^\0\r\n%]|%%){0,980}"
+# class; `%` doubled, since Sendmail drops a text with a single one. libmilter's limits: 980 bytes
+# of text, behind an enhanced code of at most 9.
+_REPLY_LINE = rb"(?:(?!\d)|(?=(?P=class)))(?:[^\0\r\n%]|%%){0,990}"
 _REPLY = _payload(
     rb"(?P<code>(?P<class>[45])\d\d)(?:-" + _REPLY_LINE + rb"\r\n(?P=code)){0,31} "
     + _REPLY_LINE + rb"\0"

@@ -143,7 +143,7 @@ def test_no_character_of_a_line_is_lost(text: str) -> None:
         b"550 5.7.1 100%% sure\0",
         b"550 5.7.1 \xff\xfe\0",
         b"550 5.7.1\0",
-        b"550 " + b"x" * 980 + b"\0",
+        b"550 5.777.777 " + b"x" * 980 + b"\0",
         b"550-x\r\n" * 31 + b"550 x\0",
     ],
 )
@@ -179,7 +179,7 @@ def test_a_well_formed_reply_is_sent(payload: bytes) -> None:
         b"550-5.7.1 a\r\n450 4.7.1 b\0",
         b"550-5.7.1 a\r\n550 4.7.1 b\0",
         b"550 5.7.1 a\0b\0",
-        b"550 " + b"x" * 981 + b"\0",
+        b"550 5.777.777 " + b"x" * 981 + b"\0",
         b"550-x\r\n" * 32 + b"550 x\0",
     ],
 )
