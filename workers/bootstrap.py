@@ -84,7 +84,10 @@ def main(
         return
     from .script import Script
 
-    Script(specs[0], specs[1:], serve, lambda child: reactor.callFromThread(child.stop)).run()
+    def halt(child: Child) -> None:
+        reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
+
+    Script(specs[0], specs[1:], serve, halt).run()
 
 
 def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:

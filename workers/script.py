@@ -63,8 +63,8 @@ class Script:
             self._prepare()
             with self._takeover.active():
                 self._play()
-        except MilterLoadError as failure:
-            self._failure = self._failure or failure
+        except MilterLoadError as error:
+            self._failure = self._failure or error
         if not self._served:
             failure = self._failure or self._wrong("has ended without calling Milter.runmilter()")
             self._serve(Child([self._path], _raising(failure)))

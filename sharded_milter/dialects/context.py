@@ -263,7 +263,7 @@ class Context:
                 raise
             return self._on_error(command, error)
 
-    def _checked(self, command: int, result: object) -> ReturnCodes:
+    def _checked(self, command: int, result: Any) -> ReturnCodes:
         name = self._names[command]
         try:
             code = ReturnCodes(result)

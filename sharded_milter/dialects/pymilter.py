@@ -11,6 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -150,7 +151,7 @@ class Registration:
             raise TypeError("register() missing required argument 'name' (pos 1)")
         name = text("register()", 1, given["name"])
         # pymilter names the parameter before the one that is wrong.
-        for called, parameter in zip(parameters, parameters[1:], strict=False):
+        for called, parameter in pairwise(parameters):
             self._set(parameter, function_or_none(called, given.get(parameter)))
         self.name = name
 

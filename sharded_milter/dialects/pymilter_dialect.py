@@ -188,7 +188,7 @@ def _calling(
     command: int, callback: Callable[..., Any], connection: ContextObject
 ) -> Callable[..., int]:
     """A callback with the arguments and the result that the C half has."""
-    prepare = _ARGUMENTS.get(command, lambda *arguments: arguments)
+    prepare = _ARGUMENTS.get(command, _as_they_are)
 
     def call(*arguments: Any) -> int:
         code = _code(command, callback(connection, *prepare(*arguments)))
@@ -196,6 +196,10 @@ def _calling(
         return ReturnCodes.CONTINUE if code == ReturnCodes.SKIP and command != BODY else code
 
     return call
+
+
+def _as_they_are(*arguments: Any) -> tuple[Any, ...]:
+    return arguments
 
 
 def _code(command: int, result: object) -> int:

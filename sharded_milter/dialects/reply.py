@@ -21,7 +21,8 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str | 
 
     `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. A line has at most
     MAX_LINE bytes and no line break, or is None for no text, and there are at most
-    MAX_REPLY_LINES. A percent sign that is not doubled is. Raises CallRefused, which names `call`, for anything else.
+    MAX_REPLY_LINES. A percent sign that is not doubled is. Raises CallRefused, which names
+    `call`, for anything else.
     """
     if not isinstance(rcode, str) or not _RCODE.fullmatch(rcode):
         raise CallRefused(f"{call}: reply code {rcode!r:.40} is neither 4dd nor 5dd")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ..conftest import Sockets
+from ..daemon import Daemon
 from ..mails import RECIPIENT, SENDER
 from ..postfix import Postfix
 from . import scripts
@@ -32,13 +33,37 @@ def environment(request: pytest.FixtureRequest) -> Environment:
         pytest.skip(f"pymilter cannot be installed: {error}")
 
 
-@pytest.fixture(params=["plain"])
-def runner(request: pytest.FixtureRequest, environment: Environment) -> Runner:
-    def plain(script: Script, cwd: Path) -> Plain:
-        command = [str(environment.python), str(script.program), *script.arguments]
+@dataclass(frozen=True)
+class Runners:
+    """Two ways to run the same script."""
+
+    environment: Environment
+
+    def plain(self, script: Script, cwd: Path) -> Plain:
+        """pymilter itself, in one process."""
+        command = [str(self.environment.python), str(script.program), *script.arguments]
         return Plain(command, listen=script.listen, cwd=cwd, env=script.env)
 
-    return {"plain": plain}[request.param]
+    def sharded(self, script: Script, cwd: Path, workers: int = 2) -> Daemon:
+        """Our daemon. The socket is the script's own; Postfix's user has to write to it."""
+        return Daemon(
+            *("--workers", str(workers), "--socket-mode", "666"),
+            *("--pymilter", str(script.program), "--", *script.arguments),
+            cwd=cwd,
+            env=script.env,
+            python=str(self.environment.python),
+        )
+
+
+@pytest.fixture(scope="session")
+def runners(environment: Environment) -> Runners:
+    return Runners(environment)
+
+
+@pytest.fixture(params=["plain", "sharded"])
+def runner(request: pytest.FixtureRequest, runners: Runners) -> Runner:
+    found: Runner = getattr(runners, request.param)
+    return found
 
 
 @dataclass(frozen=True)
