@@ -53,7 +53,7 @@ class Master(amp.AMP):
     getHost = getPeer
 
     @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]]) -> Any:
+    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
         self.told += [milter["name"].decode() for milter in milters]
         return {}
 
@@ -197,7 +197,7 @@ def test_a_worker_dies_with_its_master(folder: Path) -> None:
         fd = theirs.fileno()
         inner = (
             f"import os; os.dup2({fd}, 3); from sharded_milter.workers.bootstrap import main;"
-            "main(os.getppid(), 'real_milter:milter')"
+            "main(os.getppid(), ['real_milter:milter'])"
         )
         with subprocess.Popen(
             [sys.executable, "-c", script, inner, str(fd)],

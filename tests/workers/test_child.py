@@ -73,7 +73,7 @@ class Master(amp.AMP):
         self.told: list[tuple[Any, ...]] = []
 
     @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]]) -> Any:
+    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
         self.told.append(("ready", *milters))
         return {}
 
