@@ -270,7 +270,7 @@ class Context:
         except ValueError:
             code = None
         allowed = VERDICTS[command]
-        if code is ReturnCodes.NOREPLY and self._is_unanswered(command):
+        if code is ReturnCodes.NOREPLY and self.is_unanswered(command):
             return ReturnCodes.CONTINUE
         if code is None or code not in allowed or isinstance(result, bool):
             words = ", ".join(each.name for each in sorted(allowed))
@@ -278,7 +278,8 @@ class Context:
             raise InvalidVerdict(f"{name} returned {shown}; it may return {words}")
         return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
 
-    def _is_unanswered(self, command: int) -> bool:
+    def is_unanswered(self, command: int) -> bool:
+        """Whether the milter has promised to give no answer to this command."""
         stage = Stage(bytes((command,)))
         return bool(stage.no_reply & self._options)
 

@@ -74,7 +74,7 @@ class PymilterDialect(ObjectDialect):
         context, connection = self._new(self._actions, self._options)
         context.callbacks = {
             **context.callbacks,
-            **self._callbacks(connection, self._options),
+            **self._callbacks(context, connection),
             NEGOTIATE: lambda *offer: self._negotiate(context, connection, *offer),
         }
         return context
@@ -158,10 +158,10 @@ class PymilterDialect(ObjectDialect):
     # Callbacks
 
     def _callbacks(
-        self, connection: ContextObject, options: Protocol
+        self, context: Context, connection: ContextObject
     ) -> dict[int, Callable[..., Any]]:
         return {
-            code: _calling(code, callback, connection)
+            code: _calling(code, callback, context, connection)
             for code, callback in self._script.callbacks.items()
             if code not in (NEGOTIATE, CLOSE)
         }
@@ -185,13 +185,15 @@ _NO_CONTROLS = dict.fromkeys(range(0x20), " ")
 
 
 def _calling(
-    command: int, callback: Callable[..., Any], connection: ContextObject
+    command: int, callback: Callable[..., Any], context: Context, connection: ContextObject
 ) -> Callable[..., int]:
     """A callback with the arguments and the result that the C half has."""
     prepare = _ARGUMENTS.get(command, _as_they_are)
 
     def call(*arguments: Any) -> int:
         code = _code(command, callback(connection, *prepare(*arguments)))
+        if code == ReturnCodes.NOREPLY and not context.is_unanswered(command):
+            raise InvalidVerdict(f"{NAMES[command]} returned NOREPLY, which was not negotiated")
         # Postfix takes SKIP for "no more of these", and Sendmail knows it of the body alone.
         return ReturnCodes.CONTINUE if code == ReturnCodes.SKIP and command != BODY else code
 

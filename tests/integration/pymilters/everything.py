@@ -14,6 +14,7 @@ PLAN is JSON:
 - `noreply`, `nocallback`: the callbacks with that decorator;
 - `decode`: strategies by callback; `symlist`: macros by callback;
 - `classes`: names of class decorators;
+- `cases`: plans of single connections, by the client's host name, each over this one;
 - `flags`, `policy`: for set_flags() and set_exception_policy(); `opts`: what negotiate() makes of
   its list; `module`: true to try the functions of the module, too; `omit`: callbacks to leave out.
 """
@@ -316,6 +317,8 @@ class Everything(Milter.Base):
 
 def callback_method(name):
     def method(self, *arguments):
+        if name == "connect":
+            self.plan = {**self.plan, **self.plan.get("cases", {}).get(arguments[0], {})}
         state = {"protocol": hex(self._protocol), "actions": hex(self._actions)}
         self.record.write(name, "called", arguments, state if name == "connect" else {})
         self.attempt(name)

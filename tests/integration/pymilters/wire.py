@@ -48,13 +48,16 @@ SESSION = [
 
 _FINAL = b"acrtdysf4O"
 
+#: Instead of an answer: there was none.
+NOTHING = (b"", b"nothing came")
+
 
 class Session:
     """A connection of an MTA that takes whatever comes; use it in a `with`."""
 
-    def __init__(self, listen: str, offer: bytes = OFFER) -> None:
+    def __init__(self, listen: str, offer: bytes = OFFER, timeout: float = ANSWER_TIMEOUT) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(ANSWER_TIMEOUT)
+        self._socket.settimeout(timeout)
         self._socket.connect(str(Path(listen.partition(":")[2])))
         self.negotiated = self.ask(b"O", offer)
         [(_, payload)] = [answer for answer in self.negotiated if answer[0] == b"O"]
@@ -79,11 +82,42 @@ class Session:
     def play(self) -> list[tuple[bytes, list[tuple[bytes, bytes]]]]:
         """`SESSION`, an abort and the end: each command with its answers."""
         story = [(letter, self.ask(letter, payload)) for letter, payload in SESSION]
+        self._leave()
+        return [(letter, answers) for letter, answers in story if letter != b"D"]
+
+    def converse(self, client: bytes) -> list[tuple[bytes, list[tuple[bytes, bytes]]]]:
+        """`SESSION` of a client of that name, as an MTA has it: a verdict has its consequences.
+
+        The story ends with NOTHING where an answer that is due does not come.
+        """
+        story: list[tuple[bytes, list[tuple[bytes, bytes]]]] = []
+        decided = False
+        for letter, payload in SESSION:
+            if letter == b"M":
+                decided = False
+            if decided:
+                continue
+            if letter == b"C":
+                payload = client + payload[payload.index(b"\0") :]
+            try:
+                answers = self.ask(letter, payload)
+            except TimeoutError:
+                return [*story, (letter, [NOTHING])]
+            if letter != b"D":
+                story.append((letter, answers))
+            verdict = answers[-1][0] if answers else b"c"
+            if verdict not in b"cs":
+                if letter in b"CH":
+                    break
+                decided = letter in b"MTLNBE" or (letter == b"R" and verdict in b"ad")
+        self._leave()
+        return story
+
+    def _leave(self) -> None:
         self.ask(b"A")
         self.ask(b"Q")
         while self._socket.recv(4096):  # until close() has run
             pass
-        return [(letter, answers) for letter, answers in story if letter != b"D"]
 
     def _answers(self) -> Iterator[tuple[bytes, bytes]]:
         letter = b""
