@@ -142,6 +142,7 @@ class Context:
         self._at = 0  # the letter of the callback that runs
         self._reply = ""  # what smfi_setreply has set
         self._verdict: bytes | None = None  # the message's, once it has one
+        self._failed = False  # the latest callback
         self._skipping = False  # no more of the body is wanted
         self._leading_space = False  # header values begin with the blank behind the colon
         self.gone = False  # close was called
@@ -243,6 +244,8 @@ class Context:
             code = ReturnCodes.CONTINUE
         answer = self._packet(command, code)
         goes_on = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
+        if self._failed and self.is_unanswered(command):  # nobody hears of it now
+            goes_on = code is ReturnCodes.CONTINUE
         if command in _MESSAGE and not goes_on:
             self._verdict = answer
             self.in_message = False
@@ -255,12 +258,14 @@ class Context:
 
     def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
         """What the callback answers, or what is answered for it."""
+        self._failed = False
         try:
             result = yield from self._called(command, arguments)
             return self._checked(command, result)
         except Exception as error:
             if self._on_error is None:
                 raise
+            self._failed = True
             return self._on_error(command, error)
 
     def _checked(self, command: int, result: Any) -> ReturnCodes:

@@ -75,7 +75,6 @@ class ObjectDialect(ABC):
         self, actions: Actions, options: Protocol, needed: set[Stage], context: Context, **more: Any
     ) -> Manifest:
         """The manifest of a milter that wants all this, and the symbol lists of the context."""
-        self._actions, self._options = actions, options
         return Manifest(
             actions=actions & ~Actions.SETSYMLIST,
             protocol=_protocol(needed, actions, options),
@@ -118,6 +117,7 @@ class ClassDialect(ObjectDialect):
         needed = {stage for stage in Stage if milter._overrides(stage.code)} - {
             stage for stage in Stage if protocol & stage.suppress
         }
+        self._actions, self._options = actions, protocol
         pinning = Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED
         return self._wanting(
             actions, protocol, needed, context, name=name, pinning=pinning, version=version

@@ -58,9 +58,11 @@ class PymilterDialect(ObjectDialect):
             raise MilterLoadError(f"negotiate() has failed: {summary}", details) from failure
         finally:
             context.answer(None, b"", b"")  # the object that was made for this is closed
+        self._actions, self._options = actions, options
         return self._wanting(
             actions,
-            options,
+            # One that nobody waits for is not kept, and the script wants to see it.
+            options & ~Protocol.NR_UNKNOWN,
             {stage for stage in Stage if self._calls(stage, options)},
             context,
             name=self._script.name or "pymilter",

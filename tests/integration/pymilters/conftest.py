@@ -54,6 +54,10 @@ class Runners:
             python=str(self.environment.python),
         )
 
+    def one_worker(self, script: Script, cwd: Path) -> Daemon:
+        """Ours with one worker, so that one process writes what a script writes down."""
+        return self.sharded(script, cwd, workers=1)
+
 
 @pytest.fixture(scope="session")
 def runners(environment: Environment) -> Runners:

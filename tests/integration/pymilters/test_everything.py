@@ -10,7 +10,7 @@ import pytest
 
 from ..milter_client import OFFER
 from . import scripts
-from .conftest import Runner
+from .conftest import Runner, Runners
 from .wire import Session
 
 pytestmark = pytest.mark.integration
@@ -23,19 +23,30 @@ CONTINUE = [(b"c", b"")]
 RAISED = b"451 4.3.0 pymilter: untrapped exception in everything\0"
 
 
-@pytest.fixture
-def play(runner: Runner, tmp_path: Path) -> Play:
+def player(runner: Runner, folder: Path) -> Play:
     """Runs our script with a plan through one session: what was sent, and what it wrote down."""
 
     def play(offer: bytes = OFFER, **plan: Any) -> tuple[Story, Lines]:
-        listen = f"unix:{tmp_path}/milter.sock"
-        record = tmp_path / "record"
+        listen = f"unix:{folder}/milter.sock"
+        record = folder / "record"
         script = scripts.everything(record, listen, json.dumps(plan))
-        with runner(script, tmp_path), Session(listen, offer) as session:
+        with runner(script, folder), Session(listen, offer) as session:
             story = [(b"O", session.negotiated), *session.play()]
         return story, [json.loads(line) for line in record.read_text().splitlines()]
 
     return play
+
+
+@pytest.fixture
+def play(runner: Runner, tmp_path: Path) -> Play:
+    """With each runner."""
+    return player(runner, tmp_path)
+
+
+@pytest.fixture
+def play_plainly(runners: Runners, tmp_path: Path) -> Play:
+    """With pymilter itself: what ours is compared with in `test_side_by_side`."""
+    return player(runners.plain, tmp_path)
 
 
 def answers(story: Story, letter: bytes) -> list[tuple[bytes, bytes]]:
@@ -54,8 +65,8 @@ def outcomes(lines: Lines) -> dict[tuple[str, ...], dict[str, str]]:
     return found
 
 
-def test_actions_work_in_eom_only(play: Play) -> None:
-    story, lines = play()
+def test_actions_work_in_eom_only(play_plainly: Play) -> None:
+    story, lines = play_plainly()
     found = outcomes(lines)
     for action, error in {
         ("addheader", "'X-A'", "'appended'"): "error: cannot add header",
@@ -89,8 +100,8 @@ def test_actions_work_in_eom_only(play: Play) -> None:
     assert max(len(payload) for _, payload in sent) == 65535
 
 
-def test_macros_are_seen_from_their_stage_on(play: Play) -> None:
-    _, lines = play()
+def test_macros_are_seen_from_their_stage_on(play_plainly: Play) -> None:
+    _, lines = play_plainly()
     found = outcomes(lines)
     for name in ("'i'", "'{i}'"):
         assert found["getsymval", name]["body"] == "'QUEUEID'"
@@ -151,15 +162,15 @@ def test_replies(play: Play, verdict: str, reply: list[str], sent: tuple[bytes, 
     assert answers(story, b"E") == [sent]
 
 
-def test_callbacks_without_reply(play: Play) -> None:
+def test_callbacks_without_reply(play_plainly: Play) -> None:
     """Which callbacks run and what they get does not depend on who sends the CONTINUE."""
     envelope = ["connect", "hello", "envfrom", "envrcpt", "data", "unknown"]
     callbacks = [*envelope, "header", "eoh", "body"]
-    story, with_bits = play(calls=[], noreply=callbacks)
+    story, with_bits = play_plainly(calls=[], noreply=callbacks)
     assert answers(story, b"O") == [(b"O", bytes.fromhex("00000006 000001ff 000ff480"))]
     assert all(said == [] for command, said in story if command not in (b"O", b"E"))
     old_offer = bytes.fromhex("00000006 000001ff 0000007f")
-    story, without = play(old_offer, calls=[], noreply=callbacks)
+    story, without = play_plainly(old_offer, calls=[], noreply=callbacks)
     assert answers(story, b"O") == [(b"O", bytes.fromhex("00000006 000001ff 00000000"))]
     assert all(said == CONTINUE for command, said in story if command not in (b"O", b"E"))
     called = [
@@ -170,8 +181,8 @@ def test_callbacks_without_reply(play: Play) -> None:
     ]
 
 
-def test_functions_of_the_module(play: Play) -> None:
-    _, lines = play(module=True, calls=[], progress=[])
+def test_functions_of_the_module(play_plainly: Play) -> None:
+    _, lines = play_plainly(module=True, calls=[], progress=[])
     found = outcomes(lines)
     assert found["set_exception_policy", "2"]["module"] == "error: invalid exception policy"
     assert found["setbacklog", "0"]["module"] == "error: cannot set backlog"

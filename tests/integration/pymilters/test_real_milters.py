@@ -1,6 +1,7 @@
 """Milters that others wrote, untouched: the same verdicts and the same bytes with every runner."""
 
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from ..mails import mail, stored, zipped
 from ..postfix import Postfix
 from . import scripts
-from .conftest import Mail, Runner, fates
+from .conftest import Fate, Mail, Runner, Runners, fates
 from .scripts import AUTHSERV_ID, Environment
 
 pytestmark = pytest.mark.integration
@@ -113,3 +114,48 @@ def test_no_ppap_milter_refuses_encrypted_archives(
     assert refused.text == "5.7.1 We do not accpet encrypted zip."
     for name, fate in found.items():
         assert fate.message == stored(MAILS[name].raw), name
+
+
+#: Every milter, and the mails that plain pymilter cannot be sent with it.
+MILTERS = {
+    "dkimpy_milter": (),
+    "pyspf_milter": (),
+    "no_ppap_milter": ("8-bit header",),
+}
+
+
+@pytest.mark.parametrize("name", MILTERS)
+def test_the_same_becomes_of_every_mail(
+    name: str,
+    postfix: Postfix,
+    runners: Runners,
+    environment: Environment,
+    listen: str,
+    tmp_path: Path,
+) -> None:
+    """The same answers and the same bytes, whoever runs the script; keys are the same, too."""
+    script = getattr(scripts, name)(environment, tmp_path, listen)
+    mails = {key: mail for key, mail in MAILS.items() if key not in MILTERS[name]}
+    found = []
+    for runner in (runners.plain, runners.sharded):
+        with runner(script, tmp_path):
+            found.append({key: undated(fate) for key, fate in fates(postfix, mails).items()})
+        for left in tmp_path.glob("*.pid"):  # with which plain pymilter would not start again
+            left.unlink()
+    assert found[0] == found[1]
+
+
+def undated(fate: Fate) -> Fate:
+    message = fate.message
+    return fate if message is None else replace(fate, message=scripts.undated(message))
+
+
+def test_what_hangs_plain_pymilter_is_answered(
+    postfix: Postfix, runners: Runners, environment: Environment, listen: str, tmp_path: Path
+) -> None:
+    """The script raises at an undecodable field, where it has promised not to answer."""
+    script = scripts.no_ppap_milter(environment, tmp_path, listen)
+    with runners.sharded(script, tmp_path):
+        [fate] = fates(postfix, {"": MAILS["8-bit header"]}).values()
+    assert (fate.stage, fate.code) == ("eom", 451)
+    assert fate.text.startswith("4.3.0 pymilter: untrapped exception in "), fate

@@ -93,11 +93,7 @@ def with_plan(runner: Runner, folder: Path, plan: dict[str, Any], closed: int) -
 def test_every_method_in_every_callback(runners: Runners, tmp_path: Path) -> None:
     plan = {"module": True}
     their_story, theirs = with_plan(runners.plain, tmp_path / "here", plan, 1)
-
-    def one_worker(script: scripts.Script, cwd: Path) -> Any:
-        return runners.sharded(script, cwd, workers=1)
-
-    our_story, ours = with_plan(one_worker, tmp_path / "here", plan, 2)
+    our_story, ours = with_plan(runners.one_worker, tmp_path / "here", plan, 2)
     ours = of_connections(ours)
     differences = []
     for their, our in itertools.zip_longest(theirs, ours, fillvalue={}):
@@ -248,3 +244,78 @@ def test_every_answer_of_every_callback(runners: Runners, tmp_path: Path) -> Non
         wanted = expected(theirs, callback, answer)
         size = len(wanted) if theirs[-1][1] == [NOTHING] else None
         assert ours[:size] == wanted, (callback, answer, theirs, ours)
+
+
+NOREPLY = ["connect", "hello", "envfrom", "envrcpt", "data", "unknown", "header", "eoh", "body"]
+
+
+def called(lines: list[dict[str, Any]]) -> list[Called]:
+    return [key(line) for line in lines if line["method"] == "called"]
+
+
+def test_callbacks_without_reply(runners: Runners, tmp_path: Path) -> None:
+    """They are called with the same, whoever waits.
+
+    Of a message that is dropped before anybody had to answer, ours hears nothing.
+    """
+    plan = {"calls": [], "noreply": NOREPLY}
+    _, theirs = with_plan(runners.plain, tmp_path / "here", plan, 1)
+    _, ours = with_plan(runners.one_worker, tmp_path / "here", plan, 2)
+    *all_theirs, envfrom, abort, close = called(theirs)
+    assert (envfrom[0], abort[0], close[0]) == ("envfrom", "abort", "close")
+    assert called(of_connections(ours)) == [*all_theirs, close]
+
+
+@pytest.mark.parametrize("callback", NOREPLY[2:])
+def test_an_exception_where_no_reply_is_due_is_the_messages_verdict(
+    callback: str, runners: Runners, tmp_path: Path
+) -> None:
+    """libmilter ignores the rest of the message, its end included, and the MTA waits for ever."""
+    plan = {"calls": [], "noreply": NOREPLY, "answers": {callback: "raise"}}
+    listen = f"unix:{tmp_path}/milter.sock"
+    script = scripts.everything(tmp_path / "record", listen, json.dumps(plan))
+    with runners.sharded(script, tmp_path), Session(listen) as session:
+        story = dict(session.converse(b"client.example.test"))
+    if callback == "unknown":  # which is none of the message's, and answered in any case
+        assert (story[b"U"], story[b"E"]) == ([UNTRAPPED], [(b"c", b"")])
+    else:
+        assert story[b"E"] == [UNTRAPPED]
+
+
+EIGHT_BIT = [
+    (
+        b"C",
+        b"client\xe9.test\x004" + struct.pack("!H", 25) + b"192.0.2.1\0",
+        "'client\\udce9.test'",
+    ),
+    (b"H", b"caf\xe9\0", "'caf\\udce9'"),
+    (b"U", b"FROB \xe9\0", "'FROB \\udce9'"),
+    (b"M", b"<\xe9@example.org>\0", "'<\\udce9@example.org>'"),
+    (b"R", b"<\xe9@example.com>\0", "'<\\udce9@example.com>'"),
+    (b"T", b"", ""),
+    (b"L", b"X-\xe9\0\xe9\0", "'X-\\udce9'"),
+    (b"E", b"", ""),
+]
+
+#: Where plain pymilter answers instead of the script.
+UNDECODED = {b"C", b"H", b"U", b"L"}
+
+
+@pytest.mark.parametrize("name", ["plain", "one_worker"])
+def test_bytes_that_are_not_utf_8(name: str, runners: Runners, tmp_path: Path) -> None:
+    """Ours shows them to the script."""
+    listen = f"unix:{tmp_path}/milter.sock"
+    record = tmp_path / "record"
+    script = scripts.everything(record, listen, json.dumps({"calls": [], "progress": []}))
+    with getattr(runners, name)(script, tmp_path), Session(listen) as session:
+        # A header field that was not decoded is the message's end for libmilter.
+        asked = EIGHT_BIT[:-1] if name == "plain" else EIGHT_BIT
+        answers = {letter: session.ask(letter, payload) for letter, payload, _ in asked}
+    seen = [argument for _, _, arguments in called(record_of(record)) for argument in arguments]
+    for letter, _, argument in asked:
+        if name == "plain" and letter in UNDECODED:
+            assert argument not in seen
+            assert answers[letter] == [UNTRAPPED] or letter == b"L"
+        else:
+            assert not argument or argument in seen, letter
+            assert answers[letter] in ([], [(b"c", b"")]) or name == "plain", letter
