@@ -90,7 +90,7 @@ class _Connection:
     """One MTA connection that sends the same message again and again."""
 
     def __init__(self, address: str) -> None:
-        self.socket = _connect(address)
+        self.socket = connect(address)
         self.framer = Framer()
         self.pending: deque[bytes] = deque()
         self.left = 0
@@ -126,7 +126,7 @@ class _Connection:
         self.lead = b""
 
 
-def _connect(address: str) -> socket.socket:
+def connect(address: str) -> socket.socket:
     if address.startswith("/"):
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(address)
