@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # What they return: as if they had done it.
@@ -132,10 +132,8 @@ class Takeover:
     def _close_range(self, low: int, high: int) -> None:
         for fd in _open_descriptors():
             if low <= fd < high:
-                try:
+                with suppress(OSError):
                     os.close(fd)
-                except OSError:
-                    continue
 
     def _dup2(self, dup2: Callable[..., int]) -> Callable[..., int]:
         def duplicated(fd: int, fd2: int, inheritable: bool = True) -> int:
