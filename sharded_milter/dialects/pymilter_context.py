@@ -19,7 +19,12 @@ from sharded_milter.errors import CallRefused
 from sharded_milter.protocol.replies import MAX_REPLY_LINES
 from sharded_milter.protocol.stages import SYMLIST_STAGES
 
-error = type("error", (Exception,), {"__module__": "milter", "__doc__": "libmilter has refused."})
+
+class error(Exception):
+    """libmilter has refused."""
+
+    __module__ = "milter"
+
 
 _LINE_BREAKS = re.compile(r"[\r\n]+")
 

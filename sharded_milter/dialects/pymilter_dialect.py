@@ -190,7 +190,7 @@ def _calling(
     command: int, callback: Callable[..., Any], context: Context, connection: ContextObject
 ) -> Callable[..., int]:
     """A callback with the arguments and the result that the C half has."""
-    prepare = _ARGUMENTS.get(command, _as_they_are)
+    prepare: Callable[..., tuple[Any, ...]] = _ARGUMENTS.get(command, _as_they_are)
 
     def call(*arguments: Any) -> int:
         code = _code(command, callback(connection, *prepare(*arguments)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -492,7 +492,7 @@ def test_what_abort_and_close_return_or_raise_is_only_logged(play: Play, capfd: 
 
 
 @pytest.fixture
-def at_eom(play: Play) -> Iterator[Callable[[Callable[[Any], Any]], list[Packet]]]:
+def at_eom(play: Play) -> Callable[[Callable[[Any], Any]], list[Packet]]:
     """What is sent when this is done at the end of a message."""
     play.register().load()
 
@@ -639,16 +639,22 @@ def test_macros_and_private_data(play: Play) -> None:
 
 def test_a_context_is_of_no_use_afterwards(play: Play) -> None:
     kept: list[ContextObject] = []
-    play.acts["close"] = lambda context: kept.append(context) or context.getsymval("i")
+
+    def act(context: Any) -> None:
+        kept.append(context)
+        assert context.getsymval("i") is None
+
+    play.acts["close"] = act
     play.register().load()
     play.ask()
     play.leave()
-    for call in (
+    calls: list[Callable[[Any], Any]] = [
         lambda context: context.getsymval("i"),
         lambda context: context.setreply("550", None, "x"),
         lambda context: context.setsymlist(1, "i"),
         lambda context: context.addheader("X", "v"),
         lambda context: context.progress(),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(error, match=r"^bad context$"):
             call(kept[-1])

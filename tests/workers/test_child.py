@@ -75,6 +75,7 @@ class Master(amp.AMP):
     @Ready.responder
     def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
         self.told.append(("ready", *milters))
+        self.socket = socket
         return {}
 
     @LoadFailed.responder

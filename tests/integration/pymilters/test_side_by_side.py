@@ -7,7 +7,6 @@ Every difference that is meant is named here; any other is a failure. What holds
 - the master says that work goes on, whether progress() is called or not.
 """
 
-import itertools
 import json
 import re
 import shutil
@@ -96,7 +95,8 @@ def test_every_method_in_every_callback(runners: Runners, tmp_path: Path) -> Non
     our_story, ours = with_plan(runners.one_worker, tmp_path / "here", plan, 2)
     ours = of_connections(ours)
     differences = []
-    for their, our in itertools.zip_longest(theirs, ours, fillvalue={}):
+    assert len(theirs) == len(ours)
+    for their, our in zip(theirs, ours, strict=True):
         assert key(their) == key(our)
         if outcome(their) != outcome(our):
             differences.append((their, our))
