@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from sharded_milter.errors import ConfigError, MilterError, SystemRefused
 from sharded_milter.master.dispatch import Dispatch
 from sharded_milter.master.limits import Limits
-from sharded_milter.master.shard import Events, Shard, State
+from sharded_milter.master.shard import EXIT_GRACE, Events, Shard, State
 from sharded_milter.protocol.negotiation import Manifest
 
 # A worker that has served this long was healthy: its end is no sign of a crash loop.
@@ -156,6 +156,10 @@ class Pool:
             for shard in self.shards:
                 self._dispatch.schedule.gone(shard)
                 if shard.state is State.IDLE:
+                    shard.drain()
+                elif shard.state is State.BUSY and shard.parting:
+                    # The last MTA has just left: what a script does at its end is not lost.
+                    self._reactor.callLater(EXIT_GRACE, shard.kill, "the service stops")
                     shard.drain()
                 else:
                     shard.kill("the service stops")

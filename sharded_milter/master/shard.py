@@ -33,7 +33,7 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
-from sharded_milter.jobs import Ask, LoadFailed, Question, Ready, release
+from sharded_milter.jobs import FAREWELL, Ask, LoadFailed, Question, Ready, release
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
@@ -134,6 +134,7 @@ class Shard:
         self.workplace = workplace
         self.state = State.STARTING
         self.manifests: tuple[Manifest, ...] = ()  # of its milters; none before READY
+        self.parting = False  # what it does, or did last, is the end of a connection
         self.socket = ""  # where its script wants to listen
         self.load_error: MilterLoadError | None = None
         self.killed_for = ""  # why, when it was us
@@ -178,6 +179,7 @@ class Shard:
         whoever waits.
         """
         self._asked = True
+        self.parting = question.stage == FAREWELL
         if self.state is State.IDLE:
             self.state = State.BUSY
         answer = maybeDeferred(
