@@ -140,8 +140,9 @@ class Script:
         self._child = Child([self._path], lambda _: dialect, self._registration.socket)
         with self._takeover.suspended():
             self._serve(self._child)
+            dialect.close()
 
-    def _dialect(self) -> Dialect:
+    def _dialect(self) -> PymilterDialect:
         try:
             return PymilterDialect(self._registration)
         except MilterLoadError as failure:

@@ -47,6 +47,11 @@ class PymilterDialect(ObjectDialect):
         self._script = registration
         super().__init__()
 
+    def close(self) -> None:
+        """Ends the connections that are left, as their client had: the worker stops."""
+        for session in list(self._contexts):
+            self.answer(None, b"", b"", session)
+
     def _load(self) -> Manifest:
         context, connection = self._new(NO_ACTIONS, NO_PROTOCOL)
         try:

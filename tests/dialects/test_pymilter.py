@@ -488,6 +488,16 @@ def test_what_abort_and_close_return_or_raise_is_only_logged(play: Play, capfd: 
     assert "ZeroDivisionError: at the end" in logged
 
 
+def test_connections_that_are_left_are_closed(play: Play) -> None:
+    dialect = play.register().load()
+    play.ask(*MESSAGE[:1])
+    play.ask()
+    dialect.close()
+    dialect.close()
+    assert [name for name, *_ in play.seen[-3:]] == ["abort", "close", "close"]
+    assert play.module.getdiag() == (3, 3)
+
+
 # The context
 
 
