@@ -217,7 +217,10 @@ def read_answer(box: Mapping[bytes, bytes], proto: Any) -> tuple[bytes, bytes]:
 
 
 class Ready(amp.Command):
-    """Worker to master: the milters are imported; these are their manifests, in order."""
+    """Worker to master: the milters are imported; these are their manifests, in order.
+
+    `socket` is where a pymilter script wants to listen, or empty.
+    """
 
     arguments = [  # noqa: RUF012
         (
@@ -231,7 +234,8 @@ class Ready(amp.Command):
                     (b"pinning", amp.String()),
                 ]
             ),
-        )
+        ),
+        (b"socket", amp.String()),
     ]
     response = []  # noqa: RUF012
 

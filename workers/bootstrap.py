@@ -28,9 +28,11 @@ def main(
     nice: int = 0,
     memory_limit: int = 0,
     cpus: Collection[int] = (),
+    script: bool = False,
 ) -> None:
     """Serves the milters `specs` to the process `master` until that ends or says so.
 
+    With `script` they are a pymilter script and its arguments instead.
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
     `cpus` are those it may run on (none: any).
     """
@@ -44,10 +46,12 @@ def main(
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
-    # The asyncio reactor, so that coroutines of authors can use both asyncio and Twisted.
-    from twisted.internet import asyncioreactor
+    if not script:
+        # The asyncio reactor, so that coroutines of authors can use both asyncio and Twisted. A
+        # script has none, and may want to run an asyncio loop of its own in a callback.
+        from twisted.internet import asyncioreactor
 
-    asyncioreactor.install()
+        asyncioreactor.install()
     from twisted.internet import reactor
     from twisted.internet.protocol import Factory
     from twisted.logger import (
@@ -66,10 +70,24 @@ def main(
 
     os.set_inheritable(CHANNEL, False)  # not for the milter's own children
     os.set_blocking(CHANNEL, False)
-    factory = Factory.forProtocol(lambda: Child(specs))
-    reactor.adoptStreamConnection(CHANNEL, socket.AF_UNIX, factory)  # type: ignore[attr-defined]
-    os.close(CHANNEL)
-    reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
+
+    def serve(child: Child) -> None:
+        factory = Factory.forProtocol(lambda: child)
+        reactor.adoptStreamConnection(  # type: ignore[attr-defined]
+            CHANNEL, socket.AF_UNIX, factory
+        )
+        os.close(CHANNEL)
+        reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
+
+    if not script:
+        serve(Child(specs))
+        return
+    from .script import Script
+
+    def halt(child: Child) -> None:
+        reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
+
+    Script(specs[0], specs[1:], serve, halt).run()
 
 
 def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:

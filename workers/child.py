@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ampoule.child import AMPChild
@@ -41,11 +41,19 @@ Bytes = bytes | memoryview
 
 
 class Child(SendsAtOnce, AMPChild):  # type: ignore[misc]  # ampoule is not typed
-    """Loads its milters when the master is there, then answers jobs with them."""
+    """Loads its milters when the master is there, then answers jobs with them.
 
-    def __init__(self, specs: Sequence[str]) -> None:
+    `loading` makes a milter of what the operator has named, `socket` is where a script wants to
+    be found.
+    """
+
+    def __init__(
+        self, specs: Sequence[str], loading: Callable[[str], Dialect] = load, socket: str = ""
+    ) -> None:
         super().__init__()
         self._specs = specs
+        self._loading = loading
+        self._socket = socket
         self._dialects: list[Dialect] = []
         self._reply: bytes | Memory = b""  # kept until the next job shows that it was received
 
@@ -53,13 +61,19 @@ class Child(SendsAtOnce, AMPChild):  # type: ignore[misc]  # ampoule is not type
         """Imports the milters and tells the master how that went."""
         super().connectionMade()
         try:
-            self._dialects = [load(spec) for spec in self._specs]
+            self._dialects = [self._loading(spec) for spec in self._specs]
         except (MilterError, MemoryError) as error:
             details = error.details if isinstance(error, MilterLoadError) else ""
             reason = _log_text(str(error))[:MAX_TEXT]
             self._tell(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
             return
-        self._tell(Ready, milters=[_introduced(dialect.manifest) for dialect in self._dialects])
+        milters = [_introduced(dialect.manifest) for dialect in self._dialects]
+        self._tell(Ready, milters=milters, socket=to_wire(self._socket))
+
+    def stop(self) -> None:
+        """The milter itself ends this worker's loop; what it has answered is still sent."""
+        self.shutdown = True  # so that the end of the connection is no accident
+        self.transport.loseConnection()
 
     def _tell(self, command: Any, **arguments: Any) -> None:
         # A master that does not answer is gone; connectionLost ends this process then.

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import click
 
 from sharded_milter import __version__
 from sharded_milter.cli.programs import run
-from sharded_milter.errors import UsageError
-from sharded_milter.master.sockets import Listener
+from sharded_milter.errors import ConfigError, UsageError
+from sharded_milter.master.sockets import Address, Listener, parse_listen
 from sharded_milter.ops import config, logs
 
 NAME = "sharded-milter"
@@ -30,6 +31,8 @@ def daemon(**values: Any) -> int:
     """Serve MILTER to Postfix or Sendmail with one worker process per CPU.
 
     MILTER is PACKAGE.MODULE:NAME or FILE.py:NAME. Without one the bundled content scanner runs.
+    With --pymilter FILE, an existing pymilter script runs, and the arguments are the script's; put
+    `--` in front of them.
     Every option is also a key of the --config file and a SHARDED_MILTER_* variable.
     """
     return serve(config.settings_from(values))
@@ -49,7 +52,31 @@ def serve(settings: config.Settings) -> int:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
             listeners.append(listener)
-        return _Run(settings, specs, listeners).run()
+
+        def bind(wanted: str) -> list[Listener]:
+            address = script_address(wanted)
+            listener = Listener(address, settings.socket_mode, settings.socket_group)
+            stack.callback(listener.close)
+            return [listener]
+
+        return _Run(settings, specs, listeners, bind).run()
+
+
+def script_address(wanted: str) -> Address:
+    """Where a pymilter script wants to listen, in its own words; the default where it cannot."""
+    if wanted.startswith("fd:"):
+        from twisted.logger import Logger
+
+        Logger().warn(
+            "{wanted} of the script is ignored; it is {default}, or say --listen",
+            wanted=wanted,
+            default=config.DEFAULT_LISTEN,
+        )
+        wanted = ""
+    try:
+        return parse_listen(wanted or config.DEFAULT_LISTEN)
+    except UsageError as error:
+        raise ConfigError(f"the script's socket {error}") from None
 
 
 def _allow_descriptors() -> None:
@@ -60,7 +87,10 @@ def _allow_descriptors() -> None:
 
 def worker_specs(settings: config.Settings) -> tuple[str, ...]:
     """What the workers load; nothing where all milters run in the master."""
-    specs = settings.milters
+    if settings.pymilter is not None:
+        specs: tuple[str, ...] = (settings.pymilter, *settings.milters)
+    else:
+        specs = settings.milters
     if not specs and not settings.in_master:
         specs = (SCANNER,)
     if SCANNER not in specs and settings.scanner_rules:
@@ -80,6 +110,7 @@ def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: An
         settings.nice,
         settings.worker_memory_limit,
         settings.cpu_affinity,
+        settings.pymilter is not None,
     )
 
     def start(slot: int, events: Any) -> Shard:
@@ -106,7 +137,11 @@ class _Run:
     """One run of the reactor."""
 
     def __init__(
-        self, settings: config.Settings, specs: tuple[str, ...], listeners: list[Listener]
+        self,
+        settings: config.Settings,
+        specs: tuple[str, ...],
+        listeners: list[Listener],
+        bind: Callable[[str], list[Listener]],
     ) -> None:
         # Twisted is imported here: until now every mistake was answered without waiting for it.
         if settings.in_master:  # its coroutines may use asyncio, as in a worker
@@ -136,7 +171,7 @@ class _Run:
         self._reactor: Any = reactor
         self._log = Logger()
         self._workers = settings.workers if specs else 0
-        self._service = Service(listeners, pool, dispatch, limits, policy, reactor, in_master)
+        self._service = Service(listeners, pool, dispatch, limits, policy, reactor, in_master, bind)
         self._failure: BaseException | None = None
         self._stopping = False
 

@@ -185,7 +185,7 @@ class Milter:
 
     def smfi_setreply(self, rcode: str, xcode: str | None, message: str | None) -> None:
         """The words of this callback's REJECT (5dd) or TEMPFAIL (4dd)."""
-        self._context.set_reply(reply_lines("smfi_setreply", rcode, xcode, [message or ""]))
+        self._context.set_reply(reply_lines("smfi_setreply", rcode, xcode, [message or None]))
 
     def smfi_setmlreply(self, rcode: str, xcode: str | None, *lines: str) -> None:
         """The same with several lines, at most 32."""

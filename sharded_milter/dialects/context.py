@@ -104,6 +104,9 @@ ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
 
 Call = Callable[..., Any]
 
+# What becomes of an exception, by the letter of the callback that it comes from.
+OnError = Callable[[int, Exception], ReturnCodes]
+
 
 def _code_of(result: object) -> ReturnCodes | None:
     """The code that a callback returned, or None; a truth value is none, though it is a number."""
@@ -126,10 +129,17 @@ class Context:
     `callbacks` are an object's, by the letter of the command (`Q` is close); those that are not
     there answer CONTINUE. `names` is how messages call them. `actions` and `options` are what the
     milter asked for when it was negotiated with: what it did not ask for it may not do.
+    `on_error` turns what callbacks raise, and what they may not return, into a verdict; without
+    it they are raised.
     """
 
     def __init__(
-        self, names: Mapping[int, str], actions: Actions, options: Protocol, call: Call
+        self,
+        names: Mapping[int, str],
+        actions: Actions,
+        options: Protocol,
+        call: Call,
+        on_error: OnError | None = None,
     ) -> None:
         self.callbacks: Mapping[int, Callable[..., Any]] = {}
         self.milter: Any = None  # the object
@@ -141,13 +151,17 @@ class Context:
         self._actions = actions
         self._options = options
         self._call = call
+        self._on_error = on_error
         self._at = 0  # the letter of the callback that runs
         self._reply = ""  # what smfi_setreply has set
         self._verdict: bytes | None = None  # the message's, once it has one
+        self._failed = False  # the latest callback
         self._skipping = False  # no more of the body is wanted
         self._leading_space = False  # header values begin with the blank behind the colon
+        self.gone = False  # close was called
         self._closed = False
         self._offer: commands.Negotiate | None = None
+        self._agreed = commands.Negotiate(0, 0, 0)
 
     # What a job needs
 
@@ -243,6 +257,8 @@ class Context:
             code = ReturnCodes.CONTINUE
         answer = self._packet(code)
         goes_on = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
+        if self._failed and self.is_unanswered(command):  # nobody hears of it now
+            goes_on = code is ReturnCodes.CONTINUE
         if command in _MESSAGE and not goes_on:
             self._verdict = answer
             self.in_message = False
@@ -254,8 +270,18 @@ class Context:
         return value
 
     def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
-        """What the callback answers, checked."""
-        result = yield from self._called(command, arguments)
+        """What the callback answers, or what is answered for it."""
+        self._failed = False
+        try:
+            result = yield from self._called(command, arguments)
+            return self._checked(command, result)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._failed = True
+            return self._on_error(command, error)
+
+    def _checked(self, command: int, result: Any) -> ReturnCodes:
         code = _code_of(result)
         allowed = self._allowed(command)
         if code is None or code not in allowed:
@@ -265,9 +291,13 @@ class Context:
         return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
 
     def _allowed(self, command: int) -> frozenset[ReturnCodes]:
-        if command not in _CONTENT and STAGES[command].no_reply & self._options:
+        if command not in _CONTENT and self.is_unanswered(command):
             return _UNANSWERED
         return VERDICTS[command]
+
+    def is_unanswered(self, command: int) -> bool:
+        """Whether the milter has promised to give no answer to this command."""
+        return bool(STAGES[command].no_reply & self._options)
 
     def _called(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
         callback = self.callbacks.get(command)
@@ -279,12 +309,15 @@ class Context:
                 result = yield result
             return result
 
-    def _told(self, command: int, *arguments: Any) -> Steps[None]:
-        """A callback that nobody waits for: what it raises is its own affair."""
+    def _tell(self, command: int, *arguments: Any) -> Steps[None]:
+        """A callback whose answer nobody waits for: what it raises is its own affair."""
         try:
             yield from self._called(command, arguments)
         except Exception as error:
-            traceback.print_exception(error)
+            if self._on_error is None:
+                traceback.print_exception(error)
+            else:
+                self._on_error(command, error)
 
     def _packet(self, code: ReturnCodes) -> bytes:
         reply = self._reply
@@ -300,7 +333,7 @@ class Context:
         open_still, self.in_message = self.in_message, False
         self._forget_message()
         if open_still:
-            yield from self._told(ABORT)
+            yield from self._tell(ABORT)
 
     def _forget_message(self) -> None:
         self.in_message = False
@@ -312,7 +345,8 @@ class Context:
         if not self._closed:
             self._closed = True
             yield from self._abort()
-            yield from self._told(CLOSE)
+            yield from self._tell(CLOSE)
+            self.gone = True
 
     # Negotiation
 
@@ -322,12 +356,17 @@ class Context:
         if self._offer is None:
             self._offer = words
             return
-        agreed = Protocol(words.protocol)
-        self._leading_space = bool(agreed & Protocol.HDR_LEADSPC)
-        adds_space = self._leading_space and not self._options & Protocol.HDR_LEADSPC
-        self.changes.granted = Actions(words.actions) & self._actions
+        self._agreed = words
+        self.want(self._actions, self._options)
+        yield from self._tell(NEGOTIATE, self._offer.actions, self._offer.protocol)
+
+    def want(self, actions: Actions, options: Protocol) -> None:
+        """What the milter asks for on this connection; it counts as far as the MTA has agreed."""
+        self._actions, self._options = actions, options
+        self._leading_space = bool(Protocol(self._agreed.protocol) & Protocol.HDR_LEADSPC)
+        adds_space = self._leading_space and not options & Protocol.HDR_LEADSPC
+        self.changes.granted = Actions(self._agreed.actions) & actions
         self.changes.space = " " if adds_space else ""
-        yield from self._told(NEGOTIATE, self._offer.actions, self._offer.protocol)
 
     # What callbacks may do
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import reduce
 from operator import or_
@@ -44,16 +45,23 @@ CONTENT = (Stage.HEADER, Stage.EOH, Stage.BODY)
 _SINCE = {Stage.UNKNOWN: 3, Stage.DATA: 4}
 
 
-class ClassDialect:
-    """Answers jobs for the milters of a factory."""
+class ObjectDialect(ABC):
+    """Answers jobs with one context for each connection."""
 
-    def __init__(self, factory: Any) -> None:
-        self._factory = factory
+    def __init__(self) -> None:
         self._contexts: dict[int, Context | None] = {}  # None: its object could not be built
         self._options = NO_PROTOCOL
         self._actions = NO_ACTIONS
         self.call: Call = call_plainly
         self.manifest = self._load()
+
+    @abstractmethod
+    def _load(self) -> Manifest:
+        """What the milter wants when an MTA offers everything; sets actions and options."""
+
+    @abstractmethod
+    def _build(self) -> Context:
+        """A new connection's context, with its callbacks."""
 
     def answer(
         self,
@@ -82,6 +90,32 @@ class ClassDialect:
         if stage is None:
             return b""
         raise CallbackFailed(f"the {self.manifest.name} of this connection could not be built")
+
+    def _wanting(
+        self,
+        actions: Actions,
+        options: Protocol,
+        needed: set[Stage],
+        context: Context,
+        *,
+        ends: bool = False,
+        **more: Any,
+    ) -> Manifest:
+        """The manifest of a milter that wants all this, and the symbol lists of the context."""
+        return Manifest(
+            actions=actions & ~Actions.SETSYMLIST,
+            protocol=_protocol(needed, actions, options, ends=ends),
+            macros=tuple((SYMLIST_STAGES[n], m) for n, m in sorted(context.symlists.items()) if m),
+            **more,
+        )
+
+
+class ClassDialect(ObjectDialect):
+    """Answers jobs for the milters of a factory."""
+
+    def __init__(self, factory: Any) -> None:
+        self._factory = factory
+        super().__init__()
 
     def _build(self) -> Context:
         context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))
@@ -112,12 +146,15 @@ class ClassDialect:
         }
         needed -= {stage for stage, since in _SINCE.items() if version < since}
         self._actions, self._options = actions, protocol
-        return Manifest(
+        pinning = Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED
+        return self._wanting(
+            actions,
+            protocol,
+            needed,
+            context,
+            ends=milter._overrides(ABORT),
             name=name,
-            actions=actions & ~Actions.SETSYMLIST,
-            protocol=_protocol(needed, actions, protocol, ends=milter._overrides(ABORT)),
-            macros=tuple((SYMLIST_STAGES[n], m) for n, m in sorted(context.symlists.items())),
-            pinning=Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED,
+            pinning=pinning,
             version=version,
         )
 

@@ -16,13 +16,13 @@ _RCODE = re.compile(r"[45]\d\d", re.ASCII)
 _XCODE = re.compile(r"[45]\.\d{1,3}\.\d{1,3}", re.ASCII)
 
 
-def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) -> str:
+def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str | None]) -> str:
     """The text of a REPLYCODE packet.
 
     `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. A line has at most
-    MAX_LINE bytes and no line break, and there are at most MAX_REPLY_LINES. A percent sign that
-    is not doubled is. Where an MTA would miss an enhanced code it is x.0.0. Raises CallRefused,
-    which names `call`, for anything else.
+    MAX_LINE bytes and no line break, or is None for no text, and there are at most
+    MAX_REPLY_LINES. A percent sign that is not doubled is. Where an MTA would miss an enhanced
+    code it is x.0.0. Raises CallRefused, which names `call`, for anything else.
     """
     if not isinstance(rcode, str) or not _RCODE.fullmatch(rcode):
         raise CallRefused(f"{call}: reply code {rcode!r:.40} is neither 4dd nor 5dd")
@@ -33,9 +33,10 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str]) 
     if not 1 <= len(lines) <= MAX_REPLY_LINES:
         raise CallRefused(f"{call}: {len(lines)} lines are not 1 to {MAX_REPLY_LINES}")
     texts = [_checked(call, line) for line in lines]
-    if not xcode and (len(texts) > 1 or _looks_like_a_class(texts[0], rcode)):
+    if not xcode and (len(texts) > 1 or _looks_like_a_class(texts[0] or "", rcode)):
         xcode = f"{rcode[0]}.0.0"
-    words = [" ".join(filter(None, [xcode, text])) for text in texts]
+    xcode = xcode or None
+    words = [" ".join(word for word in (xcode, text) if word is not None) for text in texts]
     separators = ["-"] * (len(words) - 1) + [" "]
     return "\r\n".join(
         f"{rcode}{separator}{text}" for separator, text in zip(separators, words, strict=True)
@@ -47,9 +48,9 @@ def _looks_like_a_class(text: str, rcode: str) -> bool:
     return text[:1].isdigit() and text[0] != rcode[0]
 
 
-def _checked(call: str, line: str | None) -> str:
+def _checked(call: str, line: str | None) -> str | None:
     if line is None:
-        return ""
+        return None
     if not isinstance(line, str):
         raise CallRefused(f"{call}: {line!r:.80} is not a str")
     if re.search("[\r\n\0]", line):

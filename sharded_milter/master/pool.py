@@ -77,6 +77,11 @@ class Pool:
         held = [shard for slot in self._slots for shard in (slot.current, slot.successor) if shard]
         return [*held, *self._leaving]
 
+    @property
+    def socket(self) -> str:
+        """Where the workers' script wants to listen; empty if there is none."""
+        return next((slot.current.socket for slot in self._slots if slot.current), "")
+
     # What the operator wants
 
     def start(self) -> Deferred[tuple[Manifest, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -28,7 +28,8 @@ class Service:
     """Serves MTAs with the workers of a pool. No state lives outside it.
 
     `in_master` are milters that run in this process, before those that the workers serve. The
-    listeners are bound already; they are served once the workers are ready.
+    listeners are bound already; they are served once the workers are ready. Where there are none,
+    `bind` makes them, of the socket that the workers' script asks for.
     """
 
     log = Logger()
@@ -42,6 +43,7 @@ class Service:
         policy: Policy,
         reactor: Any,
         in_master: Sequence[Member] = (),
+        bind: Callable[[str], Sequence[Listener]] | None = None,
     ) -> None:
         self.pool = pool
         self.limits = limits
@@ -52,6 +54,7 @@ class Service:
         self.inflight = Inflight(limits.max_inflight_bytes)
         self.connections: set[MilterConnection] = set()
         self.listeners = listeners
+        self._bind = bind
         self._in_master = in_master
         self._members: Sequence[Member] = in_master
         self._served: tuple[Manifest, ...] = ()  # by the workers
@@ -63,7 +66,10 @@ class Service:
         self.stopped: Deferred[None] = Deferred()
 
     def start(self) -> Deferred[None]:
-        """Fires when the workers are ready and MTAs are served; fails as Pool.start does."""
+        """Fires when the workers are ready and MTAs are served.
+
+        Fails as Pool.start does, and with what a socket that is bound late cannot be.
+        """
         return self.pool.start().addCallback(self._serve)
 
     @property
@@ -84,6 +90,8 @@ class Service:
         factory: Any = Factory()
         factory.buildProtocol = lambda _: MilterConnection(self)
         factory.noisy = False
+        if not self.listeners and self._bind is not None and not self._stopping:
+            self.listeners = self._bind(self.pool.socket)
         for listener in self.listeners:
             listener.serve(factory, self.reactor)
         self._serving = True

@@ -33,7 +33,14 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
-from sharded_milter.jobs import Ask, LoadFailed, Question, Ready, question_box, read_answer
+from sharded_milter.jobs import (
+    Ask,
+    LoadFailed,
+    Question,
+    Ready,
+    question_box,
+    read_answer,
+)
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
@@ -77,7 +84,7 @@ _OUTPUTS = (1, 2)
 _CHANNEL = 3
 _BOOTSTRAP = (
     "import sys; from sharded_milter.workers.bootstrap import main;"
-    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r})"
+    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r}, script={!r})"
 )
 
 
@@ -85,7 +92,8 @@ _BOOTSTRAP = (
 class Workplace:
     """How every worker is started: the milters that it serves and what it may use.
 
-    `cpus` are dealt out, one for each slot in turn; none leaves the workers where they like.
+    With `script` they are a pymilter script and its arguments. `cpus` are dealt out, one for each
+    slot in turn; none leaves the workers where they like.
     """
 
     specs: tuple[str, ...]
@@ -93,11 +101,12 @@ class Workplace:
     nice: int = 0
     memory_limit: int = 0
     cpus: tuple[int, ...] = ()
+    script: bool = False
 
     def bootstrap(self, slot: int) -> str:
         """The program that Python runs in the worker of a slot."""
         cpus = (self.cpus[(slot - 1) % len(self.cpus)],) if self.cpus else ()
-        return _BOOTSTRAP.format(os.getpid(), self.nice, self.memory_limit, cpus)
+        return _BOOTSTRAP.format(os.getpid(), self.nice, self.memory_limit, cpus, self.script)
 
 
 class State(Enum):
@@ -133,6 +142,7 @@ class Shard:
         self.workplace = workplace
         self.state = State.STARTING
         self.manifests: tuple[Manifest, ...] = ()  # of its milters; none before READY
+        self.socket = ""  # where its script wants to listen
         self.load_error: MilterLoadError | None = None
         self.killed_for = ""  # why, when it was us
         self.exit_reason = ""
@@ -396,7 +406,8 @@ class _Parent(SendsAtOnce, amp.AMP):
         return answer.addCallback(read_answer, self)
 
     @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]]) -> dict[str, Any]:
+    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> dict[str, Any]:
+        self._shard.socket = to_text(socket)
         self._shard.ready(*map(_manifest, milters))
         return {}
 

@@ -38,7 +38,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Settings:
     """Everything an operator can say, checked."""
 
-    milters: tuple[str, ...]
+    milters: tuple[str, ...]  # or the arguments of the script
+    pymilter: str | None
     in_master: tuple[str, ...]
     listen: tuple[Address, ...]
     workers: int
@@ -125,6 +126,7 @@ class Spelled(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
+_MILTER = Spelled("milter", checked_spec)
 _SECONDS = Seconds(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
@@ -178,21 +180,20 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "milters",
         metavar="[MILTER]...",
         nargs=-1,
-        type=Spelled("milter", checked_spec),
+        callback=lambda context, param, value: _milters(context, param, value),
         envvar=f"{ENVIRONMENT_PREFIX}_MILTERS",
     ),
     click.option(
         "--listen",
         type=Spelled("socket", parse_listen),
         multiple=True,
-        default=(DEFAULT_LISTEN,),
-        show_default=True,
+        show_default=f"that of the script, or {DEFAULT_LISTEN}",
         metavar="SOCKET",
         help="inet:PORT@HOST, inet:HOST:PORT or unix:/PATH; may be given several times.",
     ),
     click.option(
         "--in-master",
-        type=Spelled("milter", checked_spec),
+        type=_MILTER,
         multiple=True,
         metavar="MILTER",
         help="A light, asynchronous milter that runs in the master, before those in the workers;"
@@ -298,7 +299,24 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         callback=lambda context, _, path: _use_file(context, path),
         help="A TOML file with any of these options.",
     ),
+    # Eager, because what the arguments are depends on it; behind --config, which may set it.
+    click.option(
+        "--pymilter",
+        type=click.Path(),
+        metavar="FILE",
+        is_eager=True,
+        help="An existing pymilter script, which runs unmodified in every worker.",
+    ),
 )
+
+
+def _milters(
+    context: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The milters, checked; with --pymilter these are the script's arguments, whatever they are."""
+    if context.params.get("pymilter"):
+        return values
+    return tuple(_MILTER.convert(value, param, context) for value in values)
 
 
 def with_options(command: F) -> F:
@@ -312,6 +330,8 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         **{field.name: values[field.name] for field in fields(Limits) if field.name in values}
     )
     rest = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
+    if not rest["listen"] and not rest["pymilter"]:
+        rest["listen"] = (parse_listen(DEFAULT_LISTEN),)
     return Settings(limits=limits, **rest)
 
 

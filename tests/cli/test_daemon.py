@@ -14,9 +14,17 @@ from click.testing import CliRunner
 from twisted.internet.task import Clock
 
 from sharded_milter.cli import daemon as module
-from sharded_milter.cli.daemon import SCANNER, SCANNER_RULES, daemon, serve, worker_specs
+from sharded_milter.cli.daemon import (
+    SCANNER,
+    SCANNER_RULES,
+    daemon,
+    script_address,
+    serve,
+    worker_specs,
+)
 from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
-from sharded_milter.ops.config import Settings
+from sharded_milter.master.sockets import parse_listen
+from sharded_milter.ops.config import DEFAULT_LISTEN, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +97,7 @@ class FakeService:
         from twisted.internet.defer import Deferred
 
         self.listeners = listeners
+        self.rest = rest
         self.told: list[str] = []
         self.started: Deferred[None] = Deferred()
         self.stopped: Deferred[None] = Deferred()
@@ -149,6 +158,35 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Any:
         return serve(chosen)
 
     return run
+
+
+def test_a_scripts_socket_is_bound_as_the_operator_wants_it(running: Any, tmp_path: Path) -> None:
+    found = []
+
+    def script(service: FakeService) -> None:
+        bind = service.rest[-1]
+        [listener] = bind(f"unix:{tmp_path}/s")
+        found.append((listener.address.path, (tmp_path / "s").stat().st_mode & 0o777))
+        begin_and_end(service)
+
+    assert running(script, "--socket-mode", "606", "--pymilter", "x.py") == 0
+    assert found == [(f"{tmp_path}/s", 0o606)]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("wanted", ["", "fd:3"])
+def test_a_socket_that_the_master_cannot_have_is_the_default(wanted: str) -> None:
+    assert script_address(wanted) == parse_listen(DEFAULT_LISTEN)
+
+
+def test_a_socket_in_words_of_nobody_ends_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"^the script's socket 'inet:99999@h': port 99999"):
+        script_address("inet:99999@h")
+
+
+def test_a_script_and_its_arguments_are_what_workers_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = settings(monkeypatch, "--pymilter", "x.py", "--", "-v", "conf")
+    assert worker_specs(found) == ("x.py", "-v", "conf")
 
 
 def begin_and_end(service: FakeService) -> None:

@@ -41,6 +41,10 @@ class Sockets:
         return f"unix:{self.folder}/lab.sock"
 
     @property
+    def pymilter(self) -> str:
+        return f"unix:{self.folder}/pymilter.sock"
+
+    @property
     def nobody(self) -> str:
         """Nothing ever listens here."""
         return f"unix:{self.folder}/nobody.sock"
@@ -67,6 +71,7 @@ def running_postfix(common_ground: Path, sockets: Sockets) -> Iterator[Postfix]:
         "inet": [sockets.inet],
         "policy": [sockets.policy],
         "lab": [sockets.lab],
+        "pymilter": [sockets.pymilter],
     }
     with Postfix(
         common_ground / "postfix", milters=[sockets.nobody], services=services

@@ -24,8 +24,10 @@ REFUSAL_TIMEOUT = 90.0
 PROGRAM = ("-m", "sharded_milter")
 
 
-def command(*options: str, program: Sequence[str] = PROGRAM) -> list[str]:
-    return [sys.executable, *program, *options]
+def command(
+    *options: str, program: Sequence[str] = PROGRAM, python: str = sys.executable
+) -> list[str]:
+    return [python, *program, *options]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -48,7 +50,9 @@ class Daemon:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         program: Sequence[str] = PROGRAM,
+        python: str = sys.executable,
     ) -> None:
+        self.python = python
         self.program = program
         self.options = options
         self.cwd = cwd
@@ -74,7 +78,13 @@ class Daemon:
         try:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    command("--ready-fd", str(writing), *self.options, program=self.program),
+                    command(
+                        "--ready-fd",
+                        str(writing),
+                        *self.options,
+                        program=self.program,
+                        python=self.python,
+                    ),
                     cwd=self.cwd,
                     env=self.env,
                     stdin=subprocess.DEVNULL,
@@ -177,10 +187,16 @@ class Daemon:
 class Refusal:
     """A daemon that was expected not to start: its exit status and what it said."""
 
-    def __init__(self, *options: str, cwd: Path, wrapper: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *options: str,
+        cwd: Path,
+        wrapper: Sequence[str] = (),
+        python: str = sys.executable,
+    ) -> None:
         try:
             done = subprocess.run(
-                [*wrapper, *command(*options)],
+                [*wrapper, *command(*options, python=python)],
                 cwd=cwd,
                 env=environment(),
                 stdin=subprocess.DEVNULL,

@@ -51,6 +51,7 @@ class FakePool:
     def __init__(self, told: list[str]) -> None:
         self.told = told
         self.manifests: tuple[Manifest, ...] = ()
+        self.socket = "unix:/script"
         self.started: Deferred[tuple[Manifest, ...]] = Deferred()
         self.stopped: Deferred[None] = Deferred()
 
@@ -95,14 +96,23 @@ class AbortableTransport(Transport):
 class House:
     """A service with all that it stands on faked."""
 
-    def __init__(self, *, ready: bool = True, refusal: Exception | None = None, **limits: Any):
+    def __init__(
+        self,
+        *,
+        ready: bool = True,
+        refusal: Exception | None = None,
+        late: bool = False,
+        **limits: Any,
+    ):
         self.told: list[str] = []
         self.clock = Clock()
         self.pool = cast("Any", FakePool(self.told))
         self.dispatch = cast("Any", FakeDispatch())
         self.listener = cast("Any", FakeListener(self.told, refusal))
         self.service = Service(
-            [self.listener], self.pool, self.dispatch, Limits(**limits), Policy(), self.clock
+            *([] if late else [self.listener], self.pool, self.dispatch, Limits(**limits)),
+            *(Policy(), self.clock),
+            bind=self._bind,
         )
         self.outcome: list[Any] = []
         self.service.start().addCallbacks(
@@ -111,6 +121,10 @@ class House:
         if ready:
             self.pool.manifests = (MANIFEST,)
             self.pool.started.callback((MANIFEST,))
+
+    def _bind(self, socket: str) -> list[Any]:
+        self.told.append(f"bind {socket}")
+        return [self.listener]
 
     def mta(self) -> tuple[MilterConnection, AbortableTransport]:
         connection = self.listener.factory.buildProtocol(None)
@@ -142,6 +156,22 @@ def test_workers_that_cannot_start_end_the_start() -> None:
     house.pool.started.errback(error)
     assert house.outcome == [error]
     assert house.told == []
+
+
+def test_a_scripts_socket_is_bound_when_the_workers_have_named_it() -> None:
+    house = House(ready=False, late=True)
+    assert house.told == []
+    house.pool.started.callback((MANIFEST,))
+    assert house.told == ["bind unix:/script", "serve"]
+    house.service.stop()
+    assert "close" in house.told
+
+
+def test_a_service_that_stops_binds_no_socket_any_more() -> None:
+    house = House(ready=False, late=True)
+    house.service.stop()
+    house.pool.started.callback((MANIFEST,))
+    assert house.told == ["stop workers"]
 
 
 def test_a_socket_that_was_taken_meanwhile_ends_the_start() -> None:

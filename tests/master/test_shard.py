@@ -160,7 +160,7 @@ class Room(Clock):
     def be_ready(self) -> None:
         manifest = Manifest("spamguard").to_packet()[5:]
         fields = {"name": b"spamguard", "light": b"RH", "shard_by": b"sender", "pinning": b"none"}
-        self.say(Ready, milters=[{**fields, "negotiation": manifest}])
+        self.say(Ready, milters=[{**fields, "negotiation": manifest}], socket=b"unix:/s")
 
     def ask(self, message: bytes | Memory = b"message", answer: Any = None) -> list[Any]:
         """Asks; what the Deferred ends with comes into the list."""
@@ -226,8 +226,8 @@ def test_a_worker_gets_an_allow_list_of_the_environment() -> None:
 @pytest.mark.parametrize(("slot", "cpus"), [(1, "(4,)"), (2, "(6,)"), (3, "(4,)")])
 def test_cpus_are_dealt_out_in_turn(slot: int, cpus: str) -> None:
     workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6))
-    assert f"nice=5, memory_limit=10, cpus={cpus})" in workplace.bootstrap(slot)
-    assert "cpus=())" in Workplace(("x:milter",)).bootstrap(slot)
+    assert f"nice=5, memory_limit=10, cpus={cpus}, script=False)" in workplace.bootstrap(slot)
+    assert "cpus=(), script=True)" in Workplace(("x.py",), script=True).bootstrap(slot)
 
 
 def test_a_system_that_refuses_is_an_error_of_the_start() -> None:

@@ -30,6 +30,7 @@ CPU = min(os.sched_getaffinity(0))
 #: Option, three values as an operator writes them, and what each of them means.
 VALUES: dict[str, tuple[tuple[str, str, str], Callable[[str], Any]]] = {
     "listen": (("inet:1@127.0.0.1", "unix:/a", "inet:[::1]:3"), lambda v: (parse_listen(v),)),
+    "pymilter": (("a.py", "/b", "c"), str),
     "in_master": (("a:b", "c.py:d", "e:f"), lambda v: (v,)),
     "workers": (("1", "2", "3"), int),
     "scanner_rules": (("/a", "/b", "/c"), str),
@@ -199,6 +200,27 @@ def test_milters_are_named_in_all_three_places(where: str, monkeypatch: pytest.M
         Path("x.toml").write_text('milters = ["a:b", "c:d"]')
         arguments = ["--config", "x.toml"]
     assert settings(*arguments).milters == ("a:b", "c:d")
+
+
+@pytest.mark.parametrize("where", ["file", "environment", "both", "command line"])
+def test_behind_a_script_come_its_own_arguments(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they look like; its socket counts where no other is named."""
+    arguments = ["--pymilter", "s.py", "--", "--socket", "unix:/s", "-P"]
+    if where in ("environment", "both"):
+        monkeypatch.setenv("SHARDED_MILTER_PYMILTER", "s.py")
+        arguments = arguments[2:]
+    if where == "both":
+        Path("x.toml").write_text("nice = 3")
+        monkeypatch.setenv("SHARDED_MILTER_CONFIG", "x.toml")
+    if where == "file":
+        Path("x.toml").write_text('pymilter = "s.py"\nmilters = ["--socket", "unix:/s", "-P"]')
+        arguments = ["--config", "x.toml"]
+    found = settings(*arguments)
+    assert (found.pymilter, found.milters) == ("s.py", ("--socket", "unix:/s", "-P"))
+    assert found.listen == ()
+    assert settings("--listen", "unix:/a", *arguments).listen == (parse_listen("unix:/a"),)
 
 
 def test_sockets_may_be_several() -> None:

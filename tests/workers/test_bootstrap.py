@@ -60,7 +60,7 @@ class Master(amp.AMP):
     getHost = getPeer
 
     @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]]) -> Any:
+    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
         self.told += [milter["name"].decode() for milter in milters]
         return {}
 

@@ -82,8 +82,9 @@ class Master(amp.AMP):
         self.told: list[tuple[Any, ...]] = []
 
     @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]]) -> Any:
+    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
         self.told.append(("ready", *milters))
+        self.socket = socket
         return {}
 
     @LoadFailed.responder

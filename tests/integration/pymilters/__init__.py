@@ -1,0 +1,1 @@
+"""Existing pymilter scripts, untouched, on plain pymilter as the reference."""
