@@ -36,7 +36,7 @@ def words(rcode: Any, xcode: Any, *lines: Any) -> str:
         (("599", "5.999.999", "x"), "599 5.999.999 x"),
         (("550", "5.7.1", "one", "two"), "550-5.7.1 one\r\n550 5.7.1 two"),
         (("550", None, "one", "two"), "550-5.0.0 one\r\n550 5.0.0 two"),
-        (("450", None, "one", "", None), "450-4.0.0 one\r\n450-4.0.0\r\n450 4.0.0"),
+        (("450", None, "one", "", None), "450-4.0.0 one\r\n450-4.0.0 \r\n450 4.0.0"),
         (("550", None, "all 100 % of %s"), "550 all 100 %% of %%s"),
         (("550", None, "all 100 %% of %%%"), "550 all 100 %% of %%%%"),
         (("550", None, "caf\udce9"), "550 caf\udce9"),

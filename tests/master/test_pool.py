@@ -14,7 +14,7 @@ from sharded_milter.errors import ConfigError, MilterLoadError, SystemRefused
 from sharded_milter.master.dispatch import Dispatch, Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pool import HEALTHY_AFTER, JITTER, MEMORY_EVERY, TICK, Pool
-from sharded_milter.master.shard import EXIT_GRACE, Events, State
+from sharded_milter.master.shard import Events, State
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
 
@@ -508,16 +508,6 @@ def test_stopping_kills_who_starts_or_works_and_drains_who_is_idle() -> None:
     assert done == [None]
     bench.clock.advance(60.0)
     assert len(bench.shards) == 3
-
-
-def test_stopping_lets_the_end_of_a_connection_be() -> None:
-    bench = Bench()
-    noted(bench.dispatch.submit(Job(Stage.RCPT, False, b"", MESSAGE, lambda: "qid=1")), [])
-    bench.shards[0].parting = True
-    bench.pool.stop()
-    assert bench.shards[0].told == ["drain"]
-    bench.clock.advance(EXIT_GRACE)
-    assert bench.shards[0].told == ["drain", "kill: the service stops"]
 
 
 def test_stopping_waits_for_those_that_leave() -> None:
