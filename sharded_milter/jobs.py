@@ -174,7 +174,7 @@ class Ask(amp.Command):
         (b"head", amp.String()),
         (b"connection", Blob()),
         (b"message", Blob()),
-        (b"command", Blob(optional=True)),
+        (b"unknown", Blob(optional=True)),  # the command that is no part of the transcript
     ]
     response = [(b"replies", Blob()), (b"error", amp.String(optional=True))]  # noqa: RUF012
 
@@ -187,14 +187,14 @@ def question_box(question: Question, proto: Any) -> dict[str, bytes]:
         "message": _to_value(question.message, proto),
     }
     if question.command:
-        box["command"] = _to_value(question.command, proto)
+        box["unknown"] = _to_value(question.command, proto)
     return box
 
 
 def read_question(box: Mapping[bytes, bytes], proto: Any) -> Asked:
     """What such a box asks."""
     stage, milter, session, start = _HEAD.unpack(box[b"head"])
-    parts = [_from_value(box[name], proto) for name in (b"connection", b"message", b"command")
+    parts = [_from_value(box[name], proto) for name in (b"connection", b"message", b"unknown")
              if name in box]  # fmt: skip
     return Asked(stage, milter, session, start, *parts)
 

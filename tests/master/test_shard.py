@@ -90,6 +90,7 @@ class Worker(amp.AMP):
         self, head: bytes, connection: Any, message: Any, **rest: Any
     ) -> Deferred[dict[str, Any]]:
         self.asked.append((head[:1], bytes(connection), bytes(message)))
+        self.rest = rest
         return self.answers.pop(0)
 
     @ampoule_commands.Shutdown.responder  # type: ignore[untyped-decorator]
@@ -292,6 +293,20 @@ def test_a_job_goes_over_and_its_answer_comes_back_whatever_their_size(size: int
     assert room.told == ["idle"]
     assert [*states, room.shard.state] == [State.BUSY, State.IDLE]
     assert room.shard.answered == 1
+
+
+@pytest.mark.parametrize("size", [1, MAX_INLINE + 1])
+def test_a_command_that_is_no_part_of_the_transcript_goes_over_too(size: int) -> None:
+    room = ready_room()
+    room.worker.answers.append(Deferred())
+    command = blob(b"x" * size)
+    asked = Question(b"U", b"connection", b"message", milter=2, session=3, command=command)
+    room.shard.ask(asked)
+    room.deliver()
+    assert room.worker.asked == [(b"U", b"connection", b"message")]
+    assert {name: bytes(value) for name, value in room.worker.rest.items()} == {
+        "unknown": b"x" * size
+    }
 
 
 def test_what_the_milter_raised_is_told_and_the_shard_is_idle_again() -> None:
