@@ -1,6 +1,6 @@
 """Does a pymilter script use both cores?
 
-    python bench/pymilter_scaling.py [--connections 8] [--messages 160] [--ms 50] [--rounds 3]
+    python -m bench.pymilter_scaling [--connections 8] [--messages 96] [--ms 100] [--rounds 3]
 
 One script that burns CPU time on each message, untouched, under the same load: with plain
 pymilter, and with `sharded-milter --pymilter` and 1 and 2 workers. pymilter must be installed for
@@ -20,9 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import load
+from bench import load
 
 SCRIPT = """
 import sys
@@ -55,8 +53,8 @@ START = 30.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connections", type=int, default=8)
-    parser.add_argument("--messages", type=int, default=160, help="in all, each time")
-    parser.add_argument("--ms", type=float, default=50.0, help="CPU time of a message")
+    parser.add_argument("--messages", type=int, default=96, help="in all, each time")
+    parser.add_argument("--ms", type=float, default=100.0, help="CPU time of a message")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))

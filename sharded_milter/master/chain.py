@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from sharded_milter.errors import JobFailed, LocalProtocolError
 from sharded_milter.jobs import Memory
-from sharded_milter.master.dispatch import Job
+from sharded_milter.master.job import Job
 from sharded_milter.master.merge import ACCEPT, GO_ON, merged
 from sharded_milter.master.pin import Pin
 from sharded_milter.master.policy import Policy, answer_for

@@ -15,8 +15,8 @@ from twisted.logger import Logger
 from sharded_milter.errors import LocalProtocolError
 from sharded_milter.jobs import blob
 from sharded_milter.master.chain import Chain, Facts, Member
-from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import (
     BUSY,

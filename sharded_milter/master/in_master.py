@@ -21,7 +21,7 @@ from twisted.python.failure import Failure
 from sharded_milter.coroutines import driven
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded
 from sharded_milter.jobs import Memory, Question
-from sharded_milter.master.dispatch import Job
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
 from sharded_milter.protocol.negotiation import Manifest

@@ -14,8 +14,8 @@ from zope.interface import implementer
 from sharded_milter.jobs import Memory
 from sharded_milter.master.chain import workers_members
 from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.dispatch import Job
 from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
 from sharded_milter.master.policy import Policy

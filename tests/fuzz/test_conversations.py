@@ -32,7 +32,7 @@ from twisted.logger import globalLogPublisher
 
 from sharded_milter.errors import CallbackFailed, Overloaded, WorkerLost
 from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.dispatch import Job
+from sharded_milter.master.job import Job
 from sharded_milter.master.policy import CHOICES
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Actions, Protocol

@@ -11,7 +11,8 @@ from twisted.python.failure import Failure
 
 from sharded_milter.errors import WorkerLost
 from sharded_milter.jobs import Question
-from sharded_milter.master.dispatch import Dispatch, Job
+from sharded_milter.master.dispatch import Dispatch
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.poison import Keep
 from sharded_milter.master.shard import Events, Shard, State, Workplace

@@ -9,7 +9,7 @@ from one_mta import EVERYTHING, Mta, content, packed
 from twisted.logger import LogLevel, capturedLogs
 
 from sharded_milter.errors import CallbackFailed, WorkerLost
-from sharded_milter.master.dispatch import Job
+from sharded_milter.master.job import Job
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, Manifest, Pinning
 from sharded_milter.protocol.packets import Packet

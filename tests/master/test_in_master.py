@@ -16,8 +16,8 @@ from sharded_milter.dialects.loader import as_dialect
 from sharded_milter.embedded import Milter, MilterFactory, ReturnCodes
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded
 from sharded_milter.jobs import blob
-from sharded_milter.master.dispatch import Job
 from sharded_milter.master.in_master import BLOCKS_AFTER, InMaster
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
 from sharded_milter.protocol import commands, replies

@@ -9,7 +9,7 @@ from one_pool import MESSAGE, FakeShard, Result, Workers, noted
 
 from sharded_milter.errors import DeadlineExceeded, Overloaded, WorkerLost
 from sharded_milter.jobs import Memory, Question
-from sharded_milter.master.dispatch import Job
+from sharded_milter.master.job import Job
 from sharded_milter.master.pin import Pin
 from sharded_milter.master.shard import State
 from sharded_milter.protocol.commands import Abort, Helo

@@ -11,7 +11,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
 from sharded_milter.errors import ConfigError, MilterLoadError, SystemRefused
-from sharded_milter.master.dispatch import Dispatch, Job
+from sharded_milter.master.dispatch import Dispatch
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pool import HEALTHY_AFTER, JITTER, MEMORY_EVERY, TICK, Pool
 from sharded_milter.master.shard import Events, State

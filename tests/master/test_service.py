@@ -13,7 +13,7 @@ from twisted.logger import capturedLogs
 
 from sharded_milter.errors import MilterLoadError
 from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.dispatch import Job
+from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import BUSY, STOPPING, Policy
 from sharded_milter.master.service import FLUSH_GRACE, Service
