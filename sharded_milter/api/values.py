@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from email import message_from_bytes, policy
-from email.message import EmailMessage
 from functools import cached_property
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from sharded_milter.protocol.text import to_wire
+
+if TYPE_CHECKING:
+    from email.message import EmailMessage
 
 
 class Macros(Mapping[str, str]):
@@ -245,4 +246,7 @@ class Message:
 
     def parsed(self) -> EmailMessage:
         """The message as the standard library's EmailMessage, parsed anew at each call."""
+        # Here, because importing them takes longer than all the rest of the author's names.
+        from email import message_from_bytes, policy
+
         return message_from_bytes(self._raw, policy=policy.SMTP)

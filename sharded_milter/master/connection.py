@@ -30,6 +30,11 @@ from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import LETTER, Framer
 from sharded_milter.sending import send_now
 
+# Bytes that are read at a time: Twisted's own number, and what a UNIX socket holds. Large pieces
+# are for large messages; asking for one costs more than a small message is long.
+SMALL_READ = 65_536
+LARGE_READ = 262_144
+
 _PROGRESS = Progress().encode()
 _LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
 
@@ -84,6 +89,8 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         if self._conversation.over:  # nothing is taken any more
             return
         self.resetTimeout()
+        transport: Any = self.transport
+        transport.bufferSize = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
         if self._quick_ack is not None:
             self._quick_ack()
         try:

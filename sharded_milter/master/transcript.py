@@ -116,7 +116,7 @@ class Transcript:
 
     def extend(self, packets: Sequence[bytes]) -> None:
         """Adds several packets to the message's part, as `append` does one after the other."""
-        data = b"".join(packets)
+        data = packets[0] if len(packets) == 1 else b"".join(packets)
         room = self.refusal is None and self.size + len(data) <= self._max_size
         if not room or not self._inflight.take(len(data)):
             for packet in packets:  # one of them is where it ends
@@ -152,15 +152,18 @@ class Transcript:
 
     def _add(self, data: bytes) -> None:
         self.size += len(data)
-        self._recent += data
-        if len(self._recent) > SPOOL_ABOVE:
-            if self._memory is None:
-                self._memory = Memory()
-            self._flush(self._memory)
+        if len(self._recent) + len(data) <= SPOOL_ABOVE:
+            self._recent += data
+            return
+        if self._memory is None:
+            self._memory = Memory()
+        self._flush(self._memory)
+        self._memory.append(data)  # without a copy on the way
 
     def _flush(self, memory: Memory) -> None:
-        memory.append(self._recent)
-        self._recent.clear()
+        if self._recent:
+            memory.append(self._recent)
+            self._recent.clear()
 
     def _refuse(self, refusal: Refusal, why: str) -> None:
         self.log.warn("a message (qid={qid}) is refused: {why}", qid=self.queue_id(), why=why)
