@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import socket
+from itertools import pairwise
 from typing import Any
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.testing import StringTransport
+from twisted.protocols.amp import AmpBox
 
-from sharded_milter.sending import send_now
+from sharded_milter.sending import QuickBoxes, send_now
 
 
 class Reactor:
@@ -95,3 +100,50 @@ def test_other_transports_are_written_to_as_always() -> None:
     transport = StringTransport()
     send_now(transport, b"data")
     assert transport.value() == b"data"
+
+
+class Reader(QuickBoxes):
+    """Keeps the boxes that it is sent."""
+
+    def __init__(self) -> None:
+        self.boxes: list[AmpBox] = []
+        self.transport = self
+        self.lost = False
+
+    def ampBoxReceived(self, box: AmpBox) -> None:
+        self.boxes.append(box)
+
+    def loseConnection(self) -> None:
+        self.lost = True
+
+
+KEYS = st.binary(min_size=1, max_size=255)
+BOXES = st.lists(st.dictionaries(KEYS, st.binary(max_size=70), min_size=1, max_size=4), max_size=4)
+
+
+@given(BOXES, st.lists(st.integers(0, 400)))
+def test_boxes_are_read_as_amp_writes_them_in_whatever_pieces(
+    boxes: list[dict[bytes, bytes]], cuts: list[int]
+) -> None:
+    data = b"".join(AmpBox(box).serialize() for box in boxes)  # type: ignore[no-untyped-call]
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    reader = Reader()
+    for start, end in pairwise(places):
+        reader.dataReceived(data[start:end])
+    assert reader.boxes == boxes
+    assert not reader.lost
+
+
+def test_the_longest_value_is_read() -> None:
+    box = AmpBox({b"k": b"x" * 0xFFFF})  # type: ignore[no-untyped-call]
+    reader = Reader()
+    reader.dataReceived(box.serialize())
+    assert reader.boxes == [box]
+
+
+@pytest.mark.parametrize("data", [b"\x01\x00" + b"x" * 256, b"GET / HTTP/1.1\r\n"])
+def test_who_sends_something_else_is_not_listened_to(data: bytes) -> None:
+    reader = Reader()
+    reader.dataReceived(AmpBox({b"k": b"v"}).serialize() + data)  # type: ignore[no-untyped-call]
+    assert len(reader.boxes) == 1
+    assert reader.lost

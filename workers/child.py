@@ -34,13 +34,13 @@ from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
-from ..sending import SendsAtOnce
+from ..sending import QuickBoxes
 
 # What a `Blob` arrives as.
 Bytes = bytes | memoryview
 
 
-class Child(SendsAtOnce, AMPChild):  # type: ignore[misc]  # ampoule is not typed
+class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     """Loads its milters when the master is there, then answers jobs with them.
 
     `loading` makes a milter of what the operator has named, `socket` is where a script wants to

@@ -44,7 +44,7 @@ from sharded_milter.jobs import (
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
-from sharded_milter.sending import SendsAtOnce
+from sharded_milter.sending import QuickBoxes
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
 PASSED_ENVIRONMENT = (
@@ -391,7 +391,7 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         """Comes when the pipes are closed too; nobody waits for that."""
 
 
-class _Parent(SendsAtOnce, amp.AMP):
+class _Parent(QuickBoxes, amp.AMP):
     """The master's end of the AMP connection to one worker."""
 
     def __init__(self, shard: Shard) -> None:
