@@ -13,6 +13,7 @@ from twisted.logger import (
     LogEvent,
     LogLevel,
     LogLevelFilterPredicate,
+    formatEvent,
     formatEventAsClassicLogText,
     formatTime,
     globalLogBeginner,
@@ -39,21 +40,35 @@ class LineObserver:
     def __init__(self, stream: TextIO, *, journald: bool) -> None:
         self._stream = stream
         self._journald = journald
+        self._second = -1
+        self._text = ""
+
+    def _stamp(self, when: float) -> str:
+        """The time to the second, which is the same for many lines."""
+        second = int(when)
+        if second != self._second:
+            self._second, self._text = second, formatTime(second)
+        return self._text
 
     def __call__(self, event: LogEvent) -> None:
-        text = formatEventAsClassicLogText(event, formatTime=lambda _: "")
-        if text is None:
+        message = _with_traceback(event) if "log_failure" in event else formatEvent(event)
+        message = message.rstrip("\n")
+        if not message:
             return
-        # The classic text is "time [system] message" with tabs before continuation lines.
-        message = text.partition("] ")[2].replace("\n\t", "\n").rstrip("\n")
         level = event.get("log_level", LogLevel.info)
         if self._journald:
             prefix = f"<{_SYSLOG[level]}>"
             message = message.replace("\n", "\n" + prefix)  # each line is an entry of its own
         else:
-            prefix = f"{formatTime(event['log_time'])} {level.name:<5} "
+            prefix = f"{self._stamp(event['log_time'])} {level.name:<5} "
         self._stream.write(prefix + message + "\n")
         self._stream.flush()
+
+
+def _with_traceback(event: LogEvent) -> str:
+    # The classic text is "time [system] message" with tabs before continuation lines.
+    text = formatEventAsClassicLogText(event, formatTime=lambda _: "") or ""
+    return text.partition("] ")[2].replace("\n\t", "\n")
 
 
 def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
