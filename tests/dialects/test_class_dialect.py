@@ -411,3 +411,14 @@ def test_whoever_measures_calls_every_callback_himself() -> None:
     watched.close()
     assert [name for name, _ in timed] == watched.names
     assert timed[0] == ("xxfi_helo", ("client",))
+
+
+def test_an_object_that_never_was_has_no_end() -> None:
+    built: list[str] = []
+
+    class Notes(Milter):
+        def xxfi_close(self) -> None:
+            built.append("closed")
+
+    assert as_dialect(Notes).answer(None, b"", b"", 7) == b""
+    assert built == []

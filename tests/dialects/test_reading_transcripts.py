@@ -132,8 +132,13 @@ def test_an_unknown_command_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "packet", [frame(b"M", b"no nul"), frame(b"C", b"x"), b"\0\0\0\x09Bcut off", b"\0\0\0\0"]
-)
+    "packet",
+    [
+        frame(b"M", b"no nul"), frame(b"C", b"x"), b"\0\0\0\x09Bcut off", b"\0\0\0\0", frame(b"D"),
+        frame(b"D", b"Mi\0"), frame(b"D", b"Mi\0no nul"), frame(b"L", b"Subject\0"),
+        frame(b"L", b"a\0b\0c\0"), frame(b"L", b"a\0b"),
+    ],
+)  # fmt: skip
 def test_a_malformed_transcript_is_refused(packet: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         read(b"", packet)
@@ -184,3 +189,8 @@ def test_envelopes_of_connections_that_are_long_gone_are_forgotten() -> None:
     for number in range(3 * MAX_ENVELOPES):
         envelopes.read(commands.Helo(str(number)).encode(), commands.Mail("<a@x>").encode())
     assert len(envelopes._known) == MAX_ENVELOPES
+
+
+def test_the_names_of_the_header_fields_are_told_in_order() -> None:
+    fields = [commands.Header(name, " x") for name in ("Subject", "X-\udcff", "subject")]
+    assert reading(*fields).header_names() == ["Subject", "X-\udcff", "subject"]

@@ -427,3 +427,20 @@ def test_a_light_job_does_not_wait_for_the_shard_of_its_key() -> None:
     assert pair is not None
     assert pair[0] is light
     assert pair[1] != home
+
+
+def test_a_shard_that_idles_or_is_gone_has_nothing_to_spare() -> None:
+    jobs = schedule()
+    jobs.idle(A)
+    jobs.spare(A)
+    jobs.idle(B)
+    jobs.gone(B)
+    jobs.spare(B)
+    first, second = Job(), Job()
+    jobs.submit(first, 0.0)
+    jobs.submit(second, 0.0)
+    assert jobs.next() == (first, A)
+    assert jobs.next() is None
+    jobs.spare(A)
+    assert jobs.next() == (second, A)
+    assert jobs.next() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import product
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
-from sharded_milter.protocol.commands import parse_command
-from sharded_milter.protocol.negotiation import Handling
+from sharded_milter.protocol.commands import Negotiate, parse_command
+from sharded_milter.protocol.negotiation import Handling, Manifest, negotiate
 from sharded_milter.protocol.session import REFUSED, Keep, Leaves, Session, State, Step
-from sharded_milter.protocol.stages import Protocol, Stage
-from sharded_milter.protocol.wire import LETTER
+from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol, Stage
+from sharded_milter.protocol.wire import LETTER, frame
 
 from .strategies import (
     OFFER,
@@ -417,3 +418,22 @@ def test_nothing_is_taken_after_the_end() -> None:
 
 def test_every_packet_of_the_tests_has_its_letter_in_its_place() -> None:
     assert all(raw[LETTER] == ord(letter) for letter, raw in PACKETS.items())
+
+
+def test_a_run_ends_before_what_is_more_than_kept() -> None:
+    session, offer = Session(), Negotiate(6, 0x1FF, 0x1FFFFF)
+    nobody_answers = sum((stage.no_reply for stage in Stage), NO_PROTOCOL)
+    session.receive(offer.encode())
+    session.agree(negotiate(offer, [Manifest("runs", protocol=nobody_answers)]))
+    conversation = [
+        frame(b"C", b"client\0U"), frame(b"M", b"<a>\0"), frame(b"R", b"<b>\0"),
+        frame(b"D", b"N"), frame(b"L", b"a\0b\0"), frame(b"D"),
+    ]  # fmt: skip
+    for command in conversation[:5]:  # what is new is worked out by the way
+        session.receive(command)
+    session.receive(frame(b"A"))
+    waiting = deque(conversation[1:])
+    assert session.receive_run(waiting) == conversation[1:5]
+    assert list(waiting) == conversation[5:]
+    with pytest.raises(RemoteProtocolError):
+        session.receive(waiting[0])
