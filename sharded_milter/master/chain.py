@@ -83,13 +83,17 @@ class _Link:
 
     def __init__(self, member: Member) -> None:
         self.member = member
-        pinning = member.manifest.pinning
-        self.pin = None if pinning is Pinning.NONE else Pin(
-            replayable=pinning is Pinning.REPLAYABLE
-        )  # fmt: skip
+        self.pin = self.new_pin()
         self.silence = _Silence.NONE
         self.job: Job | None = None  # the one that is out, or was last
         self.answer: bytes | None = None  # to the present question
+
+    def new_pin(self) -> Pin | None:
+        """For another object, if the milter is one."""
+        pinning = self.member.manifest.pinning
+        if pinning is Pinning.NONE:
+            return None
+        return Pin(replayable=pinning is Pinning.REPLAYABLE)
 
     def is_asked(self, facts: Facts) -> bool:
         manifest = self.member.manifest
@@ -132,7 +136,6 @@ class Chain:
         lost: Callable[[], None],
     ) -> None:
         self._facts: Facts | None = None  # what is asked about now
-        self.is_asked = False
         self._links = [_Link(member) for member in members]
         self._pinned = [link for link in self._links if link.pin is not None]
         self._policy = policy
@@ -145,6 +148,11 @@ class Chain:
     def asked(self) -> Stage | None:
         """The stage that is asked about now."""
         return self._facts.stage if self._facts is not None else None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is."""
+        return self._facts is not None
 
     @property
     def has_objects(self) -> bool:
@@ -165,7 +173,6 @@ class Chain:
     def ask(self, facts: Facts) -> None:
         """Asks all whom it concerns; the answer may come before this returns."""
         self._facts = facts
-        self.is_asked = True
         self._waiting = [link for link in self._links if link.is_asked(facts)]
         for link in self._waiting:
             link.answer = None
@@ -183,7 +190,6 @@ class Chain:
     def cancel(self) -> None:
         """Nobody wants the answer any more."""
         self._facts = None
-        self.is_asked = False
         waiting, self._waiting = self._waiting, []
         for link in waiting:
             job, link.job = link.job, None
@@ -281,13 +287,12 @@ class Chain:
         for link in self._links:
             link.silence = _Silence.NONE
         for link in self._pinned:
-            pin, link.pin = link.pin, None
+            pin, link.pin = link.pin, link.new_pin()
             assert pin is not None
             if pin.known:
                 self._say_farewell(link.member, pin, about)
             elif pin.place is not None:  # its first job was withdrawn
                 link.member.answers.release(pin)
-            link.pin = Pin(replayable=link.member.manifest.pinning is Pinning.REPLAYABLE)
 
     def _say_farewell(self, member: Member, pin: Pin, about: Callable[[], str]) -> None:
         job = Job(None, False, b"", b"", about, manifest=member.manifest, milter=member.number,
