@@ -111,7 +111,7 @@ class Dispatch:
             if job.manifest is None or shard.serves(job.milter, job.manifest):
                 self._run(job, shard)
             else:
-                self.schedule.idle(shard)
+                self._not_given(shard)
                 self.counters["refused_reloaded"] += 1
                 self._fail(job, Failure(Superseded("the milter was reloaded with other stages")))
 
@@ -121,7 +121,7 @@ class Dispatch:
         try:
             question = job.question()
         except OSError as error:
-            self.schedule.idle(shard)
+            self._not_given(shard)
             self._fail(job, Failure(Overloaded(f"no memory for a job: {error.strerror}")))
             return
         if job.timer is None:  # nobody waits for it, so its time begins now
@@ -138,6 +138,14 @@ class Dispatch:
         )
 
     # Whose turn it is
+
+    def _not_given(self, shard: Worker) -> None:
+        """The job was not for it after all: it can take another, behind what it does."""
+        turns = self._turns.get(shard)
+        if turns is not None and turns.turns:
+            self.schedule.spare(shard)
+        else:
+            self.schedule.idle(shard)
 
     def _begin(self, job: Job, shard: Worker) -> Turn:
         turns = self._turns.setdefault(shard, Turns())

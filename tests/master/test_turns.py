@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from one_pool import FakeShard, Workers
 
+from sharded_milter.errors import Superseded
 from sharded_milter.master.turns import ENOUGH, PATIENCE, SHORT, Turn, Turns
+from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
 
@@ -120,3 +122,15 @@ def test_the_average_forgets() -> None:
         turns.end(turn, now)
     turns.add(Turn("job", "shard", turns), now)
     assert turns.take_one_more
+
+
+def test_a_busy_shard_that_cannot_do_a_job_is_not_taken_for_an_idle_one() -> None:
+    workers = Workers(2)
+    warm(workers)
+    workers.submit()
+    workers.submit()
+    refused = workers.submit(manifest=Manifest("old"))
+    assert isinstance(refused.only, Superseded)
+    workers.shards[1].answer()
+    workers.submit()
+    assert [jobs_of(shard) for shard in workers.shards] == [1, 1]
