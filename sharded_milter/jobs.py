@@ -26,6 +26,8 @@ MAX_INLINE = 48 * 1024
 MAX_TEXT = 60_000
 
 _INLINE, _DESCRIPTOR = b"=", b"@"
+
+_LENGTH = 2  # bytes of a length in AMP's boxes
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -93,10 +95,12 @@ class Blob(amp.Argument):
 
 
 def _to_value(part: bytes | Memory, proto: Any) -> bytes:
-    if isinstance(part, Memory):
-        ordinal = proto._sendFileDescriptor(part.fd)
-        return _DESCRIPTOR + b"%d %d" % (ordinal, part.size)
-    return _INLINE + part
+    return _DESCRIPTOR + _place(part, proto) if isinstance(part, Memory) else _INLINE + part
+
+
+def _place(memory: Memory, proto: Any) -> bytes:
+    """Sends the descriptor; where the other side finds it, and how much it is."""
+    return b"%d %d" % (proto._sendFileDescriptor(memory.fd), memory.size)
 
 
 def _from_value(value: bytes, proto: Any) -> bytes | memoryview:
@@ -179,16 +183,36 @@ class Ask(amp.Command):
     response = [(b"replies", Blob()), (b"error", amp.String(optional=True))]  # noqa: RUF012
 
 
-def question_box(question: Question, proto: Any) -> dict[str, bytes]:
-    """The values of the box that asks a question."""
-    box = {
-        "head": _HEAD.pack(question.stage, question.milter, question.session, question.start),
-        "connection": _to_value(question.connection, proto),
-        "message": _to_value(question.message, proto),
-    }
+def _string(data: bytes) -> bytes:
+    """A key or a value as AMP's boxes have it: behind its length."""
+    return len(data).to_bytes(_LENGTH, "big") + data
+
+
+_ASKS = _string(amp.COMMAND) + _string(Ask.commandName)
+_TAG = _string(amp.ASK)
+_HEAD_KEY = _string(b"head") + _HEAD.size.to_bytes(_LENGTH, "big")
+_CONNECTION, _MESSAGE, _UNKNOWN = map(_string, (b"connection", b"message", b"unknown"))
+_END = bytes(_LENGTH)
+
+
+def question_box(question: Question, tag: bytes, proto: Any) -> bytes:
+    """The box that asks a question, whose answer bears the tag."""
+    head = _HEAD.pack(question.stage, question.milter, question.session, question.start)
+    pieces = [_ASKS, _TAG, _string(tag), _HEAD_KEY, head]
+    pieces += _CONNECTION, *_pieces(question.connection, proto)
+    pieces += _MESSAGE, *_pieces(question.message, proto)
     if question.command:
-        box["unknown"] = _to_value(question.command, proto)
-    return box
+        pieces += _UNKNOWN, *_pieces(question.command, proto)
+    return b"".join([*pieces, _END])
+
+
+def _pieces(part: bytes | Memory, proto: Any) -> tuple[bytes, bytes, bytes]:
+    """A `Blob` as a box has it; the part itself is not copied before it is joined."""
+    if isinstance(part, Memory):
+        kind, rest = _DESCRIPTOR, _place(part, proto)
+    else:
+        kind, rest = _INLINE, part
+    return (len(kind) + len(rest)).to_bytes(_LENGTH, "big"), kind, rest
 
 
 def read_question(box: Mapping[bytes, bytes], proto: Any) -> Asked:

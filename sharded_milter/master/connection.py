@@ -8,7 +8,6 @@ that nobody wants its answer any more.
 from __future__ import annotations
 
 import socket
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -17,17 +16,17 @@ from twisted.internet import interfaces
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
-from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.master import conversation
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.conversation import Conversation
 from sharded_milter.protocol.commands import Abort, Quit, QuitNc
 from sharded_milter.protocol.replies import Progress
 from sharded_milter.protocol.stages import Stage
-from sharded_milter.protocol.wire import LETTER, Framer
+from sharded_milter.protocol.wire import Framer
 from sharded_milter.sending import send_now
 
 # Bytes that are read at a time: Twisted's own number, and what a UNIX socket holds. Large pieces
@@ -42,12 +41,15 @@ _LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
 class Home(conversation.Home, Protocol):
     """What a connection needs of the service it belongs to."""
 
+    idle: Alarm[MilterConnection]  # rings `timed_out`
+    progress: Alarm[MilterConnection]  # rings `show_life`
+
     def connected(self, connection: MilterConnection) -> None: ...
     def disconnected(self, connection: MilterConnection) -> None: ...
 
 
 @implementer(interfaces.IPushProducer)
-class MilterConnection(TwistedProtocol, TimeoutMixin):
+class MilterConnection(TwistedProtocol):
     """Speaks the milter protocol with one MTA."""
 
     log = Logger()
@@ -56,10 +58,10 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._home = home
         self._conversation = Conversation(home, self._answered)
         self._framer = Framer()
-        self._waiting: deque[bytes] = deque()
+        self._looked = 0  # up to here in the framer's buffer nobody leaves
         self._congested = False  # the MTA does not read what it was answered
         self._paused = False
-        self._progress: Any = None
+        self._shows_life = False
         self._quick_ack: Callable[[], None] | None = None
 
     # What Twisted calls
@@ -70,43 +72,37 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
             transport.setTcpNoDelay(True)
             self._quick_ack = _quick_ack_of(transport)
         transport.registerProducer(self, True)
-        self.setTimeout(self._home.limits.idle_timeout)
+        self._home.idle.set(self)
         self._home.connected(self)
-
-    def callLater(self, period: float, function: Any) -> Any:
-        """TimeoutMixin's clock."""
-        return self._home.reactor.callLater(period, function)
-
-    def timeoutConnection(self) -> None:
-        """The MTA has said nothing for longer than any SMTP client may be idle."""
-        if self._conversation.asked is not None:  # it waits for us
-            self.setTimeout(self._home.limits.idle_timeout)
-            return
-        self.log.info("closing a connection that was idle for too long")
-        self._close()
 
     def dataReceived(self, data: bytes) -> None:
         if self._conversation.over:  # nothing is taken any more
             return
-        self.resetTimeout()
+        self._home.idle.set(self)
         transport: Any = self.transport
         transport.bufferSize = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
         if self._quick_ack is not None:
             self._quick_ack()
-        try:
-            received = self._framer.receive(data)
-        except RemoteProtocolError as error:
-            self._give_up(error)
-            return
-        if self._conversation.asked is not None and any(p[LETTER] in _LEAVING for p in received):
-            self._conversation.cancel()
-        self._waiting.extend(received)
+        self._framer.feed(data)
+        if self._conversation.asked is not None:
+            try:
+                self._look_ahead()
+            except RemoteProtocolError as error:
+                self._give_up(error)
+                return
         self._advance()
 
+    def _look_ahead(self) -> None:
+        """Whether the MTA leaves, behind the command that it waits for the answer to."""
+        for letter, end in self._framer.peek(max(self._looked, self._framer.at)):
+            self._looked = end
+            if letter in _LEAVING:
+                self._conversation.cancel()
+
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.setTimeout(None)
+        self._home.idle.stop(self)
+        self._framer = Framer()
         self._stop_progress()
-        self._waiting.clear()
         self._conversation.end()
         self._home.disconnected(self)
 
@@ -118,10 +114,13 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         answers = [answer]
         broken = None
         try:
-            while self._waiting and talk.is_ready:
-                answer = talk.take(self._waiting)
-                if answer:
-                    answers.append(answer)
+            while talk.is_ready:
+                said = talk.take(self._framer)
+                if said is None:
+                    self._framer.compact()
+                    self._looked = 0
+                    break
+                answers.append(said)
         except RemoteProtocolError as error:
             broken = error
         self._write(b"".join(answers))
@@ -142,29 +141,35 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self.log.warn("closing a connection: {why}", why=str(error))
         self._close()
 
-    # Signs of life
+    # Signs of life, the MTA's and ours
+
+    def timed_out(self) -> None:
+        """The MTA has said nothing for longer than any SMTP client may be idle."""
+        if self._conversation.asked is not None:  # it waits for us
+            self._home.idle.set(self)
+            return
+        self.log.info("closing a connection that was idle for too long")
+        self._close()
 
     def _watch_job(self) -> None:
         stage = self._conversation.asked
         if stage is None:
             self._stop_progress()
-        elif self._progress is None and (
+        elif not self._shows_life and (
             stage is Stage.EOM or self._conversation.takes_early_progress
         ):
-            self._progress_later()
+            self._shows_life = True
+            self._home.progress.set(self)
 
-    def _progress_later(self) -> None:
-        interval = self._home.limits.progress_interval
-        self._progress = self._home.reactor.callLater(interval, self._send_progress)
-
-    def _send_progress(self) -> None:
+    def show_life(self) -> None:
+        """A milter has been at work for an interval more."""
         self._write(_PROGRESS)
-        self._progress_later()
+        self._home.progress.set(self)
 
     def _stop_progress(self) -> None:
-        progress, self._progress = self._progress, None
-        if progress is not None:
-            progress.cancel()
+        if self._shows_life:
+            self._shows_life = False
+            self._home.progress.stop(self)
 
     # The socket
 
@@ -198,8 +203,9 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
     def _restrain(self) -> None:
         """Stops reading while too much waits, and goes on when it is worked off."""
         transport: Any = self.transport
-        waiting_bytes = sum(map(len, self._waiting))
-        too_much = self._congested or waiting_bytes > self._home.limits.max_waiting
+        # A packet that is not complete yet is not waiting: it needs its rest.
+        waiting = 0 if self._conversation.is_ready else self._framer.waiting
+        too_much = self._congested or waiting > self._home.limits.max_waiting
         if too_much and not self._paused:
             transport.pauseProducing()
         elif self._paused and not too_much:
@@ -207,7 +213,7 @@ class MilterConnection(TwistedProtocol, TimeoutMixin):
         self._paused = too_much
 
     def _close(self) -> None:
-        self._waiting.clear()
+        self._framer = Framer()
         self._stop_progress()
         self._conversation.end()
         transport: Any = self.transport

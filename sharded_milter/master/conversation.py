@@ -5,7 +5,7 @@ It knows no socket: packets come in, answers go out. While a job is out it takes
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from sharded_milter.protocol.replies import Continue, Quarantine
 from sharded_milter.protocol.session import REFUSED, Keep, Leaves, Session, State
 from sharded_milter.protocol.stages import NO_PROTOCOL, Stage
 from sharded_milter.protocol.stages import Protocol as ProtocolBits
-from sharded_milter.protocol.wire import packets
+from sharded_milter.protocol.wire import Framer, packets
 
 _CONTINUE = Continue().encode()
 
@@ -114,16 +114,19 @@ class Conversation:
         """
         return self._transcript.mta().startswith("Postfix")
 
-    def take(self, waiting: deque[bytes]) -> bytes:
-        """Follows the commands at the head of `waiting` up to one that may need an answer.
+    def take(self, framer: Framer) -> bytes | None:
+        """Follows the commands that wait there up to one that may need an answer.
 
-        What can be answered without a milter is returned. Raises RemoteProtocolError when a
-        packet cannot come here.
+        What can be answered without a milter is returned; None when no whole packet waits.
+        Raises RemoteProtocolError when a packet is malformed or cannot come here.
         """
-        run = self._session.receive_run(waiting)
-        if run:
-            self._transcript.extend(run)
-        return self._take(waiting.popleft()) if waiting else b""
+        start = framer.at
+        framer.at, noted = self._session.receive_run(framer.buffer, start)
+        if framer.at > start:
+            with memoryview(framer.buffer) as view, view[start : framer.at] as run:
+                self._transcript.extend(run, noted)
+        packet = framer.next()
+        return self._take(packet) if packet else None
 
     def _take(self, packet: bytes) -> bytes:
         step = self._session.receive(packet)

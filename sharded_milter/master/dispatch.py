@@ -22,6 +22,7 @@ from sharded_milter.errors import (
     Superseded,
     WorkerLost,
 )
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.job import Job, Worker, view_of
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -67,6 +68,16 @@ class Dispatch:
         self._farewells: set[Job] = set()
         self._turns: dict[Worker, Turns] = {}
         self._overdue_call: Any = None
+        limits_of = {True: limits.eom_deadline, False: limits.command_deadline}  # at EOM or not
+        self._soft = {
+            at_end: Alarm(reactor, SOFT_LIMIT * limit, self._warn)
+            for at_end, limit in limits_of.items()
+        }
+        self._hard = {
+            at_end: Alarm(reactor, (1 - SOFT_LIMIT) * limit, self._expire)
+            for at_end, limit in limits_of.items()
+        }
+        self._patience = Alarm(reactor, PATIENCE, self._give_elsewhere)
 
     def submit(self, job: Job) -> Deferred[bytes]:
         """Fires with the reply packets; fails with a JobFailed."""
@@ -86,7 +97,12 @@ class Dispatch:
         return result
 
     def _arm(self, job: Job) -> None:
-        job.timer = self._reactor.callLater(SOFT_LIMIT * self._limit(job), self._warn, job)
+        self._soft[job.stage is Stage.EOM].set(job)
+
+    def _disarm(self, job: Job) -> None:
+        at_end = job.stage is Stage.EOM
+        self._soft[at_end].stop(job)
+        self._hard[at_end].stop(job)
 
     def _limit(self, job: Job) -> float:
         limits = self._limits
@@ -124,7 +140,7 @@ class Dispatch:
             self._not_given(shard)
             self._fail(job, Failure(Overloaded(f"no memory for a job: {error.strerror}")))
             return
-        if job.timer is None:  # nobody waits for it, so its time begins now
+        if job.stage is None:  # nobody waits for it, so its time begins now
             self._arm(job)
         job.shard = shard
         job.slot = shard.slot
@@ -151,7 +167,7 @@ class Dispatch:
         turns = self._turns.setdefault(shard, Turns())
         turn = Turn(job, shard, turns)
         if turns.turns:
-            self._reactor.callLater(PATIENCE, self._give_elsewhere, turn)
+            self._patience.set(turn)
         else:
             shard.label = job.about()
         turns.add(turn, job.started)
@@ -163,6 +179,7 @@ class Dispatch:
         """The shard has answered; it may do the next one, and take one more behind that."""
         turns, now = turn.turns, self._reactor.seconds()
         turns.end(turn, now)
+        self._patience.stop(turn)
         if turns.turns:
             first = turns.turns[0].job
             first.started, turn.shard.label = now, first.about()
@@ -305,17 +322,11 @@ class Dispatch:
         else:
             self._fail(job, failure)
 
-    def _disarm(self, job: Job) -> None:
-        timer, job.timer = job.timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
-
     # Time
 
     def _warn(self, job: Job) -> None:
         """The soft limit: while it still hangs, the worker shows where."""
-        left = (1 - SOFT_LIMIT) * self._limit(job)
-        job.timer = self._reactor.callLater(left, self._expire, job)
+        self._hard[job.stage is Stage.EOM].set(job)
         if job.shard is not None:
             self.log.warn(
                 "{shard} has not answered {about} for {n:g} s; its stacks follow",

@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 from sharded_milter.coroutines import driven
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded
 from sharded_milter.jobs import Memory, Question
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -58,7 +59,10 @@ class InMaster:
         self.manifest = dialect.manifest
         self.counters = counters
         self._dialect = dialect
-        self._limits = limits
+        self._deadlines = {
+            True: Alarm(reactor, limits.eom_deadline, self._expire),
+            False: Alarm(reactor, limits.command_deadline, self._expire),
+        }
         self._reactor = reactor
         self._stopwatch = stopwatch
         self._numbers = itertools.count(1)
@@ -82,9 +86,7 @@ class InMaster:
         return result
 
     def _arm(self, job: Job) -> None:
-        eom = job.stage is Stage.EOM
-        limit = self._limits.eom_deadline if eom else self._limits.command_deadline
-        job.timer = self._reactor.callLater(limit, self._expire, job, limit)
+        self._deadlines[job.stage is Stage.EOM].set(job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for the answer any more. An object is left to finish what it does."""
@@ -107,7 +109,7 @@ class InMaster:
         if job.abandoned or job.result.called:  # it has waited too long
             return succeed(None)
         job.started = self._reactor.seconds()
-        if job.timer is None:  # nobody waits for it, so its time begins now
+        if job.stage is None:  # nobody waits for it, so its time begins now
             self._arm(job)
         answer = maybeDeferred(self._answer, job)
         self._running[job] = answer
@@ -148,8 +150,9 @@ class InMaster:
         self._running.pop(job, None)
         self._disarm(job)
 
-    def _expire(self, job: Job, limit: float) -> None:
+    def _expire(self, job: Job) -> None:
         """The deadline: the MTA hears now, and a coroutine is cancelled."""
+        limit = self._deadlines[job.stage is Stage.EOM].delay
         self.counters["deadlines"] += 1
         if not job.result.called:
             reason = f"{job.about()} was not answered within {limit:g} s by {self.manifest.name}"
@@ -163,9 +166,7 @@ class InMaster:
             job.pin.lose()
 
     def _disarm(self, job: Job) -> None:
-        timer, job.timer = job.timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
+        self._deadlines[job.stage is Stage.EOM].stop(job)
 
     # How long it holds everybody up
 

@@ -48,7 +48,6 @@ class Job:
     attempts: int = 0
     abandoned: bool = False  # nobody waits for the answer
     shard: Worker | None = None
-    timer: Any = None
     submitted: float = 0.0
     started: float = 0.0  # when the worker that answered got it
     slot: int = 0  # whose worker answered; 0 for none

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import Member, workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.dispatch import Dispatch
@@ -52,6 +53,8 @@ class Service:
         self.reactor = reactor
         self.counters = dispatch.counters
         self.inflight = Inflight(limits.max_inflight_bytes)
+        self.idle = Alarm(reactor, limits.idle_timeout, MilterConnection.timed_out)
+        self.progress = Alarm(reactor, limits.progress_interval, MilterConnection.show_life)
         self.connections: set[MilterConnection] = set()
         self.listeners = listeners
         self._bind = bind

@@ -13,6 +13,7 @@ socket pair instead of two pipes, so that descriptors can be passed; a death is 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -26,25 +27,17 @@ import psutil
 from ampoule import commands as ampoule_commands
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet import error
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
-from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
-from sharded_milter.jobs import (
-    Ask,
-    LoadFailed,
-    Question,
-    Ready,
-    question_box,
-    read_answer,
-)
+from sharded_milter.jobs import LoadFailed, Question, Ready
+from sharded_milter.master.asking import Asking
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
-from sharded_milter.sending import QuickBoxes
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
 PASSED_ENVIRONMENT = (
@@ -187,7 +180,7 @@ class Shard:
         self._asked += 1
         if self.state is State.IDLE:
             self.state = State.BUSY
-        answer = maybeDeferred(self._amp.ask, question)
+        answer: Deferred[Any] = self._amp.ask(question)
         answer.addCallbacks(self._answered, self._lost)
         return answer
 
@@ -356,7 +349,6 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         super().__init__(protocol, shard.slot)
         self._shard = shard
         self._pieces: dict[int, bytes] = {}
-        self._said_more = False
 
     def connectionMade(self) -> None:
         self.transport.closeStdin()
@@ -364,15 +356,18 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
     def catch_up(self) -> None:
         """Takes what was written so far: it belongs to the job that was answered just now."""
         pipes = getattr(self.transport, "pipes", {})  # Twisted's own, by the child's number
-        for pipe in [pipes[fd] for fd in _OUTPUTS if fd in pipes]:
-            for _ in range(MAX_CATCH_UP):
-                self._said_more = False
-                pipe.doRead()
-                if not self._said_more:
-                    break
+        outputs = {pipes[fd].fileno(): pipes[fd] for fd in _OUTPUTS if fd in pipes}
+        poll = select.poll()  # one call says that there is nothing, as there is most of the time
+        for fd in outputs:
+            poll.register(fd, select.POLLIN)
+        for _ in range(MAX_CATCH_UP):
+            said = poll.poll(0)
+            if not said:
+                break
+            for fd, _ in said:
+                outputs[fd].doRead()
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self._said_more = True
         *lines, rest = (self._pieces.get(childFD, b"") + data).split(b"\n")
         if len(rest) > MAX_LOG_LINE:
             lines, rest = [*lines, rest], b""
@@ -391,19 +386,13 @@ class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         """Comes when the pipes are closed too; nobody waits for that."""
 
 
-class _Parent(QuickBoxes, amp.AMP):
+class _Parent(Asking):
     """The master's end of the AMP connection to one worker."""
 
     def __init__(self, shard: Shard) -> None:
-        super().__init__()
+        super().__init__(shard._reactor)
         self._shard = shard
         self._impatience: Callable[[], None] | None = None
-
-    def ask(self, question: Question) -> Deferred[tuple[bytes, bytes]]:
-        """A Deferred of reply packets and error."""
-        box = question_box(question, self)
-        answer: Deferred[Any] = self.callRemoteString(Ask.commandName, **box)
-        return answer.addCallback(read_answer, self)
 
     @Ready.responder
     def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> dict[str, Any]:
@@ -431,6 +420,7 @@ class _Parent(QuickBoxes, amp.AMP):
                 self._impatience()
             self._impatience = None
         super().connectionLost(reason)
+        self.hopeless(reason)
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()

@@ -7,7 +7,7 @@ moves into anonymous memory that workers map instead of receiving a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -17,7 +17,7 @@ from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.jobs import MAX_INLINE, Memory
 from sharded_milter.master.inflight import Inflight
 from sharded_milter.protocol.commands import Connect, Macro, Mail, Rcpt
-from sharded_milter.protocol.wire import LETTER, PAYLOAD
+from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
 
 # What fits into one AMP box needs no memory of its own.
 SPOOL_ABOVE = MAX_INLINE
@@ -114,18 +114,21 @@ class Transcript:
         except OSError as error:
             self._refuse(Refusal.NO_MEMORY, str(error))
 
-    def extend(self, packets: Sequence[bytes]) -> None:
-        """Adds several packets to the message's part, as `append` does one after the other."""
-        data = packets[0] if len(packets) == 1 else b"".join(packets)
-        room = self.refusal is None and self.size + len(data) <= self._max_size
-        if not room or not self._inflight.take(len(data)):
-            for packet in packets:  # one of them is where it ends
-                self.append(packet)
+    def extend(self, run: memoryview, noted: Iterable[bytes]) -> None:
+        """Adds several packets to the message's part, as `append` does one after the other.
+
+        `noted` are those of them that are no content.
+        """
+        size = len(run)
+        room = self.refusal is None and self.size + size <= self._max_size
+        if not room or not self._inflight.take(size):
+            for _, start, end in packets(run):  # one of them is where it ends
+                self.append(bytes(run[start - PAYLOAD : end]))
             return
-        for packet in packets:
+        for packet in noted:
             self._note(packet)
         try:
-            self._add(data)
+            self._add(run)
         except OSError as error:
             self._refuse(Refusal.NO_MEMORY, str(error))
 
@@ -150,7 +153,7 @@ class Transcript:
         elif code in _FIRSTS:
             self._firsts.setdefault(code, packet)
 
-    def _add(self, data: bytes) -> None:
+    def _add(self, data: bytes | memoryview) -> None:
         self.size += len(data)
         if len(self._recent) + len(data) <= SPOOL_ABOVE:
             self._recent += data

@@ -13,18 +13,17 @@ seen to do, which is more than libmilter allows.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.answers import check_replies
-from sharded_milter.protocol.commands import Macro, Negotiate, check_command
+from sharded_milter.protocol.commands import Body, Header, Macro, Negotiate, check_command
 from sharded_milter.protocol.negotiation import Agreement, Handling
 from sharded_milter.protocol.replies import Accept, Discard, Reject, ReplyCode, TempFail
 from sharded_milter.protocol.stages import NO_PROTOCOL, STAGES, Protocol, Stage
-from sharded_milter.protocol.wire import LETTER, PAYLOAD
+from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, LETTER, PAYLOAD
 
 _MACRO = Macro.letter[0]
 _NEGOTIATE = Negotiate.letter[0]
@@ -229,12 +228,22 @@ class Step:
     leaves: Leaves = Leaves.NOTHING
     offer: Negotiate | None = None  # the MTA offers options and waits for ours
 
-    only_kept: bool = False  # nothing is to be done but to append it to the message's part
+
+class _Known:
+    """What commands do under an agreement, by the state before, in which they come.
+
+    Working that out costs more than all the rest of a packet, and there are few of these.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[State, dict[int, tuple[State, Step]]] = {}  # the state after, the step
+        # Of those that are only kept: the state after, and how many strings the payload is.
+        self.runs: dict[State, dict[int, tuple[State, int]]] = {}
 
 
-# What commands do in a state under an agreement: the state after, and the step. Working that out
-# costs more than all the rest of a packet, and there are few of these.
-_Known = dict[int, tuple[State, Step]]
+# The content of a message: a field is two strings, a piece of the body is anything.
+_STRINGS = {Header.letter[0]: 2, Body.letter[0]: 0}
+_TO_BE_CHECKED = -1  # by check_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +258,13 @@ class Decision:
 class Session:
     """One MTA connection's place in the protocol; no I/O."""
 
-    __slots__ = ("_agreement", "_known", "state")
+    __slots__ = ("_agreement", "_runs", "_steps", "state")
 
     def __init__(self) -> None:
         self.state = State.START
         self._agreement: Agreement | None = None
-        self._known: dict[State, _Known] = {}
+        self._steps: dict[State, dict[int, tuple[State, Step]]] = {}
+        self._runs: dict[State, dict[int, tuple[State, int]]] = {}
 
     @property
     def agreement(self) -> Agreement:
@@ -266,7 +276,8 @@ class Session:
     def agree(self, agreement: Agreement) -> None:
         """Option negotiation ended with this."""
         self._agreement = agreement
-        self._known = agreement.known
+        known = agreement.known.setdefault(_Known, _Known())
+        self._steps, self._runs = known.steps, known.runs
 
     def receive(self, packet: bytes) -> Step:
         """What a whole packet of the MTA asks for; moves on to the state after it.
@@ -277,7 +288,7 @@ class Session:
         code = packet[LETTER]
         # A macro packet is told apart by the stage that it is for.
         key = code if code != _MACRO else _MACRO << 8 | packet[PAYLOAD] if packet[PAYLOAD:] else -1
-        row = self._known.get(self.state)
+        row = self._steps.get(self.state)
         known = row.get(key) if row is not None else None
         if known is None:
             return self._receive_first(code, key, packet)
@@ -285,36 +296,45 @@ class Session:
         self.state, step = known
         return step
 
-    def receive_run(self, waiting: deque[bytes]) -> list[bytes]:
-        """The packets at the head of `waiting` that are only kept, which are taken from there.
+    def receive_run(self, buffer: bytearray, at: int) -> tuple[int, list[bytes]]:
+        """Follows the packets from `at` on that are only kept, as most of a message's are.
 
-        Most of a message's packets are, and taking them so costs a fraction of `receive`, to
-        which the next one is left. Raises RemoteProtocolError as that does.
+        Returns where they end in `buffer`, and those among them that are no content. That costs a
+        fraction of `receive`, to which the next one is left. Raises RemoteProtocolError as that
+        does.
         """
-        run: list[bytes] = []
-        row = self._known.get(self.state)
-        while waiting and row is not None:
-            packet = waiting[0]
-            code = packet[LETTER]
-            if code == _MACRO and len(packet) == PAYLOAD:  # for no stage at all
+        noted: list[bytes] = []
+        row = self._runs.get(self.state)
+        last = len(buffer) - PAYLOAD  # where a packet can begin that has a letter
+        while row is not None and at <= last:
+            length, key = HEAD.unpack_from(buffer, at)
+            end = at + LENGTH_BYTES + length
+            if key == _MACRO and length > 1:
+                key = _MACRO << 8 | buffer[at + PAYLOAD] if at < last else 0
+            known = row.get(key)
+            if known is None or end > len(buffer) or not length:
                 break
-            known = row.get(_MACRO << 8 | packet[PAYLOAD] if code == _MACRO else code)
-            if known is None or not known[1].only_kept:
-                break
-            check_command(packet)
-            if known[0] is not self.state:
-                self.state = known[0]
-                row = self._known.get(self.state)
-            run.append(waiting.popleft())
-        return run
+            after, strings = known
+            if strings == _TO_BE_CHECKED:
+                packet = bytes(buffer[at:end])
+                check_command(packet)
+                noted.append(packet)
+            elif strings and (buffer.count(0, at + PAYLOAD, end) != strings or buffer[end - 1]):
+                break  # `receive` says what is wrong
+            if after is not self.state:
+                self.state = after
+                row = self._runs.get(after)
+            at = end
+        return at, noted
 
     def _receive_first(self, code: int, key: int, packet: bytes) -> Step:
         before = self.state
         step = self._receive_macro(packet) if code == _MACRO else self._receive_command(packet)
         if step.offer is None and self._agreement is not None:
-            only_kept = step == Step(step.stage, keep=Keep.APPEND)
-            known = self.state, replace(step, only_kept=only_kept)
-            self._known.setdefault(before, {})[key] = known
+            self._steps.setdefault(before, {})[key] = self.state, step
+            if step == Step(step.stage, keep=Keep.APPEND):
+                strings = _STRINGS.get(code, _TO_BE_CHECKED)
+                self._runs.setdefault(before, {})[key] = self.state, strings
         return step
 
     def _receive_command(self, packet: bytes) -> Step:

@@ -6,12 +6,14 @@ the whole of it, length included, because transcripts keep packets as they came.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from sharded_milter.errors import RemoteProtocolError
 
 LENGTH_BYTES = 4
 LETTER = LENGTH_BYTES  # the offset of the letter
+HEAD = struct.Struct(">IB")  # the length and the letter
 PAYLOAD = LETTER + 1  # the offset of the payload
 
 # The largest packet that we take, letter and payload. Postfix and Sendmail send at most 65,536;
@@ -27,7 +29,7 @@ def frame(letter: bytes, payload: bytes = b"") -> bytes:
     return (1 + len(payload)).to_bytes(LENGTH_BYTES, "big") + letter + payload
 
 
-def checked_length(prefix: bytes) -> int:
+def checked_length(prefix: bytes | bytearray) -> int:
     """The length that the first four bytes of a packet say.
 
     Raises RemoteProtocolError when it is 0 or above MAX_PACKET.
@@ -39,40 +41,63 @@ def checked_length(prefix: bytes) -> int:
 
 
 class Framer:
-    """Cuts a stream into packets, whatever pieces it arrives in."""
+    """Cuts a stream into packets, whatever pieces it arrives in.
 
-    __slots__ = ("_need", "_rest")
+    What is not taken yet begins at `at` in `buffer`; whoever can, reads it there.
+    """
+
+    __slots__ = ("at", "buffer")
 
     def __init__(self) -> None:
-        self._rest = bytearray()  # the beginning of a packet that is not complete yet
-        self._need = 0  # how long _rest must be before another look can pay
+        self.buffer = bytearray()
+        self.at = 0
 
-    def receive(self, data: bytes) -> list[bytes]:
-        """The packets that `data` completes, in order.
+    @property
+    def waiting(self) -> int:
+        """How many bytes are not taken yet."""
+        return len(self.buffer) - self.at
+
+    def feed(self, data: bytes) -> None:
+        """More has arrived."""
+        self.buffer += data
+
+    def compact(self) -> None:
+        """Lets go of what is taken."""
+        del self.buffer[: self.at]
+        self.at = 0
+
+    def next(self) -> bytes:
+        """Takes the next packet; empty while it is not complete.
 
         Raises RemoteProtocolError on a length that no packet can have, before waiting for or
         storing what it announces.
         """
-        if self._rest:
-            # A packet that drips in byte by byte costs one append a byte, not one copy of all.
-            self._rest += data
-            if len(self._rest) < self._need:
-                return []
-            data = bytes(self._rest)
-            self._rest.clear()
-        packets = []
-        start, size = 0, len(data)
-        self._need = LENGTH_BYTES
-        while size - start >= LENGTH_BYTES:
-            total = LENGTH_BYTES + checked_length(data[start : start + LENGTH_BYTES])
-            if size - start < total:
-                self._need = total
-                break
-            packets.append(data[start : start + total])
-            start += total
-        if start < size:
-            self._rest += data[start:]
-        return packets
+        start, end = self.at, self._end(self.at)
+        if not end:
+            return b""
+        self.at = end
+        with memoryview(self.buffer) as view:
+            return bytes(view[start:end])
+
+    def peek(self, start: int) -> Iterator[tuple[int, int]]:
+        """The whole packets from `start` on, none of which is taken: letter, and where it ends."""
+        while end := self._end(start):
+            yield self.buffer[start + LETTER], end
+            start = end
+
+    def _end(self, start: int) -> int:
+        """Where the packet ends that begins there; 0 while it is not complete."""
+        if len(self.buffer) - start < LENGTH_BYTES:
+            return 0
+        end = start + LENGTH_BYTES + checked_length(self.buffer[start : start + LENGTH_BYTES])
+        return end if end <= len(self.buffer) else 0
+
+    def receive(self, data: bytes) -> list[bytes]:
+        """The packets that `data` completes, in order, all of them taken; raises as `next`."""
+        self.feed(data)
+        found = list(iter(self.next, b""))
+        self.compact()
+        return found
 
 
 def packets(buffer: bytes | memoryview) -> Iterator[tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from sharded_milter.jobs import Memory
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.inflight import Inflight
@@ -100,6 +101,10 @@ class Home:
         self.inflight = Inflight(inflight)
         self.full = False
         self.reactor = Clock()
+        self.idle = Alarm(self.reactor, LIMITS.idle_timeout, MilterConnection.timed_out)
+        self.progress = Alarm(
+            self.reactor, LIMITS.progress_interval, MilterConnection.show_life
+        )
         self.connections: list[MilterConnection] = []
 
     def connected(self, connection: MilterConnection) -> None:

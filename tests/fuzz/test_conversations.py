@@ -129,7 +129,8 @@ class Conversation(RuleBasedStateMachine):
         self.connection.connectionLost()
         assert self.home.pool.open is None
         assert self.home.connections == []
-        assert self.home.reactor.getDelayedCalls() == []
+        assert not self.home.idle._due
+        assert not self.home.progress._due
         assert self.home.inflight.used == 0
 
     # The MTA
@@ -285,8 +286,7 @@ class Conversation(RuleBasedStateMachine):
         assert transcript.size <= LIMITS.max_message_size + MARK
         assert len(transcript.connection_part()) <= CONNECTION_PART
         assert self.home.inflight.used >= transcript.size
-        waiting_bytes = sum(map(len, connection._waiting))
-        assert waiting_bytes <= LIMITS.max_waiting + self.largest + LARGEST_PACKET
+        assert connection._framer.waiting <= LIMITS.max_waiting + self.largest + LARGEST_PACKET
 
     @invariant()
     def after_its_end_a_connection_is_silent(self) -> None:

@@ -13,6 +13,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from sharded_milter.jobs import Memory
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import Member, workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.inflight import Inflight
@@ -90,6 +91,10 @@ class Mta:
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.full = False
         self.reactor = Clock()
+        self.idle = Alarm(self.reactor, self.limits.idle_timeout, MilterConnection.timed_out)
+        self.progress = Alarm(
+            self.reactor, self.limits.progress_interval, MilterConnection.show_life
+        )
         self.pool = RecordedPool()
         self.counters = self.pool.counters
         self.open: list[MilterConnection] = []

@@ -8,6 +8,7 @@ import socket
 from typing import Any
 
 import pytest
+from armed import armed
 from one_mta import EVERYTHING, OFFER, Mta, content, packed, transcript_of
 from twisted.internet.testing import StringTransport
 from twisted.logger import LogLevel, capturedLogs
@@ -174,7 +175,7 @@ def test_a_lost_connection_cancels_the_job() -> None:
     mta.answer(CONTINUE)
     assert mta.written() == []
     assert mta.open == []
-    assert mta.reactor.getDelayedCalls() == []
+    assert armed(mta.reactor) == []
 
 
 def test_after_an_abort_the_next_message_is_a_new_one() -> None:
@@ -627,7 +628,7 @@ def test_a_job_that_is_answered_at_once_leaves_no_progress_behind() -> None:
     mta = at_the_end()
     mta.pool.at_once = [packed(CONTINUE)]
     mta.say(*MESSAGE)
-    assert len(mta.reactor.getDelayedCalls()) == 1  # that of an idle connection
+    assert len(armed(mta.reactor)) == 1  # that of an idle connection
 
 
 # The end of the service

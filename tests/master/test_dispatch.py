@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from armed import armed
 from one_pool import MESSAGE, Workers
 from twisted.logger import LogLevel, capturedLogs
 
@@ -306,7 +307,7 @@ def test_an_answer_in_time_leaves_no_timer_behind() -> None:
     workers = Workers()
     workers.submit(Stage.RCPT)
     workers.shards[0].answer()
-    assert workers.clock.getDelayedCalls() == []
+    assert armed(workers.clock) == []
 
 
 # The queue

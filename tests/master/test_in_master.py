@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from armed import armed
 from one_mta import packed
 from one_pool import noted
 from twisted.internet.defer import Deferred
@@ -102,7 +103,7 @@ def test_a_callback_is_called_with_what_the_mta_said() -> None:
     ended: list[Any] = []
     noted(house.host.submit(job), ended)
     assert (calls, ended) == (["me"], [ACCEPT])
-    assert house.clock.getDelayedCalls() == []
+    assert armed(house.clock) == []
 
 
 def test_an_object_is_not_called_again_before_it_has_answered() -> None:
@@ -156,7 +157,7 @@ def test_a_question_that_is_cancelled_while_it_waits_is_never_asked() -> None:
     house.host.cancel(house.latest)
     answers[0].callback(ReturnCodes.CONTINUE)
     assert called == [(("<b>",),)]
-    assert house.clock.getDelayedCalls() == []
+    assert armed(house.clock) == []
 
 
 def test_at_the_deadline_the_mta_hears_and_the_coroutine_is_cancelled() -> None:
@@ -290,7 +291,7 @@ def test_functions_are_cancelled_when_nobody_wants_their_answer() -> None:
         host.cancel(job)
     assert cancelled == ["cancelled"]
     assert list(events) == []
-    assert clock.getDelayedCalls() == []
+    assert armed(clock) == []
 
 
 def test_the_objects_of_a_factory_share_it() -> None:

@@ -6,10 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
+from armed import armed
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
+from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.inflight import Inflight
@@ -74,6 +76,8 @@ class Home:
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.full = False
         self.reactor = Clock()
+        self.idle = Alarm(self.reactor, self.limits.idle_timeout, MilterConnection.timed_out)
+        self.progress = Alarm(self.reactor, INTERVAL, MilterConnection.show_life)
         self.pool = SlowPool()
         self.counters = self.pool.counters
         self.members = workers_members([manifest], self.pool)
@@ -114,7 +118,7 @@ class Mta:
 
     def pending(self) -> int:
         """The timers that run, beside that of an idle connection."""
-        return len(self.home.reactor.getDelayedCalls()) - 1
+        return len(armed(self.home.reactor)) - 1
 
 
 @pytest.mark.parametrize("macros", [POSTFIX, SENDMAIL, {}], ids=["postfix", "sendmail", "nobody"])
@@ -181,7 +185,7 @@ def test_nobody_is_told_who_is_gone() -> None:
     mta = Mta(POSTFIX, MESSAGE)
     mta.connection.connectionLost()
     assert mta.wait(3 * INTERVAL) == b""
-    assert mta.home.reactor.getDelayedCalls() == []
+    assert armed(mta.home.reactor) == []
 
 
 def test_who_the_mta_is_holds_for_the_next_client_on_the_connection() -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any, cast
 
 import pytest
+from armed import armed
 from one_mta import Transport, packed
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
@@ -186,7 +187,7 @@ def test_without_connections_the_workers_are_stopped_at_once() -> None:
     assert not stopped.called
     house.pool.stopped.callback(None)
     assert stopped.called
-    assert house.clock.getDelayedCalls() == []
+    assert armed(house.clock) == []
 
 
 def test_before_the_workers_are_ready_there_is_nobody_to_wait_for() -> None:
@@ -208,7 +209,7 @@ def test_sessions_may_reach_their_end() -> None:
     connection.connectionLost()
     assert house.told == ["serve", "close", "stop workers"]
     house.pool.stopped.callback(None)
-    assert house.clock.getDelayedCalls() == []
+    assert armed(house.clock) == []
 
 
 def test_after_the_grace_whoever_waits_is_told_and_disconnected() -> None:

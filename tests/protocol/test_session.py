@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import product
 
 import pytest
@@ -432,8 +431,11 @@ def test_a_run_ends_before_what_is_more_than_kept() -> None:
     for command in conversation[:5]:  # what is new is worked out by the way
         session.receive(command)
     session.receive(frame(b"A"))
-    waiting = deque(conversation[1:])
-    assert session.receive_run(waiting) == conversation[1:5]
-    assert list(waiting) == conversation[5:]
+    run, rest = b"".join(conversation[1:5]), conversation[5]
+    for more in (rest, rest[:3], conversation[4][:-1], frame(b"L"), frame(b"L", b"a\0b\0c"), b""):
+        session.state = State.CONNECTED
+        end, noted = session.receive_run(bytearray(b"before" + run + more), len(b"before"))
+        assert end == len(b"before" + run)
+        assert noted == conversation[1:4]
     with pytest.raises(RemoteProtocolError):
-        session.receive(waiting[0])
+        session.receive(rest)

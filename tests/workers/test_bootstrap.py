@@ -12,16 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-from twisted.protocols import amp
+from twisted.internet.task import Clock
 
-from sharded_milter.jobs import (
-    Ask,
-    LoadFailed,
-    Question,
-    Ready,
-    question_box,
-    read_answer,
-)  # fmt: skip
+from sharded_milter.jobs import LoadFailed, Question, Ready
+from sharded_milter.master.asking import Asking
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.stages import Stage
 
@@ -40,11 +34,11 @@ def connect(connection):
 PATIENCE = 60.0
 
 
-class Master(amp.AMP):
+class Master(Asking):
     """Speaks AMP over a blocking socket."""
 
     def __init__(self, sock: socket.socket) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(Clock())
         self.sock = sock
         self.told: list[str] = []
         self.makeConnection(self)  # type: ignore[no-untyped-call]
@@ -77,11 +71,9 @@ class Master(amp.AMP):
             self.dataReceived(data)  # type: ignore[no-untyped-call]
         return ended[-1]
 
-    def ask(self) -> str:
+    def evaluated(self) -> str:
         ended: list[Any] = []
-        box = question_box(Question(Stage.CONNECT.value, b"", b""), self)
-        asked = self.callRemoteString(Ask.commandName, **box)  # type: ignore[no-untyped-call]
-        asked.addCallback(read_answer, self)
+        asked = self.ask(Question(Stage.CONNECT.value, b"", b""))
         asked.addCallbacks(ended.append, ended.append)
         answer, error = self.until(ended)
         assert error == b""
@@ -141,7 +133,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_worker_is_ready_and_answers(folder: Path) -> None:
     with Worker(folder, env={"EXPRESSION": "os.getppid()"}) as worker:
-        assert worker.ready().master.ask() == str(os.getpid())
+        assert worker.ready().master.evaluated() == str(os.getpid())
 
 
 def test_a_worker_ends_with_its_socket(folder: Path) -> None:
@@ -167,13 +159,13 @@ def test_a_worker_leaves_the_signals_of_its_group_to_the_master(folder: Path) ->
         worker.ready()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             worker.process.send_signal(number)
-        assert worker.master.ask() == "1"
+        assert worker.master.evaluated() == "1"
 
 
 def test_a_worker_shows_its_stacks_on_demand(folder: Path) -> None:
     expression = "[os.kill(os.getpid(), signal.SIGUSR1), 1][1]"
     with Worker(folder, env={"EXPRESSION": expression}) as worker:
-        assert worker.ready().master.ask() == "1"
+        assert worker.ready().master.evaluated() == "1"
         worker.sock.close()
         _, errors = worker.process.communicate(timeout=PATIENCE)
     assert b"real_milter.py" in errors
@@ -220,7 +212,7 @@ def test_a_worker_dies_with_its_master(folder: Path) -> None:
 
 def test_what_a_milter_prints_is_no_part_of_the_conversation(folder: Path) -> None:
     with Worker(folder, env={"SAY": "1", "PYTHONUNBUFFERED": "1"}) as worker:
-        assert worker.ready().master.ask() == "1"
+        assert worker.ready().master.evaluated() == "1"
         assert worker.process.stdout is not None
         assert worker.process.stdout.readline() == b"to stdout\n"
 
@@ -234,7 +226,7 @@ def test_a_milter_that_cannot_be_loaded_is_told(folder: Path) -> None:
 def test_the_socket_is_not_for_the_milters_own_children(folder: Path) -> None:
     with Worker(folder, env={"EXPRESSION": "os.get_inheritable(3)"}) as worker:
         with pytest.raises(AssertionError):
-            worker.ready().master.ask()
+            worker.ready().master.evaluated()
         assert worker.process.poll() is None
 
 
@@ -254,4 +246,4 @@ def test_a_worker_has_what_the_operator_gives_it(
     folder: Path, options: dict[str, Any], expression: str, value: Any
 ) -> None:
     with Worker(folder, env={"EXPRESSION": expression}, **options) as worker:
-        assert eval(worker.ready().master.ask()) == value
+        assert eval(worker.ready().master.evaluated()) == value

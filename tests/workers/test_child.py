@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 from amp_link import Link, deliver
-from twisted.protocols import amp
+from twisted.internet.task import Clock
 
-from sharded_milter.jobs import (
-    MAX_INLINE,
-    Ask,
-    LoadFailed,
-    Memory,
-    Question,
-    Ready,
-    blob,
-    question_box,
-    read_answer,
-)  # fmt: skip
+from sharded_milter.jobs import MAX_INLINE, LoadFailed, Memory, Question, Ready, blob
+from sharded_milter.master.asking import Asking
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
@@ -74,11 +65,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-class Master(amp.AMP):
+class Master(Asking):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(Clock())
         self.told: list[tuple[Any, ...]] = []
 
     @Ready.responder
@@ -109,9 +100,7 @@ class Room:
     def ask(self, stage: Stage, message: bytes, connection: bytes = b"") -> list[Any]:
         """What comes back: the replies as bytes and the error, or a failure."""
         ended: list[Any] = []
-        box = question_box(Question(stage.value, blob(connection), blob(message)), self.master)
-        asked = self.master.callRemoteString(Ask.commandName, **box)  # type: ignore[no-untyped-call]
-        asked.addCallback(read_answer, self.master)
+        asked = self.master.ask(Question(stage.value, blob(connection), blob(message)))
         asked.addCallbacks(ended.append, ended.append)
         self.pump()
         return ended
