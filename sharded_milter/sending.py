@@ -39,6 +39,9 @@ MAX_KEY = 0xFF
 
 _LENGTH = 2
 
+# Without AmpBox's own constructor, which looks at keys that are not there.
+_new_box = AmpBox.__new__
+
 
 class QuickBoxes:
     """Mixed into an AMP protocol: its boxes leave at once, and are read without a call a string.
@@ -72,7 +75,7 @@ class QuickBoxes:
 
 def _box_at(data: bytes, at: int) -> tuple[AmpBox | None, int]:
     """The box that begins there and where it ends; None if it is not complete, -1 if it is none."""
-    box = AmpBox()
+    box = _new_box(AmpBox)
     size = len(data)
     while at + _LENGTH <= size:
         length = data[at] << 8 | data[at + 1]

@@ -171,7 +171,17 @@ class _Run:
         self._reactor: Any = reactor
         self._log = Logger()
         self._workers = settings.workers if specs else 0
-        self._service = Service(listeners, pool, dispatch, limits, policy, reactor, in_master, bind)
+        self._service = Service(
+            listeners,
+            pool,
+            dispatch,
+            limits,
+            policy,
+            reactor,
+            in_master,
+            bind,
+            logs_messages=logs.takes(settings.log_level, "info"),
+        )
         self._failure: BaseException | None = None
         self._stopping = False
 

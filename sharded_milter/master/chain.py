@@ -183,8 +183,9 @@ class Chain:
                 break
             job = link.make_job(facts)
             result = link.member.answers.submit(job)
-            result.addErrback(self._by_policy, link, job)
-            result.addCallback(self._take, link, job)
+            result.addCallbacks(
+                self._take, self._by_policy, callbackArgs=(link, job), errbackArgs=(link, job)
+            )
             result.addErrback(self._lost, link, job)
 
     def cancel(self) -> None:
@@ -197,9 +198,10 @@ class Chain:
                 link.member.answers.cancel(job)
             link.answer = None  # it may be megabytes
 
-    def _by_policy(self, failure: Failure, link: _Link, job: Job) -> bytes:
+    def _by_policy(self, failure: Failure, link: _Link, job: Job) -> None:
+        """A milter has not answered, so its policy does."""
         if link.job is not job or job.stage is None:
-            return b""  # nobody waits for it
+            return  # nobody waits for it
         if not failure.check(JobFailed):
             self.log.failure("dispatch failed", failure)
         self.log.error(
@@ -208,7 +210,7 @@ class Chain:
             stage=job.stage.word,
             why=failure.getErrorMessage(),
         )
-        return answer_for(failure.value, self._policy, job.stage)
+        self._take(answer_for(failure.value, self._policy, job.stage), link, job)
 
     def _take(self, answer: bytes, link: _Link, job: Job) -> None:
         """A milter has answered."""

@@ -64,6 +64,7 @@ class Home(Protocol):
     policy: Policy
     inflight: Inflight
     counters: Counter[str]
+    logs_messages: bool  # whether there is a log that has a line for each
 
     @property
     def reactor(self) -> Any: ...
@@ -173,8 +174,7 @@ class Conversation:
         self._chain.message_over()
 
     def _client_over(self) -> None:
-        about = self._about()
-        self._chain.client_over(lambda: about)
+        self._chain.client_over(self._transcript.about())
         self._transcript.clear_client()
 
     def _keep(self, keep: Keep, packet: bytes) -> None:
@@ -203,7 +203,6 @@ class Conversation:
     def _facts(self, stage: Stage, keep: Keep, packet: bytes) -> Facts | None:
         """What the milters are asked about; None when there is no memory for it."""
         transcript, eom = self._transcript, stage is Stage.EOM
-        about = self._about()  # as it is now: when the job ends, the MTA may be elsewhere
         try:
             connection = blob(transcript.connection_part())
             command = blob(packet) if keep is Keep.NO else b""  # UNKNOWN belongs to no message
@@ -217,7 +216,7 @@ class Conversation:
             stage,
             connection,
             message,
-            lambda: about,
+            transcript.about(),
             self._key,
             transcript.client() if eom and self._home.limits.join_retries else b"",
             command,
@@ -226,8 +225,10 @@ class Conversation:
 
     def _is_refused(self, stage: Stage) -> bool:
         """Whether the MTA itself has refused this recipient; it sends those if asked to."""
+        if stage is not Stage.RCPT:
+            return False
         asked_for = self._session.agreement.protocol & ProtocolBits.RCPT_REJ
-        return bool(asked_for) and stage is Stage.RCPT and self._transcript.is_refused()
+        return bool(asked_for) and self._transcript.is_refused()
 
     def _ask(self, facts: Facts) -> bytes:
         """Asks; an answer that is there at once is returned, to keep the order of commands."""
@@ -248,10 +249,10 @@ class Conversation:
         self._send(b"")
 
     def _answered(self, facts: Facts, replies: bytes, jobs: list[Job]) -> None:
-        about, size = self._about(), self._transcript.size
+        size = self._transcript.size
         answer = self._decided(facts.stage, replies, refused=facts.refused)
-        if facts.stage is Stage.EOM:
-            self._log_message(jobs, about, size, answer)
+        if facts.stage is Stage.EOM and self._home.logs_messages:
+            self._log_message(jobs, facts.about(), size, answer)
         if self._asking:
             self._early = answer
         else:
@@ -262,7 +263,8 @@ class Conversation:
         try:
             decision = self._session.decide(stage, replies)
         except LocalProtocolError as error:
-            self.log.error("{about}: {why}; not sent", about=self._about(), why=str(error))
+            about = self._transcript.about()()
+            self.log.error("{about}: {why}; not sent", about=about, why=str(error))
             replies = answer_for(error, self._home.policy, stage)
             decision = self._session.decide(stage, replies)
         if decision.mark or refused:
@@ -286,10 +288,6 @@ class Conversation:
 
     # Log lines
 
-    def _about(self) -> str:
-        queue_id = self._transcript.queue_id()
-        return f"qid={queue_id}" if queue_id else "message without queue id"
-
     def _log_message(self, jobs: list[Job], about: str, size: int, answer: bytes) -> None:
         """One line for every message: what it was, what became of it, what it cost."""
         replies = list(packets(answer))
@@ -301,17 +299,12 @@ class Conversation:
         # Of several milters' jobs the slowest is what the MTA has waited for.
         queued = max((_started(job, now) - job.submitted for job in jobs), default=0.0)
         scanned = max((now - _started(job, now) for job in jobs), default=0.0)
-        self.log.info(
-            "{about} size={size} verdict={verdict} actions={actions} shard={shard}"
-            " queue_ms={queued:.1f} scan_ms={scanned:.1f}",
-            about=about,
-            size=size,
-            verdict=verdict,
-            actions=len(replies) - 1,
-            shard=",".join(str(job.slot) for job in jobs),
-            queued=1000 * queued,
-            scanned=1000 * scanned,
+        shards = ",".join(str(job.slot) for job in jobs)
+        line = (
+            f"{about} size={size} verdict={verdict} actions={len(replies) - 1} shard={shards}"
+            f" queue_ms={1000 * queued:.1f} scan_ms={1000 * scanned:.1f}"
         )
+        self.log.info("{line}", line=line)  # one field, because Twisted formats each slowly
 
 
 def _started(job: Job, now: float) -> float:

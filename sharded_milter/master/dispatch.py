@@ -159,7 +159,7 @@ class Dispatch:
         """The job was not for it after all: it can take another, behind what it does."""
         turns = self._turns.get(shard)
         if turns is not None and turns.turns:
-            self.schedule.spare(shard)
+            self.schedule.spare(shard, len(turns.turns))
         else:
             self.schedule.idle(shard)
 
@@ -169,10 +169,10 @@ class Dispatch:
         if turns.turns:
             self._patience.set(turn)
         else:
-            shard.label = job.about()
+            shard.label = job.about
         turns.add(turn, job.started)
         if turns.take_one_more:
-            self.schedule.spare(shard)
+            self.schedule.spare(shard, len(turns.turns))
         return turn
 
     def _end(self, turn: Turn) -> None:
@@ -182,9 +182,9 @@ class Dispatch:
         self._patience.stop(turn)
         if turns.turns:
             first = turns.turns[0].job
-            first.started, turn.shard.label = now, first.about()
+            first.started, turn.shard.label = now, first.about
             if turns.take_one_more:
-                self.schedule.spare(turn.shard)
+                self.schedule.spare(turn.shard, len(turns.turns))
                 self.assign()
 
     def _give_elsewhere(self, turn: Turn) -> None:

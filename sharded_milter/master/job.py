@@ -19,7 +19,7 @@ class Worker(Protocol):
     """What dispatch needs of a shard."""
 
     slot: int
-    label: str
+    label: Callable[[], str]
     sessions: int
 
     def serves(self, milter: int, manifest: Manifest) -> bool: ...

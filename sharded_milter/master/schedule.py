@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
+from operator import itemgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 from sharded_milter.errors import Overloaded
@@ -96,16 +97,12 @@ class Schedule(Generic[J, S]):
         self._retired: set[S] = set()  # those that may get pinned jobs only
         self._at_rest: set[S] = set()  # the idle ones of them
         self._heavy: set[S] = set()  # those that do a heavy job
-        self._spare: set[S] = set()  # busy ones that take one more if nobody is idle
+        # Busy ones that take one more if nobody is idle: how many they have, how long they run.
+        self._spare: dict[S, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         """How many jobs wait."""
         return len(self._entries)
-
-    @property
-    def idle_shards(self) -> int:
-        """How many shards could take a job."""
-        return len(self._idle)
 
     def submit(self, job: J, now: float) -> None:
         """A job to be done; raises Overloaded when nobody is idle and the queue is full.
@@ -145,7 +142,7 @@ class Schedule(Generic[J, S]):
     def idle(self, shard: S) -> None:
         """The shard, new or known, can take a job."""
         self._heavy.discard(shard)
-        self._spare.discard(shard)
+        self._spare.pop(shard, None)
         if shard in self._retired:
             self._at_rest.add(shard)
             return
@@ -154,17 +151,17 @@ class Schedule(Generic[J, S]):
             self._shards[shard] = next(self._numbers)
             self._rebuild()
 
-    def spare(self, shard: S) -> None:
-        """The shard is busy, and takes one more job where nobody is idle."""
+    def spare(self, shard: S, jobs: int) -> None:
+        """The shard has so many jobs, and takes one more where nobody is idle."""
         if shard in self._shards and shard not in self._idle:
-            self._spare.add(shard)
+            self._spare[shard] = jobs, self._shards[shard]
 
     def retire(self, shard: S) -> None:
         """From now on the shard takes only jobs that are pinned to it."""
         if shard in self._retired:
             return
         self._retired.add(shard)
-        self._spare.discard(shard)
+        self._spare.pop(shard, None)
         if shard in self._idle:
             self._idle.discard(shard)
             self._at_rest.add(shard)
@@ -189,14 +186,16 @@ class Schedule(Generic[J, S]):
 
     def next(self) -> tuple[J, S] | None:
         """A job and the shard that does it now, which is busy from here on; None if none fits."""
-        found = min(self._choices(), default=None, key=lambda choice: choice[0])
+        if not self._entries:
+            return None
+        found = min(self._choices(), default=None, key=itemgetter(0))
         if found is None:
             return None
         entry, heap, shard = found
         heapq.heappop(heap)
         del self._entries[id(entry.job)]
         self._idle.discard(shard)
-        self._spare.discard(shard)
+        self._spare.pop(shard, None)
         self._at_rest.discard(shard)
         if entry.heavy:
             self._heavy.add(shard)
@@ -204,14 +203,14 @@ class Schedule(Generic[J, S]):
 
     def _choices(self) -> Iterable[tuple[_Entry[J], list[_Entry[J]], S]]:
         """The best job of each heap that an idle shard could take, with that shard."""
-        if not self._entries:
-            return
         heavy = len(self._heavy - self._retired)
         heavy_allowed = heavy < max(1, len(self._shards) - self._reserve)
         places = []
         able = self._idle or self._spare
-        if able:
-            places = [(self._common, min(able, key=self._shards.__getitem__))]
+        if self._idle:
+            places = [(self._common, min(self._idle, key=self._shards.__getitem__))]
+        elif self._spare:
+            places = [(self._common, min(self._spare, key=self._spare.__getitem__))]
         if self._homes:
             places += [(self._homes.get(shard.slot, []), shard) for shard in able]
         if self._pinned:

@@ -30,7 +30,8 @@ class Service:
 
     `in_master` are milters that run in this process, before those that the workers serve. The
     listeners are bound already; they are served once the workers are ready. Where there are none,
-    `bind` makes them, of the socket that the workers' script asks for.
+    `bind` makes them, of the socket that the workers' script asks for. `logs_messages` says that
+    a line for each message is of use.
     """
 
     log = Logger()
@@ -45,6 +46,8 @@ class Service:
         reactor: Any,
         in_master: Sequence[Member] = (),
         bind: Callable[[str], Sequence[Listener]] | None = None,
+        *,
+        logs_messages: bool = True,
     ) -> None:
         self.pool = pool
         self.limits = limits
@@ -56,6 +59,7 @@ class Service:
         self.idle = Alarm(reactor, limits.idle_timeout, MilterConnection.timed_out)
         self.progress = Alarm(reactor, limits.progress_interval, MilterConnection.show_life)
         self.connections: set[MilterConnection] = set()
+        self.logs_messages = logs_messages
         self.listeners = listeners
         self._bind = bind
         self._in_master = in_master

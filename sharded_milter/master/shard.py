@@ -139,7 +139,7 @@ class Shard:
         self.load_error: MilterLoadError | None = None
         self.killed_for = ""  # why, when it was us
         self.exit_reason = ""
-        self.label = ""  # what it works on, or did last, for its log lines
+        self.label: Callable[[], str] = str  # what it works on, or did last, for its log lines
         self.pid = 0
         self.process: Any = None
         self._reactor = reactor
@@ -290,8 +290,8 @@ class Shard:
 
     def output(self, line: bytes) -> None:
         """A line that the worker wrote."""
-        about = f" {self.label}" if self.label else ""
-        self.log.info("[{slot}{about}] {line}", slot=self.slot, about=about, line=to_text(line))
+        about = " ".join(filter(None, [str(self.slot), self.label()]))
+        self.log.info("[{about}] {line}", about=about, line=to_text(line))
 
     def exited(self, status: Failure) -> None:
         """The process is reaped."""

@@ -7,9 +7,10 @@ moves into anonymous memory that workers map instead of receiving a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from enum import Enum, auto
+from functools import partial
 
 from twisted.logger import Logger
 
@@ -50,7 +51,6 @@ class Transcript:
         "_macros",
         "_max_size",
         "_memory",
-        "_queue_id",
         "_recent",
         "_slots",
         "refusal",
@@ -69,8 +69,7 @@ class Transcript:
         self._head: bytes | None = b""
         self._recent = bytearray()  # the message's part, or what of it is not in _memory yet
         self._memory: Memory | None = None
-        self._macros: dict[int, bytes] = {}  # the message's latest by stage, for queue_id
-        self._queue_id: str | None = None  # not looked up yet
+        self._macros: dict[int, bytes] = {}  # the message's latest by stage, for log lines
         self._firsts: dict[int, bytes] = {}  # its first MAIL and RCPT, for keys
 
     def connection_part(self) -> bytes:
@@ -149,7 +148,6 @@ class Transcript:
         code = packet[LETTER]
         if code == _MACRO:
             self._macros[packet[PAYLOAD]] = packet
-            self._queue_id = None
         elif code in _FIRSTS:
             self._firsts.setdefault(code, packet)
 
@@ -169,7 +167,7 @@ class Transcript:
             self._recent.clear()
 
     def _refuse(self, refusal: Refusal, why: str) -> None:
-        self.log.warn("a message (qid={qid}) is refused: {why}", qid=self.queue_id(), why=why)
+        self.log.warn("{about} is refused: {why}", about=self.about()(), why=why)
         self.clear_message()
         self.refusal = refusal
 
@@ -180,9 +178,8 @@ class Transcript:
         self.refusal = None
         self._recent.clear()
         self._memory = None
-        self._macros.clear()
+        self._macros = {}  # others may still look at the old ones
         self._firsts.clear()
-        self._queue_id = None
 
     def clear_client(self) -> None:
         """Forgets client and message; the negotiated options stay."""
@@ -192,11 +189,9 @@ class Transcript:
 
     # What the master itself must know of it
 
-    def queue_id(self) -> str:
-        """The MTA's queue id, or empty; for log lines only."""
-        if self._queue_id is None:  # something new was said since
-            self._queue_id = _find(QUEUE_ID, reversed(self._macros.values()))
-        return self._queue_id
+    def about(self) -> Callable[[], str]:
+        """What log lines call the message, also when another one is in hand; found when called."""
+        return partial(_about, self._macros)
 
     def is_refused(self) -> bool:
         """Whether the MTA itself has refused the latest recipient."""
@@ -223,6 +218,12 @@ class Transcript:
             return self.client()
         packet = self._firsts.get(_KEYS.get(shard_by, 0), b"")
         return packet[PAYLOAD:].partition(b"\0")[0].lower()
+
+
+def _about(macros: Mapping[int, bytes]) -> str:
+    """The MTA's queue id, for log lines only."""
+    queue_id = _find(QUEUE_ID, reversed(macros.values()))
+    return f"qid={queue_id}" if queue_id else "message without queue id"
 
 
 def _find(names: tuple[str, str], packets: Iterable[bytes]) -> str:

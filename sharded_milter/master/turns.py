@@ -1,8 +1,9 @@
 """Turns: the jobs that one shard has been given and has not answered yet, in order. Pure.
 
 A shard with short scans spends much of its time waiting for the master to hear of one and to send
-the next. So it is given a second job while it does the first, if nobody is idle; where the first
-takes unexpectedly long, the second is given to somebody else.
+the next. So it is given more while it does one, if nobody is idle: a second where a scan takes
+some milliseconds, several where it takes a fraction of one, which then leave in one write. Where
+one takes unexpectedly long, those behind it are given to somebody else.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ from typing import Any
 # fraction of a millisecond.
 SHORT = 0.015
 
+# Scans that are shorter still: as many are given as take so long, seconds, together. A write costs
+# both sides as much as the shortest scan; that of several jobs costs no more than that of one.
+AHEAD = 0.004
+
+# But not more than these: they are promised to one shard while another may become idle.
+MAX_AHEAD = 7
+
 # How much the latest scan counts in the average, and how many scans make one.
 WEIGHT = 0.1
 ENOUGH = 20
 
-# A second job that has waited for the first for so long, seconds, is given to somebody else.
+# A job that has waited for those before it for so long, seconds, is given to somebody else.
 PATIENCE = 0.05
 
 
@@ -63,9 +71,11 @@ class Turns:
 
     @property
     def take_one_more(self) -> bool:
-        """Whether the shard may be given a second job."""
-        enough = self._answered >= ENOUGH and not self.over
-        return len(self.turns) == 1 and enough and self._average < SHORT
+        """Whether the shard may be given another job."""
+        if not self.turns or self.over or self._answered < ENOUGH or self._average >= SHORT:
+            return False
+        ahead = AHEAD // self._average if self._average else MAX_AHEAD
+        return len(self.turns) <= max(1, min(MAX_AHEAD, ahead))
 
     def is_first(self, turn: Turn) -> bool:
         """Whether the shard does this one now."""

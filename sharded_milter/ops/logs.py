@@ -23,6 +23,13 @@ from zope.interface import implementer
 OURS = "sharded_milter"
 LEVELS = ("debug", "info", "warn", "error")
 
+
+
+def takes(level: str, what: str) -> bool:
+    """Whether a log of a level has lines of another."""
+    return LEVELS.index(level) <= LEVELS.index(what)
+
+
 # sd-daemon(3): the severities of syslog, which journald reads from "<N>" at the line's start.
 _SYSLOG = {
     LogLevel.debug: 7,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.negotiation import Agreement
-from sharded_milter.protocol.replies import LEGAL, ReplaceBody
+from sharded_milter.protocol.replies import LEGAL, Legality, ReplaceBody
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import MAX_CHUNK, packets
 
@@ -23,17 +23,20 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
     """
     final = before = None
     replaced = False
+    permitted = agreement.known.get(stage) or _permitted(stage, agreement)
     try:
         for code, start, end in packets(replies):
             if final is not None:
                 raise LocalProtocolError(f"reply {_name(code)} after the final one at {stage.word}")
-            if code not in LEGAL:
-                raise LocalProtocolError(f"reply {_name(code)} does not exist")
-            _check_reply(code, replies[start:end], stage, agreement)
-            if code == _BODY and replaced and before != _BODY:
-                raise LocalProtocolError("the new body is interrupted by another reply")
-            replaced = replaced or code == _BODY
-            final = code if LEGAL[code].final else None
+            legal = permitted.get(code)
+            if legal is None:
+                raise LocalProtocolError(_why_not(code, stage, agreement))
+            _check_payload(code, legal, stage, replies[start:end])
+            if code == _BODY:
+                if replaced and before != _BODY:
+                    raise LocalProtocolError("the new body is interrupted by another reply")
+                replaced = True
+            final = code if legal.final else None
             before = code
     except RemoteProtocolError as error:
         raise LocalProtocolError(f"malformed reply at {stage.word}: {error}") from error
@@ -42,14 +45,30 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
     return final
 
 
-def _check_reply(code: int, payload: bytes, stage: Stage, agreement: Agreement) -> None:
+def _permitted(stage: Stage, agreement: Agreement) -> dict[int, Legality]:
+    """The replies that may be sent at a stage; worked out once for each agreement."""
+    permitted: dict[int, Legality] = agreement.known.setdefault(stage, {})
+    for code, legal in LEGAL.items():
+        if stage in legal.stages and not (
+            legal.action & ~agreement.actions or legal.option & ~agreement.protocol
+        ):
+            permitted[code] = legal
+    return permitted
+
+
+def _why_not(code: int, stage: Stage, agreement: Agreement) -> str:
+    """Why a reply may not be sent."""
+    if code not in LEGAL:
+        return f"reply {_name(code)} does not exist"
     legal = LEGAL[code]
     if stage not in legal.stages:
-        raise LocalProtocolError(f"reply {_name(code)} is not legal at {stage.word}")
+        return f"reply {_name(code)} is not legal at {stage.word}"
     if legal.action & ~agreement.actions:
-        raise LocalProtocolError(f"action {legal.action.name} was not negotiated")
-    if legal.option & ~agreement.protocol:
-        raise LocalProtocolError(f"{legal.option.name} was not negotiated")
+        return f"action {legal.action.name} was not negotiated"
+    return f"{legal.option.name} was not negotiated"
+
+
+def _check_payload(code: int, legal: Legality, stage: Stage, payload: bytes) -> None:
     if len(payload) > MAX_CHUNK:
         raise LocalProtocolError(f"reply {_name(code)} of {len(payload)} bytes exceeds {MAX_CHUNK}")
     if not legal.payload.fullmatch(payload):

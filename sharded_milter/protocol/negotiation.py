@@ -154,11 +154,11 @@ class Agreement:
     # What sessions have found out under it, for all others: it is the same for most connections.
     known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def actions(self) -> Actions:
         return Actions(self.reply.actions)
 
-    @property
+    @cached_property
     def protocol(self) -> Protocol:
         return Protocol(self.reply.protocol)
 

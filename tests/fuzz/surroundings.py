@@ -100,6 +100,7 @@ class Home:
         self.counters = pool.counters
         self.inflight = Inflight(inflight)
         self.full = False
+        self.logs_messages = True
         self.reactor = Clock()
         self.idle = Alarm(self.reactor, LIMITS.idle_timeout, MilterConnection.timed_out)
         self.progress = Alarm(

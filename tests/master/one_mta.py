@@ -90,6 +90,7 @@ class Mta:
         self.policy = Policy(on_error)
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.full = False
+        self.logs_messages = True
         self.reactor = Clock()
         self.idle = Alarm(self.reactor, self.limits.idle_timeout, MilterConnection.timed_out)
         self.progress = Alarm(

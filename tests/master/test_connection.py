@@ -409,7 +409,7 @@ def test_a_too_large_message_is_refused_and_not_kept_and_later_ones_are_fine() -
     assert descriptors() == before
     assert mta.written() == []
     assert lines(events, LogLevel.warn) == [
-        "a message (qid=4F1) is refused: it is larger than 100000 bytes"
+        "qid=4F1 is refused: it is larger than 100000 bytes"
     ]
     mta.say(EOM)
     assert mta.written() == [TOO_LARGE]
@@ -528,6 +528,14 @@ def test_changes_and_verdict_go_in_one_write() -> None:
     assert lines(events) == [
         f"qid=4F1 size={size} verdict=quarantine actions=2 shard=0 queue_ms=0.0 scan_ms=0.0"
     ]
+
+
+def test_a_log_that_has_no_lines_for_messages_costs_none() -> None:
+    mta = at_the_end(*MESSAGE)
+    mta.logs_messages = False
+    with capturedLogs() as events:
+        mta.answer(CONTINUE)
+    assert lines(events) == []
 
 
 @pytest.mark.parametrize(

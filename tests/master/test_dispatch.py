@@ -41,7 +41,7 @@ def test_a_job_is_asked_and_answered() -> None:
     result = workers.submit()
     (shard,) = workers.shards
     assert shard.asked == [(Stage.EOM, b"connection", MESSAGE)]
-    assert shard.label == "qid=1"
+    assert shard.label() == "qid=1"
     assert result.values == []
     workers.wait(3.0)
     shard.answer(b"replies")
@@ -361,7 +361,7 @@ def test_light_jobs_overtake_heavy_ones() -> None:
     workers.submit(Stage.EOM, "heavy")
     workers.submit(Stage.RCPT, "light", light=True)
     workers.shards[0].answer()
-    assert workers.shards[0].label == "light"
+    assert workers.shards[0].label() == "light"
 
 
 # Cancelled jobs

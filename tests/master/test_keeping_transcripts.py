@@ -141,11 +141,13 @@ def test_memory_that_a_job_has_lives_as_long_as_the_job() -> None:
 @pytest.mark.parametrize("name", ["i", "{i}"])
 def test_the_queue_id_is_the_latest_of_the_message(name: str) -> None:
     transcript = with_message(macros("M", **{name: "old"}), macros("T", x="y"))
-    assert transcript.queue_id() == "old"
+    about = transcript.about()
+    assert about() == "qid=old"
     transcript.append(macros("E", **{name: "new"}))
-    assert transcript.queue_id() == "new"
+    assert about() == "qid=new"
     transcript.clear_message()
-    assert transcript.queue_id() == ""
+    assert transcript.about()() == "message without queue id"
+    assert about() == "qid=new"
 
 
 @pytest.mark.parametrize("name", ["v", "{v}"])

@@ -75,6 +75,7 @@ class Home:
         self.policy = Policy()
         self.inflight = Inflight(self.limits.max_inflight_bytes)
         self.full = False
+        self.logs_messages = True
         self.reactor = Clock()
         self.idle = Alarm(self.reactor, self.limits.idle_timeout, MilterConnection.timed_out)
         self.progress = Alarm(self.reactor, INTERVAL, MilterConnection.show_life)

@@ -400,13 +400,6 @@ def test_the_next_job_that_waits_too_long_is_known() -> None:
     assert jobs.next_due == 13.0
 
 
-def test_how_many_shards_could_take_a_job_is_known() -> None:
-    jobs = schedule()
-    assert jobs.idle_shards == 0
-    jobs.idle(A)
-    assert jobs.idle_shards == 1
-
-
 def test_a_withdrawn_job_at_the_top_is_passed_over() -> None:
     jobs = schedule()
     first, second = Job(), Job()
@@ -432,15 +425,31 @@ def test_a_light_job_does_not_wait_for_the_shard_of_its_key() -> None:
 def test_a_shard_that_idles_or_is_gone_has_nothing_to_spare() -> None:
     jobs = schedule()
     jobs.idle(A)
-    jobs.spare(A)
+    jobs.spare(A, 1)
     jobs.idle(B)
     jobs.gone(B)
-    jobs.spare(B)
+    jobs.spare(B, 1)
     first, second = Job(), Job()
     jobs.submit(first, 0.0)
     jobs.submit(second, 0.0)
     assert jobs.next() == (first, A)
     assert jobs.next() is None
-    jobs.spare(A)
+    jobs.spare(A, 1)
     assert jobs.next() == (second, A)
     assert jobs.next() is None
+
+
+def test_of_busy_shards_the_one_with_the_fewest_jobs_goes_first() -> None:
+    jobs = schedule()
+    for shard in (A, B, C):
+        jobs.idle(shard)
+        jobs.submit(Job(), 0.0)
+        jobs.next()
+    jobs.spare(A, 3)
+    jobs.spare(B, 1)
+    jobs.spare(C, 1)
+    order = []
+    for _ in range(3):
+        jobs.submit(Job(), 0.0)
+        order.append((jobs.next() or (None, None))[1])
+    assert order == [B, C, A]

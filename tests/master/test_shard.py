@@ -530,7 +530,7 @@ def lines(room: Room, *chunks: tuple[int, bytes], end: bool = False) -> list[str
 def test_output_is_logged_line_by_line_with_slot_and_message() -> None:
     room = ready_room()
     assert lines(room, (2, b"one\ntwo\nthr")) == ["[3] one", "[3] two"]
-    room.shard.label = "qid=1"
+    room.shard.label = lambda: "qid=1"
     assert lines(room, (1, b"other\n"), (2, b"ee\n")) == ["[3 qid=1] other", "[3 qid=1] three"]
 
 
@@ -551,13 +551,13 @@ def test_output_in_no_encoding_is_logged_too() -> None:
 
 def test_what_was_written_during_a_job_is_logged_with_it() -> None:
     room = ready_room()
-    room.shard.label = "qid=1"
+    room.shard.label = lambda: "qid=1"
     room.ask()
     room.process.pipes[1].say(b"o", b"ne\n")
     room.process.pipes[2].say(b"two\n")
     with capturedLogs() as events:
         room.answer()
-        room.shard.label = "qid=2"
+        room.shard.label = lambda: "qid=2"
     texts = [event["log_format"].format(**event) for event in events]
     assert sorted(texts) == ["[3 qid=1] one", "[3 qid=1] two"]
 

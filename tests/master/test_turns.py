@@ -6,12 +6,12 @@ import pytest
 from one_pool import FakeShard, Workers
 
 from sharded_milter.errors import Superseded
-from sharded_milter.master.turns import ENOUGH, PATIENCE, SHORT, Turn, Turns
+from sharded_milter.master.turns import AHEAD, ENOUGH, MAX_AHEAD, PATIENCE, SHORT, Turn, Turns
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
 
-def warm(workers: Workers, scan: float = 0.001) -> None:
+def warm(workers: Workers, scan: float = AHEAD) -> None:
     """All shards have done enough scans that took so long."""
     for _ in range(ENOUGH):
         for _ in workers.shards:
@@ -33,6 +33,47 @@ def test_a_shard_with_short_scans_gets_a_second_job_when_nobody_is_idle() -> Non
     workers.shards[0].answer(b"first")
     assert results[0].values == [b"first"]
     assert [jobs_of(shard) for shard in workers.shards] == [2, 2]  # the fifth came behind
+
+
+@pytest.mark.parametrize(
+    ("scan", "jobs"),
+    [
+        (0.99 * SHORT, 2),
+        (1.01 * AHEAD, 2),
+        (0.99 * AHEAD / 3, 4),
+        (AHEAD / 100, 1 + MAX_AHEAD),
+        (0.0, 1 + MAX_AHEAD),
+    ],
+)
+def test_the_shorter_the_scans_the_more_jobs_a_shard_gets_ahead(scan: float, jobs: int) -> None:
+    workers = Workers(1)
+    warm(workers, scan)
+    for _ in range(2 * MAX_AHEAD):
+        workers.submit()
+    assert jobs_of(workers.shards[0]) == jobs
+
+
+def test_jobs_ahead_are_dealt_out_evenly() -> None:
+    workers = Workers(2)
+    warm(workers, 0.0)
+    for _ in range(8):
+        workers.submit()
+    assert [jobs_of(shard) for shard in workers.shards] == [4, 4]
+
+
+def test_all_jobs_behind_one_that_takes_long_are_given_to_somebody_else() -> None:
+    workers = Workers(2)
+    warm(workers, 0.0)
+    results = [workers.submit() for _ in range(8)]
+    slow, quick = workers.shards
+    while jobs_of(quick):
+        quick.answer(b"quick")
+    workers.clock.advance(PATIENCE)
+    while jobs_of(quick):
+        quick.answer(b"quick")
+    assert sum(result.values == [b"quick"] for result in results) == 7
+    assert jobs_of(slow) == 4
+    assert workers.dispatch.counters["given_elsewhere"] == 3
 
 
 def test_whoever_is_idle_goes_first() -> None:

@@ -11,7 +11,7 @@ import pytest
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from sharded_milter.ops.logs import LEVELS, LineObserver
+from sharded_milter.ops.logs import LEVELS, LineObserver, takes
 
 
 def logged(*, journald: bool, level: str = "info", text: str = "{x}", **values: Any) -> str:
@@ -92,3 +92,8 @@ def test_we_are_heard_from_the_level_on_and_others_when_they_warn(
     assert list(texts) == [*ours, "others warn", "others error"]
     assert {prefix[0] == "<" for prefix in prefixes} == {bool(journal)}
     assert done.stdout == "printed\n"
+
+
+def test_a_level_takes_itself_and_what_is_worse() -> None:
+    taken = {level: [what for what in LEVELS if takes(level, what)] for level in LEVELS}
+    assert taken == {level: list(LEVELS[place:]) for place, level in enumerate(LEVELS)}

@@ -1,0 +1,146 @@
+"""Questions to a worker: one box each, by AMP's own rules, and every one of them ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from amp_link import Link, deliver
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.protocols import amp
+from twisted.python.failure import Failure
+
+from sharded_milter.errors import WorkerLost
+from sharded_milter.jobs import MAX_INLINE, Ask, Question, blob, question_box
+from sharded_milter.master.asking import Asking
+
+
+class Worker(amp.AMP):
+    """Reads boxes as AMP does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.asked: list[dict[str, Any]] = []
+        self.answers: list[Deferred[dict[str, Any]]] = []
+
+    @Ask.responder
+    def ask(self, **values: Any) -> Deferred[dict[str, Any]]:
+        self.asked.append({name: bytes(value) for name, value in values.items() if value})
+        self.answers.append(Deferred())
+        return self.answers[-1]
+
+
+class Room:
+    """Both ends of a connection in memory."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.master, self.worker = Asking(self.clock), Worker()
+        self.ours, self.theirs = Link(), Link()
+        self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
+        self.worker.makeConnection(self.theirs)  # type: ignore[no-untyped-call]
+
+    def ask(self, name: bytes) -> list[Any]:
+        ended: list[Any] = []
+        asked = self.master.ask(Question(b"E", b"connection", name))
+        asked.addCallbacks(ended.append, lambda failure: ended.append(failure.value))
+        return ended
+
+    def pump(self) -> None:
+        deliver((self.ours, self.worker), (self.theirs, self.master))
+
+
+def test_an_idle_worker_is_asked_at_once_and_a_busy_one_once_a_turn() -> None:
+    room = Room()
+    for name in (b"1", b"2", b"3"):
+        room.ask(name)
+    assert len(room.ours.sent) == 1
+    room.clock.advance(0)
+    assert len(room.ours.sent) == 2
+    room.pump()
+    assert [asked["message"] for asked in room.worker.asked] == [b"1", b"2", b"3"]
+
+
+def test_answers_find_their_questions_in_any_order() -> None:
+    room = Room()
+    ended = [room.ask(b"1"), room.ask(b"2")]
+    room.clock.advance(0)
+    room.pump()
+    room.worker.answers[1].callback({"replies": b"two"})
+    room.worker.answers[0].callback({"replies": b"", "error": b"ValueError"})
+    room.pump()
+    assert ended == [[(b"", b"ValueError")], [(b"two", b"")]]
+
+
+def test_other_commands_keep_their_own_answers() -> None:
+    class Ping(amp.Command):
+        arguments: list[Any] = []  # noqa: RUF012
+
+    room = Room()
+    pinged: list[Any] = []
+    room.worker.locateResponder = lambda name: (  # type: ignore[method-assign]
+        lambda box: amp.AmpBox() if name == b"Ping" else Worker.locateResponder(room.worker, name)
+    )
+    ended = room.ask(b"1")
+    room.master.callRemote(Ping).addCallback(pinged.append)  # type: ignore[no-untyped-call]
+    deliver((room.ours, room.worker), (room.theirs, room.master))
+    assert pinged == [{}]
+    assert ended == []
+
+
+def test_an_error_of_amp_itself_ends_the_question() -> None:
+    room = Room()
+    ended = room.ask(b"1")
+    room.pump()
+    room.worker.answers[0].errback(amp.RemoteAmpError(b"CODE", "why"))
+    room.pump()
+    (error,) = ended
+    assert isinstance(error, amp.RemoteAmpError)
+    assert "why" in str(error)
+
+
+def test_an_answer_that_cannot_be_read_ends_the_question() -> None:
+    room = Room()
+    ended = room.ask(b"1")
+    box = amp.AmpBox({amp.ANSWER: b"q0"})  # type: ignore[no-untyped-call]
+    room.master.ampBoxReceived(box)
+    assert isinstance(ended[0], KeyError)
+
+
+def test_a_question_that_does_not_fit_into_a_box_fails_alone() -> None:
+    room = Room()
+    ended: list[Any] = []
+    room.master.ask(Question(b"E", b"", bytes(70_000))).addErrback(ended.append)
+    assert ended[0].check(OverflowError)
+    assert room.ours.sent == []
+
+
+def test_when_nobody_is_there_any_more_every_question_fails() -> None:
+    room = Room()
+    ended = [room.ask(b"1"), room.ask(b"2")]
+    room.master.hopeless(Failure(WorkerLost("gone")))
+    ended.append(room.ask(b"3"))
+    assert [str(error) for (error,) in ended] == ["gone"] * 3
+
+
+@pytest.mark.parametrize("size", [0, 1, MAX_INLINE, MAX_INLINE + 1])
+@given(
+    letter=st.sampled_from([b"E", b"Q"]),
+    numbers=st.tuples(*[st.integers(0, 2**16 - 1)] * 3),
+    command=st.binary(max_size=9),
+)
+def test_a_question_arrives_as_it_was_asked(
+    size: int, letter: bytes, numbers: tuple[int, int, int], command: bytes
+) -> None:
+    room = Room()
+    message = blob(bytes(size))
+    question = Question(letter, b"connection", message, *numbers, blob(command))
+    room.master._send(question_box(question, b"tag", room.master))
+    deliver((room.ours, room.worker))
+    (asked,) = room.worker.asked
+    assert asked.pop("head")[:1] == letter
+    expected = {"connection": b"connection", "message": bytes(size), "unknown": command}
+    assert asked == {name: value for name, value in expected.items() if value}
