@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from twisted.internet import interfaces
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
@@ -68,7 +69,8 @@ class MilterConnection(TwistedProtocol):
 
     def connectionMade(self) -> None:
         transport: Any = self.transport
-        if interfaces.ITCPTransport.providedBy(transport):
+        on_tcp = isinstance(transport.getHost(), IPv4Address | IPv6Address)
+        if on_tcp and interfaces.ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
             self._quick_ack = _quick_ack_of(transport)
         transport.registerProducer(self, True)

@@ -87,10 +87,11 @@ class Framer:
 
     def _end(self, start: int) -> int:
         """Where the packet ends that begins there; 0 while it is not complete."""
-        if len(self.buffer) - start < LENGTH_BYTES:
+        size = len(self.buffer) - start
+        if size < LENGTH_BYTES:
             return 0
-        end = start + LENGTH_BYTES + checked_length(self.buffer[start : start + LENGTH_BYTES])
-        return end if end <= len(self.buffer) else 0
+        length = checked_length(self.buffer[start : start + LENGTH_BYTES])
+        return start + LENGTH_BYTES + length if LENGTH_BYTES + length <= size else 0
 
     def receive(self, data: bytes) -> list[bytes]:
         """The packets that `data` completes, in order, all of them taken; raises as `next`."""

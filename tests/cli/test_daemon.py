@@ -93,7 +93,7 @@ def test_what_does_not_go_together_is_a_usage_error(
 class FakeService:
     """Starts and stops as the test says."""
 
-    def __init__(self, listeners: list[Any], *rest: Any) -> None:
+    def __init__(self, listeners: list[Any], *rest: Any, logs_messages: bool) -> None:
         from twisted.internet.defer import Deferred
 
         self.listeners = listeners
