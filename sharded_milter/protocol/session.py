@@ -304,15 +304,20 @@ class Session:
         does.
         """
         noted: list[bytes] = []
-        row = self._runs.get(self.state)
-        last = len(buffer) - PAYLOAD  # where a packet can begin that has a letter
+        state = self.state
+        row = self._runs.get(state)
+        size = len(buffer)
+        last = size - PAYLOAD  # where a packet can begin that has a letter
+        head = HEAD.unpack_from
         while row is not None and at <= last:
-            length, key = HEAD.unpack_from(buffer, at)
+            length, key = head(buffer, at)
             end = at + LENGTH_BYTES + length
+            if end > size or not length:
+                break
             if key == _MACRO and length > 1:
-                key = _MACRO << 8 | buffer[at + PAYLOAD] if at < last else 0
+                key = _MACRO << 8 | buffer[at + PAYLOAD]
             known = row.get(key)
-            if known is None or end > len(buffer) or not length:
+            if known is None:
                 break
             after, strings = known
             if strings == _TO_BE_CHECKED:
@@ -321,10 +326,11 @@ class Session:
                 noted.append(packet)
             elif strings and (buffer.count(0, at + PAYLOAD, end) != strings or buffer[end - 1]):
                 break  # `receive` says what is wrong
-            if after is not self.state:
-                self.state = after
-                row = self._runs.get(after)
+            if after is not state:
+                state = after
+                row = self._runs.get(state)
             at = end
+        self.state = state
         return at, noted
 
     def _receive_first(self, code: int, key: int, packet: bytes) -> Step:
