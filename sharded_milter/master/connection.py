@@ -116,13 +116,14 @@ class MilterConnection(TwistedProtocol):
         answers = [answer]
         broken = None
         try:
-            while talk.is_ready:
+            while self._framer.waiting and talk.is_ready:
                 said = talk.take(self._framer)
                 if said is None:
-                    self._framer.compact()
-                    self._looked = 0
                     break
                 answers.append(said)
+            if talk.is_ready:
+                self._framer.compact()
+                self._looked = 0
         except RemoteProtocolError as error:
             broken = error
         self._write(b"".join(answers))
