@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import resource
 import signal
@@ -36,6 +37,7 @@ def main(
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
     `cpus` are those it may run on (none: any).
     """
+    gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
     _die_with(master)
     os.setsid()  # a process group of its own, which the master ends with the worker
     _restrict(nice, memory_limit, cpus)
@@ -68,6 +70,8 @@ def main(
 
     from .child import Child
 
+    gc.freeze()
+    gc.enable()  # before the author's code
     os.set_inheritable(CHANNEL, False)  # not for the milter's own children
     os.set_blocking(CHANNEL, False)
 
@@ -77,6 +81,10 @@ def main(
             CHANNEL, socket.AF_UNIX, factory
         )
         os.close(CHANNEL)
+        # The milters are loaded and the master knows it. What is here now stays: collections do
+        # not look at it again, each of which would take as long as many a message.
+        gc.collect()
+        gc.freeze()
         reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
     if not script:

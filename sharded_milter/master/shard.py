@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-import psutil
 from ampoule import commands as ampoule_commands
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet import error
@@ -253,6 +252,8 @@ class Shard:
             return
         self.state = State.KILLED
         self.killed_for = self.killed_for or reason
+        import psutil  # here and below: it is the first start that must be quick
+
         try:
             family = psutil.Process(self.pid).children(recursive=True)
         except psutil.Error:
@@ -266,6 +267,8 @@ class Shard:
 
     def rss(self) -> int:
         """The bytes of memory that the process has resident; 0 when it is gone."""
+        import psutil
+
         try:
             return int(psutil.Process(self.pid).memory_info().rss)
         except psutil.Error:
