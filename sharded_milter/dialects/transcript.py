@@ -39,7 +39,7 @@ from sharded_milter.protocol.commands import Header as HeaderCommand
 from sharded_milter.protocol.replies import Reject
 from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol
 from sharded_milter.protocol.text import split_strings, to_text
-from sharded_milter.protocol.wire import LENGTH_BYTES, MAX_PACKET, PAYLOAD
+from sharded_milter.protocol.wire import LENGTH_BYTES, PAYLOAD
 
 # libmilter's search order: what a later stage said hides what an earlier one did.
 _MACRO_ORDER = b"CHMRTNE"
@@ -180,16 +180,20 @@ def _read_part(transcript: Transcript, part: bytes | memoryview, before: int = 0
     Framing and what there is most of are read here without a call: a worker does hardly anything
     else for a message that is cheap.
     """
+    head = _HEAD.unpack_from
     view = memoryview(part)  # content is not copied, it may be megabytes
     at, size = 0, len(part)
     try:
         while at < size:
-            length, code = _HEAD.unpack_from(part, at)
+            length, code = head(part, at)
             start, at = at + PAYLOAD, at + LENGTH_BYTES + length
-            if not 1 <= length <= MAX_PACKET or at > size:
+            if not length or at > size:
                 raise RemoteProtocolError(f"packet of {length} bytes ends at {at} of {size}")
             if code == _HEADER:
-                transcript.headers.append(_checked_header(bytes(part[start:at])))
+                payload = bytes(part[start:at])
+                if payload.count(0) != 2 or payload[-1]:
+                    raise RemoteProtocolError(f"header of other than two strings: {payload!r:.80}")
+                transcript.headers.append(payload)
             elif code in _CONTENT:
                 transcript.chunks.append(view[start:at])
             elif code in _READERS:
@@ -200,12 +204,6 @@ def _read_part(transcript: Transcript, part: bytes | memoryview, before: int = 0
     except struct.error:
         raise RemoteProtocolError(f"packet cut off at {size}") from None
     return before
-
-
-def _checked_header(payload: bytes) -> bytes:
-    if payload.count(0) != 2 or payload[-1]:
-        raise RemoteProtocolError(f"header of other than two strings: {payload[:80]!r}")
-    return payload
 
 
 def _macro(transcript: Transcript, payload: bytes) -> None:
