@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     ".cli": {
         ".cli", ".ops", ".master", ".testing", ".dialects", ".protocol", ".errors",
-        ".__version__", "twisted", "click", "rich",
+        ".__version__", "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip
 

@@ -56,18 +56,8 @@ def main(
         asyncioreactor.install()
     from twisted.internet import reactor
     from twisted.internet.protocol import Factory
-    from twisted.logger import (
-        FilteringLogObserver,
-        LogLevel,
-        LogLevelFilterPredicate,
-        globalLogBeginner,
-        textFileLogObserver,
-    )
 
-    predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
-    observer = FilteringLogObserver(textFileLogObserver(sys.stderr), [predicate])
-    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
-
+    _log_warnings()
     from .child import Child
 
     gc.freeze()
@@ -81,8 +71,9 @@ def main(
             CHANNEL, socket.AF_UNIX, factory
         )
         os.close(CHANNEL)
-        # The milters are loaded and the master knows it. What is here now stays: collections do
-        # not look at it again, each of which would take as long as many a message.
+        # The milters are loaded and the master knows it. What is here now is not looked at again
+        # by collections, each of which would take as long as hundreds of messages. It is freed all
+        # the same when nobody needs it any more, but for cycles.
         gc.collect()
         gc.freeze()
         reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
@@ -96,6 +87,21 @@ def main(
         reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
 
     Script(specs[0], specs[1:], serve, halt).run()
+
+
+def _log_warnings() -> None:
+    """What Twisted has to say goes to standard error, which is the master's log."""
+    from twisted.logger import (
+        FilteringLogObserver,
+        LogLevel,
+        LogLevelFilterPredicate,
+        globalLogBeginner,
+        textFileLogObserver,
+    )
+
+    predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
+    observer = FilteringLogObserver(textFileLogObserver(sys.stderr), [predicate])
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
 
 
 def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:

@@ -230,6 +230,9 @@ class _Run:
                 os.close(fd)
             except OSError as error:
                 self._log.warn("--ready-fd {fd}: {why}", fd=fd, why=error.strerror)
+        # What shards need when they must be killed, which may be when no descriptor is left.
+        import psutil  # noqa: F401
+
         gc.collect()
         gc.freeze()  # collections need not look at what stays
         gc.enable()

@@ -252,7 +252,7 @@ class Shard:
             return
         self.state = State.KILLED
         self.killed_for = self.killed_for or reason
-        import psutil  # here and below: it is the first start that must be quick
+        import psutil  # here and below, because workers are started sooner without it
 
         try:
             family = psutil.Process(self.pid).children(recursive=True)
