@@ -5,6 +5,9 @@
 
 A peer that is not installed is skipped by name. `--svg` draws throughput against workers and
 latency against connections, which takes some minutes more.
+
+Beside the peers stand two bounds: our milter in the master, without workers, and the least that a
+Twisted master with AMP workers costs (`milters/amp_floor.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +22,47 @@ from statistics import median
 from bench import curves, load, processes
 from bench.report import Report, Row, Target, arguments, machine
 from bench.server import cores
-from bench.subjects import OURS, PEERS, PYMILTER, Job, Subject, in_turn, installed
+from bench.subjects import (
+    BOUNDS,
+    IN_MASTER,
+    LIBMILTER,
+    OURS,
+    PEERS,
+    PYMILTER,
+    Job,
+    Subject,
+    in_turn,
+    installed,
+)
 
 # Before each measurement: interpreters warm up, thread stacks and buffers grow.
 WARM_SECONDS = 0.5
 
 _MICRO = 1e6
 
-# How many times pymilter's rate, by CPU time of a scan in ms and connections.
-TARGETS = {(0.0, 8): 2.0, (0.0, 32): 3.0, (10.0, 8): 1.95}
+
+@dataclass(frozen=True)
+class Goal:
+    """How many times the peer's rate ours is to have."""
+
+    times: float
+    peer: Subject
+    connections: int
+    ms: float = 0.0  # of CPU for a scan
+    ours: Subject = OURS
+
+    def __str__(self) -> str:
+        what = f"{self.ms:g} ms, {self.connections} connections"
+        return f"mails/s, {self.ours.name} / {self.peer.name}, {what}"
+
+
+GOALS = (
+    Goal(2.0, PYMILTER, 8),
+    Goal(3.0, PYMILTER, 32),
+    Goal(1.95, PYMILTER, 8, ms=10.0),
+    Goal(3.5, PYMILTER, 8, ours=IN_MASTER),
+    Goal(3.0, LIBMILTER, 8, ours=IN_MASTER),
+)
 
 
 @dataclass(frozen=True)
@@ -83,18 +118,21 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compare(report: Report, ms: float, connections: int, rows: list[Row]) -> None:
-    goal = TARGETS.get((ms, connections))
-    for row in rows:
-        if row["milter"] == PYMILTER.name and goal:
-            what = f"mails/s, ours / pymilter's, {ms:g} ms, {connections} connections"
-            report.target(Target(what, row["ours/it"], goal, at_least=True))
+def compare(report: Report, ms: float, connections: int, rows: Sequence[Row]) -> None:
+    """Says of the goals that these rows tell about whether they are met."""
+    rates = {row["milter"]: row["mails/s"] for row in rows}
+    for goal in GOALS:
+        measured = goal.ours.name in rates and goal.peer.name in rates
+        if measured and (goal.ms, goal.connections) == (ms, connections):
+            ratio = rates[goal.ours.name] / rates[goal.peer.name]
+            report.target(Target(str(goal), ratio, goal.times, at_least=True))
 
 
 def main() -> None:
     options = _options()
     report = Report(__doc__)
-    peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
+    others = (*BOUNDS, *PEERS)
+    peers = [peer for peer in others if not options.only or peer.name in options.only]
     subjects = installed(peers, report.say)
     for ms in options.ms:
         job = Job(ms, options.workers)
@@ -110,10 +148,11 @@ def main() -> None:
             }
             rows = [row(s, rounds[s.name], rounds[OURS.name]) for s in subjects]
             report.table(title, rows)
-            _compare(report, ms, connections, rows)
+            compare(report, ms, connections, rows)
     if options.svg is not None:
         where = "{cores} cores, Python {python}".format(**machine())
-        curves.draw(options.svg, subjects, options.seconds, where)
+        drawn = [subject for subject in subjects if subject not in BOUNDS]
+        curves.draw(options.svg, drawn, options.seconds, where)
     report.save(options.json)
 
 

@@ -69,10 +69,26 @@ class Subject:
 
 
 def _ours(folder: Path, listen: str, job: Job) -> list[str]:
+    return [*_daemon(listen), "--workers", str(job.workers), _milter(folder, job)]
+
+
+def _in_master(folder: Path, listen: str, job: Job) -> list[str]:
+    return [*_daemon(listen), "--in-master", _milter(folder, job)]
+
+
+def _daemon(listen: str) -> list[str]:
+    arguments = ["--log-level", "warn", "--listen", listen]
+    return [sys.executable, "-m", "sharded_milter", *arguments]
+
+
+def _milter(folder: Path, job: Job) -> str:
     milter = folder / "bench_milter.py"
     milter.write_text(ADDS_A_HEADER.format(ms=job.ms))
-    arguments = ["--workers", str(job.workers), "--log-level", "warn", "--listen", listen]
-    return [sys.executable, "-m", "sharded_milter", *arguments, f"{milter}:milter"]
+    return f"{milter}:milter"
+
+
+def _floor(folder: Path, listen: str, job: Job) -> list[str]:
+    return [*_script(sys.executable, "amp_floor.py", folder, listen, job), str(job.workers)]
 
 
 def _script(python: str, name: str, folder: Path, listen: str, job: Job) -> list[str]:
@@ -136,6 +152,11 @@ def _can_build(*needed: str) -> bool:
 
 
 OURS = Subject("sharded-milter", "", lambda: True, _ours, has_workers=True)
+IN_MASTER = Subject("ours, --in-master", "", lambda: True, _in_master)
+FLOOR = Subject("bare Twisted and AMP", "", lambda: True, _floor, has_workers=True)
+# They are always there, and say what ours could be: without workers, and with nothing but them.
+BOUNDS = (IN_MASTER, FLOOR)
+
 PYMILTER = Subject(
     "pymilter",
     "apt-get install python3-milter",

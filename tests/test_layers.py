@@ -39,11 +39,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
     ".ops": {
-        ".ops", ".master", ".dialects.loader", ".protocol", ".errors", "twisted", "zope", "click",
+        ".ops", ".master", ".dialects.spec", ".protocol", ".errors", "twisted", "zope", "click",
     },
     ".cli": {
         ".cli", ".ops", ".master", ".testing", ".dialects", ".protocol", ".errors",
-        ".__version__", "twisted", "click", "rich",
+        ".__version__", "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip
 
@@ -121,12 +121,24 @@ def test_the_names_for_authors_load_nothing_but_their_own_layer() -> None:
     assert {name.split(".")[1] for name in ours} == {"api", "errors", "protocol"}
 
 
-def test_the_masters_modules_load_no_authors_api() -> None:
-    loaded = loaded_by("import sharded_milter.master.service, sys")
-    assert {name for name in loaded if name.startswith(("sharded_milter.dialects",
-            "sharded_milter.workers"))} == set()  # fmt: skip
+def test_the_master_and_its_program_load_no_authors_dialect() -> None:
+    loaded = loaded_by("import sharded_milter.master.service, sharded_milter.cli.daemon")
+    prefixes = ("sharded_milter.dialects.", "sharded_milter.workers")
+    how_milters_are_named = "sharded_milter.dialects.spec"
+    assert {name for name in loaded if name.startswith(prefixes)} == {how_milters_are_named}
 
 
 @pytest.mark.parametrize("module", ["sharded_milter.cli.daemon", "sharded_milter.cli.ctl"])
 def test_the_programs_choose_no_reactor_before_they_run(module: str) -> None:
     assert "twisted.internet.reactor" not in loaded_by(f"import {module}")
+
+
+@pytest.mark.parametrize("asyncio", [False, True])
+def test_only_milters_in_the_master_make_it_load_tls_and_asyncio(asyncio: bool) -> None:
+    loaded = loaded_by(
+        "from sharded_milter.cli.daemon import chosen_reactor;"
+        f" chosen_reactor(asyncio={asyncio});"
+        " import sharded_milter.master.service, sharded_milter.master.shard"
+    )
+    assert loaded.isdisjoint({"OpenSSL.SSL", "cryptography", "psutil"}) is not asyncio
+    assert ("twisted.internet.asyncioreactor" in loaded) is asyncio

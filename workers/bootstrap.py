@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import resource
 import signal
@@ -36,6 +37,7 @@ def main(
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
     `cpus` are those it may run on (none: any).
     """
+    gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
     _die_with(master)
     os.setsid()  # a process group of its own, which the master ends with the worker
     _restrict(nice, memory_limit, cpus)
@@ -54,20 +56,12 @@ def main(
         asyncioreactor.install()
     from twisted.internet import reactor
     from twisted.internet.protocol import Factory
-    from twisted.logger import (
-        FilteringLogObserver,
-        LogLevel,
-        LogLevelFilterPredicate,
-        globalLogBeginner,
-        textFileLogObserver,
-    )
 
-    predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
-    observer = FilteringLogObserver(textFileLogObserver(sys.stderr), [predicate])
-    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
-
+    _log_warnings()
     from .child import Child
 
+    gc.freeze()
+    gc.enable()  # before the author's code
     os.set_inheritable(CHANNEL, False)  # not for the milter's own children
     os.set_blocking(CHANNEL, False)
 
@@ -77,6 +71,11 @@ def main(
             CHANNEL, socket.AF_UNIX, factory
         )
         os.close(CHANNEL)
+        # The milters are loaded and the master knows it. What is here now is not looked at again
+        # by collections, each of which would take as long as hundreds of messages. It is freed all
+        # the same when nobody needs it any more, but for cycles.
+        gc.collect()
+        gc.freeze()
         reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
     if not script:
@@ -88,6 +87,21 @@ def main(
         reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
 
     Script(specs[0], specs[1:], serve, halt).run()
+
+
+def _log_warnings() -> None:
+    """What Twisted has to say goes to standard error, which is the master's log."""
+    from twisted.logger import (
+        FilteringLogObserver,
+        LogLevel,
+        LogLevelFilterPredicate,
+        globalLogBeginner,
+        textFileLogObserver,
+    )
+
+    predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
+    observer = FilteringLogObserver(textFileLogObserver(sys.stderr), [predicate])
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
 
 
 def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:

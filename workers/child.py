@@ -79,28 +79,39 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         # A master that does not answer is gone; connectionLost ends this process then.
         self.callRemote(command, **arguments).addErrback(lambda _: None)
 
-    def locateResponder(self, name: bytes) -> Any:
-        """Questions are read without AMP's own machinery."""
-        return self.ask if name == Ask.commandName else super().locateResponder(name)
+    def ampBoxReceived(self, box: amp.AmpBox) -> None:
+        """Questions are answered without AMP's own machinery, which takes longer than reading."""
+        if box.get(amp.COMMAND) == Ask.commandName:
+            self._ask(box)
+        else:
+            super().ampBoxReceived(box)
 
-    def ask(self, box: amp.AmpBox) -> Any:
-        """Answers one job with a box, or a Deferred of one if the milter is a coroutine."""
+    def _ask(self, box: amp.AmpBox) -> None:
+        """Answers one job, later if the milter is a coroutine."""
         self._reply = b""
         asked = read_question(box, self)
         news = asked.message[asked.start :]  # of memory it is a view of its own
         views = (news, asked.connection, asked.message, asked.command)
         message = bytes(news) + bytes(asked.command) if asked.command else news
         try:
-            answer = self._dialects[asked.milter].answer(
+            replies = self._dialects[asked.milter].answer(
                 STAGES.get(asked.stage[0]), bytes(asked.connection), message, asked.session
             )
-            if isinstance(answer, bytes):
-                return _released(self._answered(answer), *views)
+            if not isinstance(replies, bytes):
+                later: defer.Deferred[Any] = driven(replies)
+                later.addCallback(self._answered).addErrback(self._failed)
+                later.addCallback(self._send, box[amp.ASK], views).addErrback(self.unhandledError)
+                return
+            answer = self._answered(replies)
         except BaseException:  # also an exit: no job ends the worker
-            return _released(self._failed(Failure()), *views)
-        later: defer.Deferred[Any] = driven(answer)
-        later.addCallback(self._answered).addErrback(self._failed)
-        return later.addBoth(_released, *views)
+            answer = self._failed(Failure())
+        self._send(answer, box[amp.ASK], views)
+
+    def _send(self, answer: amp.AmpBox, tag: bytes, views: Sequence[Bytes]) -> None:
+        for view in views:
+            release(view)
+        answer[amp.ANSWER] = tag
+        self.sendBox(answer)
 
     def _answered(self, replies: bytes) -> amp.AmpBox:
         self._reply = blob(replies)
@@ -127,9 +138,3 @@ def _introduced(manifest: Manifest) -> dict[str, bytes]:
 def _log_text(text: str) -> bytes:
     """Bytes of a text that may hold anything an author's code has put into an exception."""
     return text.encode(ENCODING, "backslashreplace")
-
-
-def _released(result: Any, *blobs: Bytes) -> Any:
-    for value in blobs:
-        release(value)
-    return result

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,7 @@ def serve(settings: config.Settings) -> int:
     Raises StartError when it cannot start.
     """
     specs = worker_specs(settings)
+    gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
     logs.begin(settings.log_level)
     _allow_descriptors()
     with contextlib.ExitStack() as stack:
@@ -133,6 +136,24 @@ def in_master_members(settings: config.Settings, reactor: Any, counters: Any) ->
     return [Member(host.manifest, host) for host in hosts]
 
 
+def chosen_reactor(*, asyncio: bool) -> Any:
+    """Twisted's reactor; until now every mistake was answered without waiting for it.
+
+    Milters in this process may use asyncio, as in a worker, and TLS. The master itself uses
+    neither, and importing TLS takes an eighth of the time until the workers are started: None is
+    how Python spells that a package, which is optional to Twisted, is not there.
+    """
+    if asyncio:
+        from twisted.internet import asyncioreactor
+
+        asyncioreactor.install()
+    else:
+        sys.modules.setdefault("OpenSSL", None)  # type: ignore[arg-type]  # typeshed has no None
+    from twisted.internet import reactor
+
+    return reactor
+
+
 class _Run:
     """One run of the reactor."""
 
@@ -143,12 +164,7 @@ class _Run:
         listeners: list[Listener],
         bind: Callable[[str], list[Listener]],
     ) -> None:
-        # Twisted is imported here: until now every mistake was answered without waiting for it.
-        if settings.in_master:  # its coroutines may use asyncio, as in a worker
-            from twisted.internet import asyncioreactor
-
-            asyncioreactor.install()
-        from twisted.internet import reactor
+        reactor = chosen_reactor(asyncio=bool(settings.in_master))
         from twisted.logger import Logger
 
         from sharded_milter.master.dispatch import Dispatch
@@ -224,6 +240,12 @@ class _Run:
                 os.close(fd)
             except OSError as error:
                 self._log.warn("--ready-fd {fd}: {why}", fd=fd, why=error.strerror)
+        # What shards need when they must be killed, which may be when no descriptor is left.
+        import psutil  # noqa: F401
+
+        gc.collect()
+        gc.freeze()  # collections need not look at what stays
+        gc.enable()
 
     def _failed(self, failure: Any) -> None:
         self._failure = failure.value

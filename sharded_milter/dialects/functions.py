@@ -85,7 +85,10 @@ class FunctionDialect:
         self.manifest = manifest_of(milter)
         self.call: Call = call_plainly
         self._envelopes = Envelopes()
-        self._callbacks = {Stage[word.upper()]: c for word, c in milter.callbacks.items()}
+        self._callbacks = {
+            Stage[word.upper()]: (word, callback.function)
+            for word, callback in milter.callbacks.items()
+        }
 
     def answer(
         self, stage: Stage | None, connection: bytes, message: bytes | memoryview, session: int = 0
@@ -97,18 +100,19 @@ class FunctionDialect:
         assert stage is not None  # functions are not told of the ends of connections
         reader = self._envelopes.read if stage in _GROWING else read
         transcript = reader(connection, message)
-        arguments = ARGUMENTS[stage](transcript)
-        verdict = self.call(stage.word, self._callbacks[stage].function, arguments)
+        word, function = self._callbacks[stage]
+        verdict = self.call(word, function, ARGUMENTS[stage](transcript))
         if inspect.isawaitable(verdict):
-            return self._later(stage, verdict, transcript)
-        return _replies(stage, verdict, transcript)
-
-    async def _later(self, stage: Stage, verdict: Awaitable[Any], transcript: Transcript) -> bytes:
-        return _replies(stage, await verdict, transcript)
+            return _later(word, verdict, transcript)
+        return _replies(word, verdict, transcript)
 
 
-def _replies(stage: Stage, verdict: object, transcript: Transcript) -> bytes:
-    checked = check_verdict(stage.word, verdict)
+async def _later(word: str, verdict: Awaitable[Any], transcript: Transcript) -> bytes:
+    return _replies(word, await verdict, transcript)
+
+
+def _replies(word: str, verdict: object, transcript: Transcript) -> bytes:
+    checked = check_verdict(word, verdict)
     names = transcript.header_names() if _changes_headers(checked) else None
     return to_replies(checked, transcript.protocol, names)
 

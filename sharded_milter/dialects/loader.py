@@ -17,7 +17,8 @@ from sharded_milter.dialects import classic
 from sharded_milter.dialects.context import Call
 from sharded_milter.dialects.functions import FunctionDialect
 from sharded_milter.dialects.objects import ClassDialect
-from sharded_milter.errors import MilterLoadError, StartError, UsageError
+from sharded_milter.dialects.spec import split_spec
+from sharded_milter.errors import MilterLoadError, StartError
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
@@ -45,20 +46,6 @@ class Dialect(Protocol):
         message: bytes | memoryview,
         session: int = 0,
     ) -> bytes | Awaitable[bytes]: ...
-
-
-def split_spec(spec: str) -> tuple[str, str]:
-    """The module or file, and the name in it; UsageError when `spec` is not of that form."""
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name.isidentifier():
-        raise UsageError(f"milter {spec!r} is neither MODULE:NAME nor FILE.py:NAME")
-    return where, name
-
-
-def checked_spec(spec: str) -> str:
-    """The spec itself; UsageError when it is malformed."""
-    split_spec(spec)
-    return spec
 
 
 def load(spec: str) -> Dialect:

@@ -21,6 +21,10 @@ from sharded_milter.protocol.wire import MAX_CHUNK
 # a negative number, and puts it at the top.
 LAST = 0x7FFFFFFF
 
+_CONTINUE, _ACCEPT, _DISCARD = (
+    kind().encode() for kind in (replies.Continue, replies.Accept, replies.Discard)
+)
+
 
 def to_replies(verdict: Verdict, protocol: Protocol, seen: Sequence[str] | None = None) -> bytes:
     """The packets of a checked verdict: actions first, the final reply last.
@@ -29,15 +33,15 @@ def to_replies(verdict: Verdict, protocol: Protocol, seen: Sequence[str] | None 
     """
     match verdict:
         case None:
-            packets: Iterable[Packet] = [replies.Continue()]
+            return _CONTINUE
         case verdicts.Accept(actions=actions):
-            packets = [*action_packets(actions, protocol, seen), replies.Accept()]
+            packets = action_packets(actions, protocol, seen)
+            return b"".join([*(packet.encode() for packet in packets), _ACCEPT])
         case verdicts.Discard():
-            packets = [replies.Discard()]
+            return _DISCARD
         case refusal:
             text = replies.reply_text(refusal.code, refusal.xcode, refusal.text)
-            packets = [replies.ReplyCode(text)]
-    return b"".join(packet.encode() for packet in packets)
+            return replies.ReplyCode(text).encode()
 
 
 def action_packets(

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-import psutil
 from ampoule import commands as ampoule_commands
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet import error
@@ -246,6 +245,8 @@ class Shard:
             return
         self.state = State.KILLED
         self.killed_for = self.killed_for or reason
+        import psutil  # here and below, because workers are started sooner without it
+
         try:
             family = psutil.Process(self.pid).children(recursive=True)
         except psutil.Error:
@@ -259,6 +260,8 @@ class Shard:
 
     def rss(self) -> int:
         """The bytes of memory that the process has resident; 0 when it is gone."""
+        import psutil
+
         try:
             return int(psutil.Process(self.pid).memory_info().rss)
         except psutil.Error:

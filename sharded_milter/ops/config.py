@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from sharded_milter.dialects.loader import checked_spec
+from sharded_milter.dialects.spec import checked_spec
 from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import CHOICES

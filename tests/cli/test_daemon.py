@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -29,7 +30,7 @@ from sharded_milter.ops.config import DEFAULT_LISTEN, Settings
 
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[None]:
-    """Signal handlers and limits of the test's own process are as before afterwards."""
+    """Signal handlers, limits and garbage of the test's own process are as before afterwards."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN,
                signal.SIGTTOU, signal.SIGUSR2]  # fmt: skip
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -38,6 +39,8 @@ def kept() -> Iterator[None]:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture
@@ -193,6 +196,16 @@ def begin_and_end(service: FakeService) -> None:
     service.started.callback(None)
     os.kill(os.getpid(), signal.SIGTERM)
     service.stopped.callback(None)
+
+
+def test_what_has_started_is_not_looked_at_by_collections(running: Any, socket_path: Path) -> None:
+    def script(service: FakeService) -> None:
+        assert not gc.isenabled()
+        begin_and_end(service)
+
+    assert running(script, "--listen", str(socket_path)) == 0
+    assert gc.isenabled()
+    assert gc.get_freeze_count()
 
 
 def test_signals_are_orders(running: Any, socket_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sharded_milter.dialects.loader import checked_spec, load, split_spec
+from sharded_milter.dialects.loader import load
+from sharded_milter.dialects.spec import checked_spec, split_spec
 from sharded_milter.errors import ConfigError, MilterLoadError, UsageError
 
 GOOD = """

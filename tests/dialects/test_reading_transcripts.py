@@ -136,7 +136,7 @@ def test_an_unknown_command_is_told() -> None:
     [
         frame(b"M", b"no nul"), frame(b"C", b"x"), b"\0\0\0\x09Bcut off", b"\0\0\0\0", frame(b"D"),
         frame(b"D", b"Mi\0"), frame(b"D", b"Mi\0no nul"), frame(b"L", b"Subject\0"),
-        frame(b"L", b"a\0b\0c\0"), frame(b"L", b"a\0b"),
+        frame(b"L", b"a\0b\0c\0"), frame(b"L", b"a\0b"), frame(b"M"), frame(b"R"), b"\0\0\0\1",
     ],
 )  # fmt: skip
 def test_a_malformed_transcript_is_refused(packet: bytes) -> None:

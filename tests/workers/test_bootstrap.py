@@ -136,6 +136,12 @@ def test_a_worker_is_ready_and_answers(folder: Path) -> None:
         assert worker.ready().master.evaluated() == str(os.getpid())
 
 
+def test_collections_look_at_what_came_after_the_start_only(folder: Path) -> None:
+    expression = "[g for g in [__import__('gc')] if g.isenabled() and g.get_freeze_count()] != []"
+    with Worker(folder, env={"EXPRESSION": expression}) as worker:
+        assert worker.ready().master.ask() == "True"
+
+
 def test_a_worker_ends_with_its_socket(folder: Path) -> None:
     with Worker(folder) as worker:
         worker.ready().sock.close()

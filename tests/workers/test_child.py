@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from amp_link import Link, deliver
+from ampoule.commands import Echo
 from twisted.internet.task import Clock
+from twisted.protocols import amp
 
 from sharded_milter.jobs import MAX_INLINE, LoadFailed, Memory, Question, Ready, blob
 from sharded_milter.master.asking import Asking
@@ -197,6 +199,29 @@ def test_a_piece_that_the_milter_keeps_costs_the_others_nothing() -> None:
     assert room.scan(b"x")[1] == b""
 
 
+def test_questions_that_arrive_together_are_answered_in_order() -> None:
+    room = Room()
+    bodies = [b"one", b"two", b"three"]
+    answered: list[tuple[bytes, bytes]] = []
+    for body in bodies:
+        box = question_box(Question(b"E", b"", commands.Eom(body).encode()), room.master)
+        asked = room.master.callRemoteString(Ask.commandName, **box)  # type: ignore[no-untyped-call]
+        asked.addCallback(read_answer, room.master).addCallback(answered.append)
+    room.ours.sent = [b"".join(part for part in room.ours.sent if isinstance(part, bytes))]
+    room.pump()
+    assert answered == [
+        (replies.ReplaceBody(body).encode() + replies.Accept().encode(), b"") for body in bodies
+    ]
+
+
+def test_what_is_no_question_is_answered_by_amp_itself() -> None:
+    room = Room()
+    answered: list[Any] = []
+    room.master.callRemote(Echo, data=b"x").addCallback(answered.append)  # type: ignore[no-untyped-call]
+    room.pump()
+    assert answered == [{"response": b"x"}]
+
+
 # Failures
 
 
@@ -281,3 +306,19 @@ def test_a_coroutine_is_answered_when_it_ends(sender: str, answer: bytes, error:
         return ended
 
     assert asyncio.run(main()) == [(answer, error)]
+
+
+def test_a_coroutine_whose_answer_cannot_be_sent_ends_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(box: amp.AmpBox) -> None:
+        raise OSError
+
+    async def main() -> None:
+        room = Room()
+        monkeypatch.setattr(room.child, "sendBox", refuse)
+        room.ask(Stage.MAIL, commands.Mail("later").encode())
+        while not room.theirs.lost:
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
