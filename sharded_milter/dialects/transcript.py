@@ -39,7 +39,7 @@ from sharded_milter.protocol.commands import Header as HeaderCommand
 from sharded_milter.protocol.replies import Reject
 from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol
 from sharded_milter.protocol.text import split_strings, to_text
-from sharded_milter.protocol.wire import LENGTH_BYTES, PAYLOAD
+from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, PAYLOAD
 
 # libmilter's search order: what a later stage said hides what an earlier one did.
 _MACRO_ORDER = b"CHMRTNE"
@@ -48,7 +48,6 @@ _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
 # Envelopes that are kept read: more conversations than one worker has before their content.
 MAX_ENVELOPES = 64
 
-_HEAD = struct.Struct(">IB")  # of a packet: its length and its letter
 _HEADER, _REFUSED = HeaderCommand.letter[0], Reject.letter[0]
 _CONTENT = (Body.letter[0], Eom.letter[0])
 
@@ -180,7 +179,7 @@ def _read_part(transcript: Transcript, part: bytes | memoryview, before: int = 0
     Framing and what there is most of are read here without a call: a worker does hardly anything
     else for a message that is cheap.
     """
-    head = _HEAD.unpack_from
+    head = HEAD.unpack_from
     view = memoryview(part)  # content is not copied, it may be megabytes
     at, size = 0, len(part)
     try:
