@@ -25,8 +25,8 @@ from sharded_milter.dialects.context import ReturnCodes
 from sharded_milter.dialects.loader import Dialect, as_dialect
 from sharded_milter.master.chain import Member
 from sharded_milter.master.connection import MilterConnection
+from sharded_milter.master.home import Home
 from sharded_milter.master.in_master import InMaster
-from sharded_milter.master.inflight import Inflight
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import Policy
 
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-class MilterProtocolFactory(ServerFactory):
+class MilterProtocolFactory(Home, ServerFactory):
     """Serves milters to every MTA that connects.
 
     `factories` is one or a list of what builds or is a milter: a MilterFactory, a class derived
@@ -61,20 +61,12 @@ class MilterProtocolFactory(ServerFactory):
         policy: Policy | None = None,
         reactor: Any = None,
     ) -> None:
-        self.limits = limits or Limits()
-        self.policy = policy or Policy()
-        self.counters: Counter[str] = Counter()
-        self.inflight = Inflight(self.limits.max_inflight_bytes)
+        super().__init__(
+            limits or Limits(), policy or Policy(), reactor or _global_reactor(), Counter()
+        )
         self.members: tuple[Member, ...] = ()
-        self.connections: set[MilterConnection] = set()
-        self.reactor = reactor or _global_reactor()
         for factory in factories if isinstance(factories, Iterable) else [factories]:
             self.addMilterFactory(factory)
-
-    @property
-    def full(self) -> bool:
-        """Whether another MTA connection would be one too many."""
-        return len(self.connections) > self.limits.max_connections
 
     def addMilterFactory(self, factory: Any) -> None:
         """One more milter on each connection from now on, the last of them.
@@ -90,14 +82,6 @@ class MilterProtocolFactory(ServerFactory):
         connection = MilterConnection(self)
         connection.factory = self
         return connection
-
-    def connected(self, connection: MilterConnection) -> None:
-        """An MTA is there."""
-        self.connections.add(connection)
-
-    def disconnected(self, connection: MilterConnection) -> None:
-        """An MTA has left."""
-        self.connections.discard(connection)
 
 
 def _global_reactor() -> Any:

@@ -9,11 +9,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
-from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import Member, workers_members
 from sharded_milter.master.connection import MilterConnection
 from sharded_milter.master.dispatch import Dispatch
-from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.home import Home
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.policy import Policy
 from sharded_milter.master.pool import Pool
@@ -25,7 +24,7 @@ from sharded_milter.protocol.negotiation import Manifest
 FLUSH_GRACE = 2.0
 
 
-class Service:
+class Service(Home):
     """Serves MTAs with the workers of a pool. No state lives outside it.
 
     `in_master` are milters that run in this process, before those that the workers serve. The
@@ -49,17 +48,9 @@ class Service:
         *,
         logs_messages: bool = True,
     ) -> None:
+        super().__init__(limits, policy, reactor, dispatch.counters, logs_messages=logs_messages)
         self.pool = pool
-        self.limits = limits
         self.dispatch = dispatch
-        self.policy = policy
-        self.reactor = reactor
-        self.counters = dispatch.counters
-        self.inflight = Inflight(limits.max_inflight_bytes)
-        self.idle = Alarm(reactor, limits.idle_timeout, MilterConnection.timed_out)
-        self.progress = Alarm(reactor, limits.progress_interval, MilterConnection.show_life)
-        self.connections: set[MilterConnection] = set()
-        self.logs_messages = logs_messages
         self.listeners = listeners
         self._bind = bind
         self._in_master = in_master
@@ -88,11 +79,6 @@ class Service:
             self._members = (*self._in_master, *workers_members(manifests, self.dispatch))
         return self._members
 
-    @property
-    def full(self) -> bool:
-        """Whether another MTA connection would be one too many."""
-        return len(self.connections) > self.limits.max_connections
-
     def _serve(self, _: object) -> None:
         factory: Any = Factory()
         factory.buildProtocol = lambda _: MilterConnection(self)
@@ -103,13 +89,9 @@ class Service:
             listener.serve(factory, self.reactor)
         self._serving = True
 
-    def connected(self, connection: MilterConnection) -> None:
-        """An MTA is there."""
-        self.connections.add(connection)
-
     def disconnected(self, connection: MilterConnection) -> None:
-        """An MTA has left."""
-        self.connections.discard(connection)
+        """An MTA has left, perhaps the last one."""
+        super().disconnected(connection)
         self._check_stopped()
 
     def dump(self) -> None:

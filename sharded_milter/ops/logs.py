@@ -24,7 +24,6 @@ OURS = "sharded_milter"
 LEVELS = ("debug", "info", "warn", "error")
 
 
-
 def takes(level: str, what: str) -> bool:
     """Whether a log of a level has lines of another."""
     return LEVELS.index(level) <= LEVELS.index(what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
@@ -12,10 +13,8 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from sharded_milter.jobs import Memory
-from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import workers_members
-from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.home import Home
 from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -89,27 +88,11 @@ def in_full(answer: bytes, job: Job) -> bytes:
     return packets.signed(job.letter.decode()) if answer == packets.SIGNED else answer
 
 
-class Home:
+class Place(Home):
     """What a connection needs around it."""
 
     def __init__(self, manifest: Manifest, on_error: str, inflight: int, pool: RandomPool) -> None:
+        limits = replace(LIMITS, max_inflight_bytes=inflight)
+        super().__init__(limits, Policy(on_error), Clock(), pool.counters)
         self.members = workers_members([manifest], pool)
-        self.limits = LIMITS
-        self.policy = Policy(on_error)
         self.pool = pool
-        self.counters = pool.counters
-        self.inflight = Inflight(inflight)
-        self.full = False
-        self.logs_messages = True
-        self.reactor = Clock()
-        self.idle = Alarm(self.reactor, LIMITS.idle_timeout, MilterConnection.timed_out)
-        self.progress = Alarm(
-            self.reactor, LIMITS.progress_interval, MilterConnection.show_life
-        )
-        self.connections: list[MilterConnection] = []
-
-    def connected(self, connection: MilterConnection) -> None:
-        self.connections.append(connection)
-
-    def disconnected(self, connection: MilterConnection) -> None:
-        self.connections.remove(connection)

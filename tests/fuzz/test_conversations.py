@@ -39,7 +39,7 @@ from sharded_milter.protocol.stages import Actions, Protocol
 
 from . import packets
 from .mta import FINAL, MODIFICATIONS, PROGRESS, REPLY_BEARING, Reader, packet
-from .surroundings import LIMITS, Home, Problems, RandomPool, size_of
+from .surroundings import LIMITS, Place, Problems, RandomPool, size_of
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 
@@ -101,7 +101,7 @@ class Conversation(RuleBasedStateMachine):
     ) -> None:
         manifest = Manifest("random", Actions(actions), Protocol(protocol))
         pool = RandomPool(self._asked, self._cancelled)
-        self.home = Home(manifest, on_error, inflight, pool)
+        self.home = Place(manifest, on_error, inflight, pool)
         self.offer = packet("O", offer)
         self._connect()
 
@@ -128,7 +128,7 @@ class Conversation(RuleBasedStateMachine):
         """The socket is gone: nothing of the connection stays."""
         self.connection.connectionLost()
         assert self.home.pool.open is None
-        assert self.home.connections == []
+        assert self.home.connections == set()
         assert not self.home.idle._due
         assert not self.home.progress._due
         assert self.home.inflight.used == 0

@@ -13,10 +13,9 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from sharded_milter.jobs import Memory
-from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import Member, workers_members
 from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.home import Home
 from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -73,7 +72,7 @@ class RecordedPool:
         return [job.stage for job in self.jobs]
 
 
-class Mta:
+class Mta(Home):
     """The MTA's side, and the home of the connection."""
 
     def __init__(
@@ -86,19 +85,8 @@ class Mta:
         **limits: Any,
     ) -> None:
         self.manifests = manifests or (manifest,)
-        self.limits = Limits(**limits)
-        self.policy = Policy(on_error)
-        self.inflight = Inflight(self.limits.max_inflight_bytes)
-        self.full = False
-        self.logs_messages = True
-        self.reactor = Clock()
-        self.idle = Alarm(self.reactor, self.limits.idle_timeout, MilterConnection.timed_out)
-        self.progress = Alarm(
-            self.reactor, self.limits.progress_interval, MilterConnection.show_life
-        )
         self.pool = RecordedPool()
-        self.counters = self.pool.counters
-        self.open: list[MilterConnection] = []
+        super().__init__(Limits(**limits), Policy(on_error), Clock(), self.pool.counters)
         self.transport = Transport()
         self.connection = MilterConnection(self)
         self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]
@@ -111,12 +99,6 @@ class Mta:
     @property
     def members(self) -> list[Member]:
         return workers_members(self.manifests, self.pool)
-
-    def connected(self, connection: MilterConnection) -> None:
-        self.open.append(connection)
-
-    def disconnected(self, connection: MilterConnection) -> None:
-        self.open.remove(connection)
 
     def say(self, *packets: Packet) -> None:
         """In one segment."""

@@ -174,7 +174,7 @@ def test_a_lost_connection_cancels_the_job() -> None:
     assert mta.pool.cancelled == [mta.job]
     mta.answer(CONTINUE)
     assert mta.written() == []
-    assert mta.open == []
+    assert mta.connections == set()
     assert armed(mta.reactor) == []
 
 
@@ -408,9 +408,7 @@ def test_a_too_large_message_is_refused_and_not_kept_and_later_ones_are_fine() -
         mta.say(*LARGE)
     assert descriptors() == before
     assert mta.written() == []
-    assert lines(events, LogLevel.warn) == [
-        "qid=4F1 is refused: it is larger than 100000 bytes"
-    ]
+    assert lines(events, LogLevel.warn) == ["qid=4F1 is refused: it is larger than 100000 bytes"]
     mta.say(EOM)
     assert mta.written() == [TOO_LARGE]
     assert mta.pool.jobs == []

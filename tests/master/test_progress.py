@@ -11,10 +11,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from sharded_milter.master.alarms import Alarm
 from sharded_milter.master.chain import workers_members
 from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.inflight import Inflight
+from sharded_milter.master.home import Home
 from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -66,33 +65,22 @@ class SlowPool:
     def release(self, pin: Pin) -> None: ...
 
 
-class Home:
-    """What a connection needs around it: a milter that answers all stages but header and body."""
+class Slow(Home):
+    """A milter that answers all stages but header and body."""
 
     def __init__(self) -> None:
-        manifest = Manifest("slow", Actions(KNOWN_ACTIONS), Protocol.NR_HEADER | Protocol.NR_BODY)
-        self.limits = Limits(progress_interval=INTERVAL)
-        self.policy = Policy()
-        self.inflight = Inflight(self.limits.max_inflight_bytes)
-        self.full = False
-        self.logs_messages = True
-        self.reactor = Clock()
-        self.idle = Alarm(self.reactor, self.limits.idle_timeout, MilterConnection.timed_out)
-        self.progress = Alarm(self.reactor, INTERVAL, MilterConnection.show_life)
         self.pool = SlowPool()
-        self.counters = self.pool.counters
+        limits = Limits(progress_interval=INTERVAL)
+        super().__init__(limits, Policy(), Clock(), self.pool.counters)
+        manifest = Manifest("slow", Actions(KNOWN_ACTIONS), Protocol.NR_HEADER | Protocol.NR_BODY)
         self.members = workers_members([manifest], self.pool)
-
-    def connected(self, connection: MilterConnection) -> None: ...
-
-    def disconnected(self, connection: MilterConnection) -> None: ...
 
 
 class Mta:
     """One conversation up to a command whose job is left unanswered."""
 
     def __init__(self, macros: dict[str, str], conversation: list[Packet]) -> None:
-        self.home = Home()
+        self.home = Slow()
         self.transport = StringTransport()
         self.connection = MilterConnection(self.home)
         self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]
