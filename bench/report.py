@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from sharded_milter.testing.load import Result
 
 # Of what is not a terminal: the widest table of any bench.
 WIDTH = 130
@@ -50,6 +53,30 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def figures(result: Result) -> Row:
+    """The columns of a run that most benches have."""
+    return {
+        "mails/s": result.rate,
+        "p50 ms": 1000 * result.percentile(0.5),
+        "p99 ms": 1000 * result.percentile(0.99),
+        "client": f"{result.client_cpu / result.seconds:.0%}",
+        "verdicts": " ".join(sorted(result.verdicts)),
+    }
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Several runs of the same as one."""
+    verdicts: Counter[str] = Counter()
+    for result in results:
+        verdicts.update(result.verdicts)
+    return Result(
+        sum(result.seconds for result in results),
+        [latency for result in results for latency in result.latencies],
+        dict(verdicts),
+        sum(result.client_cpu for result in results),
+    )
 
 
 @dataclass(frozen=True)

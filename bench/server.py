@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from bench import load, processes
+from bench import processes
+from sharded_milter.testing import load
 
 # A milter that adds one header, after as much CPU time as its first argument says.
 ADDS_A_HEADER = """

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sharded_milter.protocol import commands, replies
+from sharded_milter.testing.dialogue import transaction, wanted
 from sharded_milter.testing.mta import Mail, MtaClient, Outcome
 
 from .flow import mail, word
@@ -89,7 +90,7 @@ class Half(MtaClient):
 
     def begin(self, message: Mail) -> None:
         self.message, self.outcome = message, Outcome()
-        self.rest = self._commands(message, self.outcome)
+        self.rest = wanted(transaction(message), self.protocol)
         for command in self.rest:
             answer = self._ask(command)
             assert isinstance(answer, replies.Continue), answer
