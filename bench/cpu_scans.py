@@ -7,9 +7,9 @@ The limit is cores / CPU time of a scan: nothing left for the client, the master
 
 from __future__ import annotations
 
-from bench import processes
 from bench.report import Report, Row, Target, arguments, figures
 from bench.server import ADDS_A_HEADER, Server, cores, serving
+from sharded_milter.sizing import processes
 from sharded_milter.testing import load
 
 # A millisecond is little more than what the client, the master and the worker need besides; with

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.subjects import Job, Subject
-from bench.svg import Chart, Line
+from sharded_milter.sizing.svg import Chart, Line
 from sharded_milter.testing import load
 
 # A light content scan: long enough that the cores are what is short.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from bench import processes
+from bench import peak
 from bench.report import Report, Row, Target, arguments
 from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
 from sharded_milter.protocol.packets import Packet
@@ -31,10 +31,10 @@ def measure(subject: Subject, packets: Sequence[Packet], messages: int) -> tuple
     """Seconds for a message, and the master's peak above what it has idle, in MB."""
     with subject.serving(Job()) as server:
         load.run(server.path, 1, 5)  # warm, with small ones
-        processes.reset_peak(server.pid)
+        peak.reset(server.pid)
         before = server.rss()
         result = load.run(server.path, 1, messages, content=[packets])
-        return result.percentile(0.5), (processes.peak(server.pid) - before) / _MB
+        return result.percentile(0.5), (peak.of(server.pid) - before) / _MB
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from bench import curves, processes
+from bench import curves
 from bench.report import Report, Row, Target, arguments, figures, machine, pooled
 from bench.server import cores
 from bench.subjects import OURS, PEERS, PYMILTER, Job, Subject, in_turn, installed
+from sharded_milter.sizing import processes
 from sharded_milter.testing import load
 
 # Before each measurement: interpreters warm up, thread stacks and buffers grow.

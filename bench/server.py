@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from bench import processes
+from sharded_milter.sizing import processes
 from sharded_milter.testing import load, server
 
 # A milter that adds one header, after as much CPU time as its first argument says.
