@@ -145,7 +145,9 @@ def _signals_leave() -> Iterator[None]:
     def leave(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)  # as the shell says it
 
-    before = {number: signal.signal(number, leave) for number in _ENDED_BY}
+    # What is ignored stays so: that is what nohup is for.
+    taken = [number for number in _ENDED_BY if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in taken}
     try:
         yield
     finally:
