@@ -34,7 +34,11 @@ def own(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str) -> list[str]:
-    program = "from sharded_milter.cli.ctl import main; main()"
+    # Whoever runs the tests in the background may have made it deaf to Ctrl-C.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from sharded_milter.cli.ctl import main; main()"
+    )
     return [sys.executable, "-W", "error", "-c", program, *arguments]
 
 
