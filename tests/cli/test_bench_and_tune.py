@@ -160,14 +160,15 @@ def test_an_interrupt_leaves_nothing_behind(
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     # The scan says which processes there are, and hangs as soon as nobody listens any more.
-    line = f"import os; open({str(fifo)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}')"
+    line = f"import os; open({str(fifo)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}\\n')"
     own.write_text(MILTER.format(line=line))
     arguments = command("bench", str(own) + ":milter", "--workers", "1")
     with subprocess.Popen(
         arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     ) as program:  # fmt: skip
-        worker, master = (psutil.Process(int(pid)) for pid in fifo.read_text().split())
+        with fifo.open() as told:
+            worker, master = (psutil.Process(int(pid)) for pid in told.readline().split())
         program.send_signal(number)
         _, complaints = program.communicate()
     assert (program.returncode, complaints.strip()) == (128 + number, "")
