@@ -19,7 +19,7 @@ from sharded_milter.cli.load_options import (
 )
 from sharded_milter.errors import UsageError
 from sharded_milter.ops.cpus import usable_cpus
-from sharded_milter.sizing.bottleneck import bottleneck, some
+from sharded_milter.sizing.bottleneck import NOTEWORTHY, bottleneck, some
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.plot import curve
 from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, sweep
@@ -77,6 +77,7 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     limit = MasterLimit.of(runs[best].master_cpu, runs[best].workers_cpu)
     _advise(screen, runs[best], best, limit)
     warn(screen, list(runs.values()))
+    _warn_of_others(screen, max(run.use.others for run in runs.values()), made.cores)
     if svg is not None:
         svg.write_text(chart(rates, made).svg())
     more = {
@@ -107,11 +108,19 @@ def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | No
         screen.say("the master used too little CPU to tell how far it carries")
         return
     screen.say(
-        f"one master is used up at about {limit.rate:,.0f} messages/s of this kind"
+        f"one master becomes the limit at about {limit.rate:,.0f} messages/s of this kind"
         f" ({1000 * run.master_cpu:.2f} ms of one core each; its workers then compute on"
         f" {limit.cores:.1f} cores). For more, run a second service with a socket of its own and"
         " give it a part of the MTAs."
     )
+
+
+def _warn_of_others(screen: Screen, others: float, cores: int) -> None:
+    if others >= NOTEWORTHY * cores:
+        screen.warn(
+            f"warning: other programs used up to {others:.1f} of {cores} cores; more workers then"
+            " only win a larger part of what is left, so tune again when the machine is idle"
+        )
 
 
 def chart(rates: Mapping[int, float], made: Plan) -> Chart:

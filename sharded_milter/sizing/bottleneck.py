@@ -20,7 +20,7 @@ from enum import Enum
 # two processes, and other programs want the cores too.
 ALL_THE_TIME = 0.85
 
-# So much of a core of other programs is no noise.
+# This share of the cores is no noise when other programs have it.
 NOTEWORTHY = 0.1
 
 # So many messages must wait on average for one to be sure that they do.
@@ -120,7 +120,9 @@ def _largest(use: Use) -> Limit:
 
 
 def _used_up(use: Use) -> str:
-    others = f" ({use.others:.1f} by other programs)" if use.others >= NOTEWORTHY else ""
+    others = (
+        f" ({use.others:.1f} by other programs)" if use.others >= NOTEWORTHY * use.cores else ""
+    )
     return f"{use.total:.1f} of {use.cores} cores were in use{others}"
 
 

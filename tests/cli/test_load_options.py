@@ -24,6 +24,7 @@ from sharded_milter.cli.load_options import (
     save,
     with_load_options,
 )
+from sharded_milter.cli.tune import _warn_of_others
 from sharded_milter.errors import UsageError
 from sharded_milter.sizing.runs import Plan
 from sharded_milter.testing.load import UNLIMITED, Result
@@ -157,6 +158,14 @@ def test_failures_are_no_speed() -> None:
     assert warnings(load=load) == (
         "warning: with 2 workers 1 of 2 messages were tempfailed by the milter\n"
     )
+
+
+def test_who_else_computes_spoils_a_recommendation() -> None:
+    quiet, busy = Paper.blank(), Paper.blank()
+    _warn_of_others(quiet, 0.1, 4)
+    _warn_of_others(busy, 1.0, 4)
+    assert quiet.read()[1] == ""
+    assert busy.read()[1].startswith("warning: other programs used up to 1.0 of 4 cores;")
 
 
 def test_lines_are_wrapped_for_eyes_only() -> None:
