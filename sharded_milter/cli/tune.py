@@ -34,6 +34,9 @@ SECONDS = 3.0
 # was hit.
 ROUNDS = 3
 
+# The figures at the right belong to the bars at the left, also on a wide terminal.
+PLOT_WIDTH = 80
+
 
 @click.command()
 @with_load_options(SECONDS)
@@ -66,15 +69,12 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     counts = tuple(sorted(workers))
     made = plan(values, counts, SECONDS, screen)
     runs = _sweep(screen, made, counts, rounds)
-    for each in tables(list(runs.values())):
-        screen.out.print(each)
     rates = {count: run.load.rate for count, run in runs.items()}
     best = recommended(rates)
-    screen.say("messages/s by workers:")
-    ascii_only = not screen.out.encoding.lower().startswith("utf")
-    for line in curve(rates, width=min(screen.out.width, 80), marked=best, ascii_only=ascii_only):
-        screen.say(line)
     limit = MasterLimit.of(runs[best].master_cpu, runs[best].workers_cpu)
+    for each in tables(list(runs.values())):
+        screen.out.print(each)
+    _plot(screen, rates, best)
     _advise(screen, runs[best], best, limit)
     warn(screen, list(runs.values()))
     _warn_of_others(screen, max(run.use.others for run in runs.values()), made.cores)
@@ -99,6 +99,14 @@ def _sweep(
                 heard = next_run(f"round {number + 1} of {rounds}, {some(count)}")
                 every[count].append(measure(made, count, heard))
     return {count: middle(several) for count, several in every.items()}
+
+
+def _plot(screen: Screen, rates: Mapping[int, float], best: int) -> None:
+    screen.say("messages/s by workers:")
+    width = min(screen.out.width, PLOT_WIDTH)
+    ascii_only = not screen.out.encoding.lower().startswith("utf")
+    for line in curve(rates, width=width, marked=best, ascii_only=ascii_only):
+        screen.say(line)
 
 
 def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | None) -> None:
