@@ -90,9 +90,9 @@ def bottleneck(use: Use) -> Bottleneck:
         )
         return Bottleneck(Limit.NONE, why)
     why = (
-        f"{waiting:.1f} messages waited for a worker, though the workers computed only"
-        f" {use.computing:.2f} of the time of {use.workers}: scans wait for something else"
-        " (network, disk, locks); more workers help"
+        f"{waiting:.1f} messages waited for a worker, though {some(use.workers)} computed on only"
+        f" {use.computing:.2f} cores: scans wait for something else (network, disk, locks); more"
+        " workers help"
     )
     return Bottleneck(Limit.QUEUE, why)
 
@@ -127,16 +127,19 @@ def _used_up(use: Use) -> str:
 
 
 def _master(use: Use) -> str:
+    what = "more cores help" if use.full else "a second service with a socket of its own helps"
     return (
-        f"its one process used {use.master:.2f} of a core, {_used_up(use)}; more workers do not"
-        " help, a second service with a socket of its own does"
+        f"its one process used {use.master:.2f} of a core, {_used_up(use)}; {what}, more workers"
+        " do not"
     )
 
 
 def _workers(use: Use) -> str:
-    why = f"they computed {use.computing:.2f} of the time of {use.workers}, {_used_up(use)}; "
+    why = f"{some(use.workers)} computed on {use.computing:.2f} cores, {_used_up(use)}; "
     return why + (
-        "more cores or a cheaper scan help, more workers do not" if use.full else "more help"
+        "more cores or a cheaper scan help, more workers do not"
+        if use.full
+        else "more workers help"
     )
 
 

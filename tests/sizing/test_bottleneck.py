@@ -52,14 +52,15 @@ def why(**changed: Any) -> str:
 
 def test_the_master_is_shown_to_be_full() -> None:
     assert why(master=0.97, computing=1.2) == (
-        "master: its one process used 0.97 of a core, 2.2 of 4 cores were in use; more workers do"
-        " not help, a second service with a socket of its own does"
+        "master: its one process used 0.97 of a core, 2.2 of 4 cores were in use; a second service"
+        " with a socket of its own helps, more workers do not"
     )
+    assert why(master=0.97, cores=1).endswith("; more cores help, more workers do not")
 
 
 def test_more_workers_help_as_long_as_there_are_cores() -> None:
     assert why(computing=1.9) == (
-        "workers: they computed 1.90 of the time of 2, 2.0 of 4 cores were in use; more help"
+        "workers: 2 workers computed on 1.90 cores, 2.0 of 4 cores were in use; more workers help"
     )
     assert why(computing=1.9, cores=2).endswith(
         "2.0 of 2 cores were in use; more cores or a cheaper scan help, more workers do not"
@@ -68,8 +69,8 @@ def test_more_workers_help_as_long_as_there_are_cores() -> None:
 
 def test_scans_that_wait_need_more_workers() -> None:
     assert why(asked=2.0, queued=6.0) == (
-        "queue: 6.0 messages waited for a worker, though the workers computed only 0.10 of the"
-        " time of 2: scans wait for something else (network, disk, locks); more workers help"
+        "queue: 6.0 messages waited for a worker, though 2 workers computed on only 0.10 cores:"
+        " scans wait for something else (network, disk, locks); more workers help"
     )
 
 
