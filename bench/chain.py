@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import statistics
 
-from bench import load
 from bench.report import Report, Row, Target, arguments
 from bench.server import cores, serving
+from sharded_milter.testing import load
 
 # A message's own way through the master and the workers takes a few ms beside these scans.
 AT_MOST = 1.1

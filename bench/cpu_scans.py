@@ -7,9 +7,10 @@ The limit is cores / CPU time of a scan: nothing left for the client, the master
 
 from __future__ import annotations
 
-from bench import load, processes
-from bench.report import Report, Row, Target, arguments
+from bench.report import Report, Row, Target, arguments, figures
 from bench.server import ADDS_A_HEADER, Server, cores, serving
+from sharded_milter.sizing import processes
+from sharded_milter.testing import load
 
 # A millisecond is little more than what the client, the master and the worker need besides; with
 # ten they should hardly show.
@@ -51,7 +52,7 @@ def measure(server: Server, ms: float, connections: int, seconds: float) -> Row:
         "scan ms": ms,
         "connections": connections,
         "of limit": result.rate * ms / 1000 / cores(),
-        **result.row(),
+        **figures(result),
         "master µs": _MICRO * used.master / result.messages,
         "workers µs": _MICRO * used.workers / result.messages,
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import load
 from bench.subjects import Job, Subject
-from bench.svg import Chart, Line
+from sharded_milter.sizing.svg import Chart, Line
+from sharded_milter.testing import load
 
 # A light content scan: long enough that the cores are what is short.
 SCAN_MS = 10.0

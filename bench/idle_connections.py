@@ -13,9 +13,9 @@ import platform
 import resource
 import socket
 
-from bench import load
-from bench.messages import GREETING, OFFER
 from bench.server import serving
+from sharded_milter.testing import load
+from sharded_milter.testing.dialogue import OFFER, greeting
 
 MILTER = """
 from sharded_milter import Accept, AddHeader, Milter
@@ -28,7 +28,7 @@ def eom(message):
 """
 
 # What an MTA has said when its client has greeted and says nothing more.
-GREETED = b"".join(command.encode() for command in GREETING)
+GREETED = b"".join(command.encode() for command in greeting())
 
 
 def idle(path: str) -> socket.socket:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from bench import load, processes
-from bench.messages import message
+from bench import peak
 from bench.report import Report, Row, Target, arguments
 from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
 from sharded_milter.protocol.packets import Packet
+from sharded_milter.testing import load
+from sharded_milter.testing.dialogue import transaction
+from sharded_milter.testing.generated import generated
 
 # The content crosses to another process.
 SPEED_AT_LEAST = 0.7
@@ -29,10 +31,10 @@ def measure(subject: Subject, packets: Sequence[Packet], messages: int) -> tuple
     """Seconds for a message, and the master's peak above what it has idle, in MB."""
     with subject.serving(Job()) as server:
         load.run(server.path, 1, 5)  # warm, with small ones
-        processes.reset_peak(server.pid)
+        peak.reset(server.pid)
         before = server.rss()
-        result = load.run(server.path, 1, messages, packets=packets)
-        return result.percentile(0.5), (processes.peak(server.pid) - before) / _MB
+        result = load.run(server.path, 1, messages, content=[packets])
+        return result.percentile(0.5), (peak.of(server.pid) - before) / _MB
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(__doc__)
     size = int(options.megabytes * _MB)
-    packets = message(body=size)
+    packets = transaction(generated(body=size))
     subjects = installed([PYMILTER], report.say)
     measured = in_turn(
         subjects, options.rounds, lambda subject: measure(subject, packets, options.messages)

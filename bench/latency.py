@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench import load
-from bench.report import Report, Target, arguments
+from bench.report import Report, Target, arguments, figures, pooled
 from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
+from sharded_milter.testing import load
 
 # A job crosses to a worker and back: two more wake-ups of a process than pymilter has. In ms.
 MORE_AT_MOST = 0.15
@@ -42,9 +42,9 @@ def report_medians(
     report: Report, title: str, results: Mapping[str, Sequence[load.Result]]
 ) -> dict[str, float]:
     """A table, and the median latencies in ms by the milter's name."""
-    pooled = {name: load.pooled(several) for name, several in results.items()}
-    report.table(title, [{"milter": name, **result.row()} for name, result in pooled.items()])
-    return {name: 1000 * result.percentile(0.5) for name, result in pooled.items()}
+    whole = {name: pooled(several) for name, several in results.items()}
+    report.table(title, [{"milter": name, **figures(result)} for name, result in whole.items()])
+    return {name: 1000 * result.percentile(0.5) for name, result in whole.items()}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ acknowledged, which a receiver may put off for 40 ms. Beside ours stands libmilt
 
 from __future__ import annotations
 
-from bench import load
 from bench.latency import report_medians
 from bench.report import Report, Target, arguments
 from bench.subjects import LIBMILTER, Job, Subject, in_turn, installed
+from sharded_milter.testing import load
 
 # One delayed acknowledgement is 40 ms; libmilter waits for two.
 AT_MOST_MS = 5.0

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from bench import curves, load, processes
-from bench.report import Report, Row, Target, arguments, machine
+from bench import curves
+from bench.report import Report, Row, Target, arguments, figures, machine, pooled
 from bench.server import cores
 from bench.subjects import (
     BOUNDS,
@@ -34,6 +34,8 @@ from bench.subjects import (
     in_turn,
     installed,
 )
+from sharded_milter.sizing import processes
+from sharded_milter.testing import load
 
 # Before each measurement: interpreters warm up, thread stacks and buffers grow.
 WARM_SECONDS = 0.5
@@ -93,12 +95,12 @@ def row(subject: Subject, rounds: Sequence[Measured], ours: Sequence[Measured]) 
     def middle(figure: Callable[[Measured], float]) -> float:
         return median(map(figure, rounds))
 
-    result = load.pooled([each.load for each in rounds]).row()
-    result["mails/s"] = middle(lambda each: each.load.rate)
+    rate = middle(lambda each: each.load.rate)
     return {
         "milter": subject.name + (" (TCP)" if subject.tcp_only else ""),
-        "ours/it": median(each.load.rate for each in ours) / result["mails/s"],
-        **result,
+        "ours/it": median(each.load.rate for each in ours) / rate,
+        **figures(pooled([each.load for each in rounds])),
+        "mails/s": rate,
         "client µs": middle(lambda each: _MICRO * each.load.client_cpu / each.load.messages),
         "master µs": middle(lambda each: _MICRO * each.cpu.master / each.load.messages),
         "workers µs": middle(lambda each: _MICRO * each.cpu.workers / each.load.messages),

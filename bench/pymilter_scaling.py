@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import load
+from sharded_milter.testing import load
 
 SCRIPT = """
 import sys
@@ -88,8 +88,8 @@ def measure(workers: int, ms: float, connections: int, messages: int) -> load.Re
             server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             wait_for(path, server)
-            load.run(path, connections, 2)  # warm
-            return load.run(path, connections, max(1, messages // connections))
+            load.run(path, connections, 2 * connections)  # warm
+            return load.run(path, connections, messages)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(START)

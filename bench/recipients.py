@@ -7,10 +7,11 @@ A light callback at RCPT, one connection on a UNIX socket; only the envelope is 
 
 from __future__ import annotations
 
-from bench import load
-from bench.messages import envelope
 from bench.report import Report, Row, Target, arguments
 from bench.server import serving
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.testing import load
+from sharded_milter.testing.dialogue import Mail, envelope
 
 MILTER = """
 from sharded_milter import Address, Envelope, Milter, Reject
@@ -27,6 +28,11 @@ def known(recipient: Address, envelope: Envelope) -> Reject | None:
 GROWTH_AT_MOST = 1.125
 
 
+def to(recipients: int) -> list[Packet]:
+    """An envelope with so many."""
+    return envelope(Mail(b"", recipients=[f"b{n}@example.com" for n in range(recipients)]))
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[250, 500, 1000])
@@ -35,9 +41,9 @@ def main() -> None:
     report = Report(__doc__)
     rows: list[Row] = []
     with serving(MILTER, "--workers", "2", "--log-level", "warn") as server:
-        load.run(server.path, 1, 20, packets=envelope(50))  # warm
+        load.run(server.path, 1, 20, content=[to(50)])  # warm
         for count in options.counts:
-            result = load.run(server.path, 1, options.repeat, packets=envelope(count))
+            result = load.run(server.path, 1, options.repeat, content=[to(count)])
             ms = 1000 * result.percentile(0.5)
             rows.append({"recipients": count, "ms": ms, "ms each": ms / count})
     report.table("all recipients of one envelope", rows)

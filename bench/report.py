@@ -8,19 +8,21 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+
+from sharded_milter.sizing import tables
+from sharded_milter.testing.load import Result
 
 # Of what is not a terminal: the widest table of any bench.
 WIDTH = 130
 
-Row = Mapping[str, Any]
+Row = tables.Row
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -50,6 +52,30 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def figures(result: Result) -> Row:
+    """The columns of a run that most benches have."""
+    return {
+        "mails/s": result.rate,
+        "p50 ms": 1000 * result.percentile(0.5),
+        "p99 ms": 1000 * result.percentile(0.99),
+        "client": f"{result.client_cpu / result.seconds:.0%}",
+        "verdicts": " ".join(sorted(result.verdicts)),
+    }
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Several runs of the same as one."""
+    verdicts: Counter[str] = Counter()
+    for result in results:
+        verdicts.update(result.verdicts)
+    return Result(
+        sum(result.seconds for result in results),
+        [latency for result in results for latency in result.latencies],
+        dict(verdicts),
+        sum(result.client_cpu for result in results),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,13 +122,7 @@ class Report:
     def table(self, title: str, rows: Sequence[Row]) -> None:
         """Prints rows with the same keys; numbers to the right."""
         self._tables[title] = list(rows)
-        table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1))
-        for name, value in rows[0].items():
-            left = isinstance(value, str)
-            table.add_column(name, justify="left" if left else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        self._console.print(table)
+        self._console.print(tables.table(title, rows))
 
     def target(self, target: Target) -> None:
         """Prints a figure beside its target."""
@@ -121,13 +141,3 @@ class Report:
             "targets": targets,
         }
         path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from bench import load, processes
+from sharded_milter.sizing import processes
+from sharded_milter.testing import load, server
 
 # A milter that adds one header, after as much CPU time as its first argument says.
 ADDS_A_HEADER = """
@@ -43,22 +42,9 @@ _RETRY = 0.02
 # Workers that have used no CPU time for so long wait for work.
 _REST = 0.3
 
-# A milter in C waits for its connections to end.
-_STOP_TIMEOUT = 5.0
 
-
-@dataclass
-class Server:
-    """The running master."""
-
-    path: str  # or HOST:PORT: what bench.load takes
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @property
-    def pid(self) -> int:
-        """Of the master."""
-        return self.process.pid
+class Server(server.Server):
+    """A running master, and what it and its workers are at."""
 
     def rss(self) -> int:
         """Bytes of the master's memory that are resident."""
@@ -116,36 +102,24 @@ def running(
                 cwd=folder,
                 start_new_session=True,
             )
-        server = Server(address, process, log)
+        started = Server(address, process, log)
         try:
-            _wait(server)
-            yield server
+            _wait(started)
+            yield started
         finally:
-            _stop(process)
+            server.stop(process)
 
 
-def _wait(server: Server) -> None:
+def _wait(started: Server) -> None:
     deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline and server.process.poll() is None:
+    while time.monotonic() < deadline and started.process.poll() is None:
         try:
-            load.connect(server.path).close()
+            load.connect(started.path).close()
         except OSError:
             time.sleep(_RETRY)
         else:
             return
-    raise SystemExit(f"it does not serve: {server.process.args!r}\n{server.log.read_text()}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends it politely, then whatever is left in its session, also when that is interrupted."""
-    process.send_signal(signal.SIGINT)
-    try:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_TIMEOUT)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    raise SystemExit(f"it does not serve: {started.process.args!r}\n{started.log.read_text()}")
 
 
 @contextmanager
@@ -158,8 +132,8 @@ def serving(source: str, *options: str, tcp: bool = False) -> Iterator[Server]:
         arguments = ["--listen", listen, *options, f"{milter}:milter"]
         return [sys.executable, "-m", "sharded_milter", *arguments]
 
-    with running(command, tcp=tcp) as server:
-        yield server
+    with running(command, tcp=tcp) as started:
+        yield started
 
 
 def cores() -> int:

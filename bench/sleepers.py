@@ -7,9 +7,9 @@ Twice as many connections as workers; the limit is workers / that time.
 
 from __future__ import annotations
 
-from bench import load
-from bench.report import Report, Target, arguments
+from bench.report import Report, Target, arguments, figures
 from bench.server import serving
+from sharded_milter.testing import load
 
 MILTER = """
 import time
@@ -42,7 +42,7 @@ def main() -> None:
         result = load.run_for(server.path, connections, options.seconds)
     limit = options.workers / (options.ms / 1000)
     title = f"{options.workers} workers that sleep {options.ms:g} ms, {connections} connections"
-    report.table(title, [{"limit/s": limit, **result.row()}])
+    report.table(title, [{"limit/s": limit, **figures(result)}])
     report.target(Target("share of the limit", result.rate / limit, AT_LEAST, at_least=True))
     report.save(options.json)
 

@@ -12,8 +12,8 @@ import os
 import platform
 import time
 
-from bench import load
 from bench.server import Server, serving
+from sharded_milter.testing import load
 
 MILTER = """
 from sharded_milter import Accept, AddHeader, Milter
@@ -44,12 +44,12 @@ def main() -> None:
     parser.add_argument("--max-messages", type=int, default=500)
     parser.add_argument("--connections", type=int, default=8)
     options = parser.parse_args()
-    each = options.messages // options.connections
+    tenth = options.messages // 10
     arguments = ["--workers", str(options.workers), "--max-messages", str(options.max_messages)]
     with serving(MILTER, *arguments, "--log-level", "warn") as server:
-        first = load.run(server.path, options.connections, each // 10)
+        first = load.run(server.path, options.connections, tenth)
         memory, descriptors = settled(server, options.workers)
-        rest = load.run(server.path, options.connections, each - each // 10)
+        rest = load.run(server.path, options.connections, options.messages - tenth)
         memory_after, descriptors_after = settled(server, options.workers)
     cores = len(os.sched_getaffinity(0))
     print(f"Python {platform.python_version()}, {cores} cores, {options.workers} workers,")

@@ -84,9 +84,17 @@ class Overloaded(JobFailed):
 
 
 class StartError(MilterError):
-    """The service cannot start; `str()` is one line for the operator."""
+    """The service cannot start; `str()` is one line for the operator.
+
+    `details` is the traceback of the author's own code, or whatever else belongs above the line;
+    empty when the line says it all.
+    """
 
     exit_code: ClassVar[int] = os.EX_SOFTWARE
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class UsageError(StartError):
@@ -120,11 +128,4 @@ class ConfigError(StartError):
 
 
 class MilterLoadError(ConfigError):
-    """The milter cannot be loaded (exit code 78).
-
-    `details` is the traceback of the author's own code, or empty when the message says it all.
-    """
-
-    def __init__(self, message: str, details: str = "") -> None:
-        super().__init__(message)
-        self.details = details
+    """The milter cannot be loaded (exit code 78)."""

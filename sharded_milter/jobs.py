@@ -44,7 +44,7 @@ class Memory:
         self.fd = os.memfd_create("sharded-milter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self.size = 0
 
-    def append(self, data: bytes | bytearray) -> None:
+    def append(self, data: bytes | bytearray | memoryview) -> None:
         """Writes all of `data` behind what is there."""
         end = self.size + len(data)
         with memoryview(data) as view:  # which an error must not keep: `data` could not change

@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 
+from sharded_milter.cli.ctl import ctl
 from sharded_milter.cli.daemon import daemon
 from sharded_milter.dialects.loader import load
 from sharded_milter.protocol import commands
@@ -31,14 +32,8 @@ from sharded_milter.testing.mta import Mail, MtaClient
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS_OPTIONS = {
-    "--help",
-    # of sharded-milterctl and of the bench scripts
-    "--rounds",
-    "--messages",
-    "--connections",
-    "--ms",
-}
+OTHERS_OPTIONS = {"--help", "--ms"}  # the latter is of a bench script
+PROGRAMS: list[click.Command] = [daemon, *ctl.commands.values()]
 
 
 @pytest.fixture
@@ -124,7 +119,9 @@ def test_the_readmes_milter_is_typed(sample: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_option_that_is_named_exists(document: Path) -> None:
-    known = {option for parameter in daemon.params for option in parameter.opts}
+    known = {
+        option for program in PROGRAMS for parameter in program.params for option in parameter.opts
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
     assert named - known - OTHERS_OPTIONS == set()
 
@@ -138,5 +135,6 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
 
 
 def test_every_option_is_explained() -> None:
-    options = [parameter for parameter in daemon.params if isinstance(parameter, click.Option)]
+    parameters = [parameter for program in PROGRAMS for parameter in program.params]
+    options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
     assert [option.name for option in options if not option.help] == []

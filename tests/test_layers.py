@@ -38,11 +38,12 @@ ALLOWED: dict[str, set[str]] = {
         "twisted", "ampoule", "yara_x",
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
+    ".sizing": {".sizing", ".testing", ".protocol", ".errors", "psutil", "rich"},
     ".ops": {
         ".ops", ".master", ".dialects.spec", ".protocol", ".errors", "twisted", "zope", "click",
     },
     ".cli": {
-        ".cli", ".ops", ".master", ".testing", ".dialects", ".protocol", ".errors",
+        ".cli", ".ops", ".master", ".testing", ".sizing", ".dialects", ".protocol", ".errors",
         ".__version__", "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 
 from sharded_milter import __version__
+from sharded_milter.cli.bench import bench
 from sharded_milter.cli.demo import demo
 from sharded_milter.cli.programs import run
+from sharded_milter.cli.tune import tune
 
 NAME = "sharded-milterctl"
 
@@ -17,7 +19,8 @@ def ctl() -> None:
     """Try and look after sharded-milter."""
 
 
-ctl.add_command(demo)
+for command in (demo, bench, tune):
+    ctl.add_command(command)
 
 
 def main() -> None:

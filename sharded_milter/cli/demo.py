@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sharded_milter.errors import StartError
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.testing.mta import Mail, MtaClient, Outcome
 from sharded_milter.testing.samples import Sample, samples
+from sharded_milter.testing.server import running, summaries
 
 RESULT_HEADER = "X-Scan-Result"
-
-# A server on this machine that has not ended by then hangs.
-STOP_SECONDS = 30.0
-
-_SUMMARY = re.compile(r"qid=(?P<qid>\S+) .*shard=(?P<shard>\d+)")
 
 
 @dataclass(frozen=True)
@@ -78,10 +65,9 @@ def demo(workers: int, rounds: int) -> int:
     Exit code 0 if every verdict is the expected one, 1 if not.
     """
     console = Console()
-    with tempfile.TemporaryDirectory(prefix="sharded-milter-demo-") as folder:
-        with _server(Path(folder), workers) as path:
-            rows, seconds = _send_all(console, path, rounds, connections=2 * workers)
-        shards = _shards((Path(folder) / "log").read_text())
+    with running("--workers", str(workers)) as server:
+        rows, seconds = _send_all(console, server.path, rounds, connections=2 * workers)
+        shards = {summary.queue_id: summary.shard for summary in summaries(server.said())}
     first_round = rows[: len(samples())]
     console.print(_table(first_round, shards))
     wrong = [row for row in rows if not row.right]
@@ -90,31 +76,6 @@ def demo(workers: int, rounds: int) -> int:
         f" {len(rows) / seconds:.0f} messages/s; {len(wrong)} unexpected verdicts"
     )
     return 1 if wrong else 0
-
-
-@contextmanager
-def _server(folder: Path, workers: int) -> Iterator[str]:
-    """A running daemon's socket; StartError with its own words when it does not start."""
-    socket_path, log = folder / "milter.sock", folder / "log"
-    reader, writer = os.pipe()
-    command = [sys.executable, "-P", "-m", "sharded_milter", "--listen", f"unix:{socket_path}"]
-    command += ["--workers", str(workers), "--ready-fd", str(writer)]
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, pass_fds=(writer,), stderr=output, stdin=subprocess.DEVNULL
-        )
-    os.close(writer)
-    try:
-        with open(reader, "rb") as ready:
-            started = ready.read(1)
-        if not started:
-            server.wait(STOP_SECONDS)
-            raise StartError((log.read_text().splitlines() or ["the server ended"])[-1])
-        yield str(socket_path)
-    finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGTERM)
-        server.wait(STOP_SECONDS)
 
 
 def _send_all(
@@ -149,11 +110,6 @@ def _send(path: str, share: Sequence[tuple[int, Sample]], advance: Callable[[], 
             rows.append(Row(sample, queue_id, mta.deliver(Mail(sample.raw, queue_id=queue_id))))
             advance()
     return rows
-
-
-def _shards(log: str) -> dict[str, str]:
-    """The shard that scanned each message, from the server's log."""
-    return {found["qid"]: found["shard"] for found in _SUMMARY.finditer(log)}
 
 
 def _table(rows: Sequence[Row], shards: dict[str, str]) -> Table:

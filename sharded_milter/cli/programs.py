@@ -32,9 +32,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         code = os.EX_CONFIG if origin else os.EX_USAGE
         report(name, f"{origin}: " * bool(origin) + error.format_message())
     except StartError as error:
-        details = getattr(error, "details", "")
-        if details:
-            sys.stderr.write(details)
+        sys.stderr.write(error.details)
         code = error.exit_code
         report(name, str(error))
     except (click.Abort, KeyboardInterrupt):

@@ -24,7 +24,7 @@ class Asking(QuickBoxes, amp.AMP):
     """An AMP connection to a process that answers questions."""
 
     def __init__(self, reactor: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._reactor = reactor
         self._numbers = itertools.count()
         self._asked: dict[bytes | None, Deferred[Answer]] = {}  # by the tag of the box

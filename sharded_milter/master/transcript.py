@@ -222,7 +222,7 @@ class Transcript:
 
 def _about(macros: Mapping[int, bytes]) -> str:
     """The MTA's queue id, for log lines only."""
-    queue_id = _find(QUEUE_ID, reversed(macros.values()))
+    queue_id = _find(QUEUE_ID, reversed(list(macros.values())))
     return f"qid={queue_id}" if queue_id else "message without queue id"
 
 

@@ -47,12 +47,13 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
 
 def _permitted(stage: Stage, agreement: Agreement) -> dict[int, Legality]:
     """The replies that may be sent at a stage; worked out once for each agreement."""
-    permitted: dict[int, Legality] = agreement.known.setdefault(stage, {})
-    for code, legal in LEGAL.items():
-        if stage in legal.stages and not (
-            legal.action & ~agreement.actions or legal.option & ~agreement.protocol
-        ):
-            permitted[code] = legal
+    permitted = agreement.known[stage] = {
+        code: legal
+        for code, legal in LEGAL.items()
+        if stage in legal.stages
+        and not legal.action & ~agreement.actions
+        and not legal.option & ~agreement.protocol
+    }
     return permitted
 
 

@@ -8,34 +8,25 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, VERSION
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.replies import parse_reply
 from sharded_milter.protocol.stages import STAGES, Protocol
-from sharded_milter.protocol.text import to_text
-from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, PAYLOAD, Framer
+from sharded_milter.protocol.wire import LETTER, PAYLOAD, Framer
+from sharded_milter.testing.dialogue import MTA, OFFER, Mail, content, envelope, greeting, wanted
+
+__all__ = ["Mail", "MtaClient", "Outcome"]
 
 # Longer than Postfix waits for the content.
 TIMEOUT = 310.0
 
 _RECEIVE = 65_536
-
-
-@dataclass(frozen=True)
-class Mail:
-    """A message and its envelope; `raw` is RFC 5322 with CRLF."""
-
-    raw: bytes
-    sender: str = "sender@example.org"
-    recipients: Sequence[str] = ("recipient@example.com",)
-    queue_id: str = "TEST"
 
 
 @dataclass
@@ -48,13 +39,16 @@ class Outcome:
     refused: dict[str, Packet] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def ended(self) -> bool:
+        """Whether a verdict has come already that leaves nothing more to say."""
+        return not isinstance(self.verdict, replies.Continue)
+
 
 class MtaClient:
     """One connection of an MTA to a milter."""
 
-    def __init__(
-        self, sock: socket.socket, *, mta: str = "Postfix 3.9.0", timeout: float = TIMEOUT
-    ) -> None:
+    def __init__(self, sock: socket.socket, *, mta: str = MTA, timeout: float = TIMEOUT) -> None:
         self._socket = sock
         self._socket.settimeout(timeout)
         self._framer = Framer()
@@ -90,62 +84,40 @@ class MtaClient:
             self._socket.close()
 
     def _negotiate(self, mta: str) -> None:
-        self._send(commands.Negotiate(VERSION, KNOWN_ACTIONS, KNOWN_PROTOCOL))
+        self._send(OFFER)
         packet = self._receive()
         if packet[LETTER] != commands.Negotiate.letter[0]:
             raise RemoteProtocolError(f"the milter answered the negotiation with {packet[:40]!r}")
         self.protocol = Protocol(commands.Negotiate.parse(packet[PAYLOAD:]).protocol)
-        self._macros("C", j="mx.example.test", v=mta)
-        self._ask(commands.Connect("client.example.test", "4", 25, "192.0.2.1"))
-        self._ask(commands.Helo("client.example.test"))
+        for command in wanted(greeting(mta), self.protocol):
+            self._ask(command)
 
     def deliver(self, mail: Mail) -> Outcome:
         """Sends one mail; the verdict is the first that ends it."""
         started = time.perf_counter()
         outcome = Outcome()
-        for command in self._commands(mail, outcome):
+        self._say(envelope(mail), outcome)
+        if not outcome.ended and len(outcome.refused) < len(mail.recipients):
+            self._say(content(mail), outcome)
+        self._send(commands.Abort())
+        outcome.seconds = time.perf_counter() - started
+        return outcome
+
+    def _say(self, packets: Sequence[Packet], outcome: Outcome) -> None:
+        for command in wanted(packets, self.protocol):
             answer = self._ask(command, outcome.actions)
             if isinstance(command, commands.Rcpt) and not isinstance(answer, replies.Continue):
                 outcome.refused[command.recipient] = answer
             elif not isinstance(answer, replies.Continue | replies.Skip):
                 outcome.verdict = answer
                 outcome.stage = STAGES[command.letter[0]].word
-                break
-        self._send(commands.Abort())
-        outcome.seconds = time.perf_counter() - started
-        return outcome
-
-    def _commands(self, mail: Mail, outcome: Outcome) -> Iterator[Packet]:
-        header, _, body = mail.raw.partition(b"\r\n\r\n")
-        self._macros("M")
-        yield commands.Mail(f"<{mail.sender}>")
-        for recipient in mail.recipients:
-            yield commands.Rcpt(f"<{recipient}>")
-        if len(outcome.refused) == len(mail.recipients):
-            return
-        self._macros("T", i=mail.queue_id)
-        yield commands.Data()
-        for line in _unfolded(header):
-            name, _, value = line.partition(b":")
-            if not self.protocol & Protocol.HDR_LEADSPC:
-                value = value.removeprefix(b" ")
-            yield commands.Header(to_text(name), to_text(value))
-        yield commands.Eoh()
-        for start in range(0, len(body), MAX_CHUNK):
-            yield commands.Body(body[start : start + MAX_CHUNK])
-        self._macros("E", i=mail.queue_id)
-        yield commands.Eom()
-
-    def _macros(self, stage: str, **values: str) -> None:
-        self._send(commands.Macro(stage, tuple(values.items())))
+                return
 
     def _ask(self, command: Packet, actions: list[Packet] | None = None) -> Packet:
-        """The final reply to a command, or CONTINUE where none is due."""
-        stage = STAGES[command.letter[0]]
-        if self.protocol & stage.suppress:
-            return replies.Continue()
+        """Sends a command; its final reply, or CONTINUE where none is due."""
         self._send(command)
-        if self.protocol & stage.no_reply:
+        stage = STAGES.get(command.letter[0])
+        if stage is None or self.protocol & stage.no_reply:
             return replies.Continue()
         while True:
             packet = self._receive()
@@ -165,14 +137,3 @@ class MtaClient:
                 raise RemoteProtocolError("the milter closed the connection")
             self._packets += self._framer.receive(data)
         return self._packets.pop(0)
-
-
-def _unfolded(header: bytes) -> list[bytes]:
-    """The fields, each with its continuation lines joined by a bare LF."""
-    fields: list[bytes] = []
-    for line in header.split(b"\r\n"):
-        if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] += b"\n" + line
-        elif line:
-            fields.append(line)
-    return fields

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench import load
 from bench.peers import compare
 from bench.report import Report, Row
 from bench.subjects import BOUNDS, OURS, PEERS, Job, Subject
+from sharded_milter.testing import load
 
 
 def rows(**rates: float) -> list[Row]:
@@ -44,4 +44,4 @@ def test_every_row_of_the_table_has_a_name_of_its_own() -> None:
 @pytest.mark.parametrize("subject", BOUNDS, ids=lambda subject: subject.name)
 def test_the_bounds_of_ours_accept_every_message(subject: Subject) -> None:
     with subject.serving(Job()) as server:
-        assert load.run(server.path, 5, 20).verdicts == {"a": 100}
+        assert load.run(server.path, 5, 100).verdicts == {"a": 100}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sharded_milter.protocol import commands, replies
+from sharded_milter.testing.dialogue import content, envelope
 from sharded_milter.testing.mta import Mail, MtaClient, Outcome
 
 from .flow import mail, word
@@ -85,20 +86,15 @@ def of(mail: Mail) -> str:
 
 
 class Half(MtaClient):
-    """Sends a mail up to DATA, and its content later."""
+    """Sends a mail's envelope, and its content later."""
 
     def begin(self, message: Mail) -> None:
         self.message, self.outcome = message, Outcome()
-        self.rest = self._commands(message, self.outcome)
-        for command in self.rest:
-            answer = self._ask(command)
-            assert isinstance(answer, replies.Continue), answer
-            if isinstance(command, commands.Data):
-                return
+        self._say(envelope(message), self.outcome)
+        assert not self.outcome.ended
 
     def finish(self) -> Outcome:
-        for command in self.rest:
-            self.outcome.verdict = self._ask(command, self.outcome.actions)
+        self._say(content(self.message), self.outcome)
         self._send(commands.Abort())
         return self.outcome
 

@@ -11,7 +11,7 @@ from sharded_milter.master.alarms import Alarm
 
 def armed(clock: Clock) -> list[Any]:
     """The calls that would have an effect; an alarm that nothing is set for has none."""
-    return [call for call in clock.getDelayedCalls() if not _is_idle(call.func)]
+    return [call for call in clock.getDelayedCalls() if not _is_idle(getattr(call, "func", None))]
 
 
 def _is_idle(function: Any) -> bool:

@@ -68,7 +68,7 @@ class Master(Asking):
         while not ended:
             data = self.sock.recv(65_536)
             assert data, "the worker has closed its socket"
-            self.dataReceived(data)  # type: ignore[no-untyped-call]
+            self.dataReceived(data)
         return ended[-1]
 
     def evaluated(self) -> str:
@@ -139,7 +139,7 @@ def test_a_worker_is_ready_and_answers(folder: Path) -> None:
 def test_collections_look_at_what_came_after_the_start_only(folder: Path) -> None:
     expression = "[g for g in [__import__('gc')] if g.isenabled() and g.get_freeze_count()] != []"
     with Worker(folder, env={"EXPRESSION": expression}) as worker:
-        assert worker.ready().master.ask() == "True"
+        assert worker.ready().master.evaluated() == "True"
 
 
 def test_a_worker_ends_with_its_socket(folder: Path) -> None:

@@ -70,8 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class Master(Asking):
     """Keeps what it is told."""
 
-    def __init__(self) -> None:
-        super().__init__(Clock())
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
         self.told: list[tuple[Any, ...]] = []
 
     @Ready.responder
@@ -90,7 +90,8 @@ class Room:
     """A child and its master, connected in memory."""
 
     def __init__(self, spec: str = "child_milter:milter") -> None:
-        self.master, self.child = Master(), Child([spec])
+        self.clock = Clock()
+        self.master, self.child = Master(self.clock), Child([spec])
         self.ours, self.theirs = Link(), Link()
         self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
         self.child.makeConnection(self.theirs)
@@ -204,9 +205,9 @@ def test_questions_that_arrive_together_are_answered_in_order() -> None:
     bodies = [b"one", b"two", b"three"]
     answered: list[tuple[bytes, bytes]] = []
     for body in bodies:
-        box = question_box(Question(b"E", b"", commands.Eom(body).encode()), room.master)
-        asked = room.master.callRemoteString(Ask.commandName, **box)  # type: ignore[no-untyped-call]
-        asked.addCallback(read_answer, room.master).addCallback(answered.append)
+        asked = room.master.ask(Question(b"E", b"", commands.Eom(body).encode()))
+        asked.addCallback(answered.append)
+    room.clock.advance(0)
     room.ours.sent = [b"".join(part for part in room.ours.sent if isinstance(part, bytes))]
     room.pump()
     assert answered == [

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 
 from sharded_milter.errors import MilterError
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.negotiation import VERSION, Manifest, negotiate
+from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.replies import Accept, AddHeader, Continue
 from sharded_milter.protocol.session import Session
 from sharded_milter.protocol.stages import STAGES, Actions, Protocol
@@ -22,13 +25,20 @@ class Scripted:
     """Serves on a path; `errors` has what the client did wrong."""
 
     def __init__(
-        self, path: str, protocol: Protocol, verdict: Sequence[bytes] = (VERDICT,)
+        self,
+        path: str,
+        protocol: Protocol,
+        verdict: Sequence[bytes] = (VERDICT,),
+        early: Mapping[str, Sequence[Packet]] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.letters: list[str] = []  # of all packets, in order
         self.errors: list[BaseException] = []
+        self.hang_up = False  # instead of a verdict
         self._protocol = protocol
         self._verdict = verdict
+        #: By the command's letter, what each of them hears in turn.
+        self._early = {letter: itertools.cycle(replies) for letter, replies in early.items()}
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen()
@@ -72,6 +82,8 @@ class Scripted:
                 step = session.receive(packet)
                 if packet[LETTER : LETTER + 1] == commands.Negotiate.letter:
                     self._negotiate(sock, session, packet)
+                elif self.hang_up and packet[LETTER : LETTER + 1] == commands.Eom.letter:
+                    return
                 elif step.stage is not None:
                     self._answer(sock, packet)
 
@@ -89,4 +101,5 @@ class Scripted:
             for piece in self._verdict:
                 sock.sendall(piece)
         elif not self._protocol & stage.no_reply:
-            sock.sendall(Continue().encode())
+            early = self._early.get(chr(packet[LETTER]), iter(()))
+            sock.sendall(next(early, Continue()).encode())

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.svg import HEIGHT, LINE_HEIGHT, WIDTH, Chart, Line
+from sharded_milter.sizing.svg import HEIGHT, LINE_HEIGHT, WIDTH, Chart, Line
 
 SVG = "{http://www.w3.org/2000/svg}"
 CHART = Chart(

@@ -1,0 +1,185 @@
+"""What `bench` and `tune` take: the milter, the messages, the load, where the figures go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from sharded_milter import __version__
+from sharded_milter.errors import UsageError
+from sharded_milter.ops.config import Seconds
+from sharded_milter.ops.cpus import usable_cpus
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.sizing.measurement import Measurement
+from sharded_milter.sizing.runs import Plan
+from sharded_milter.testing.dialogue import Mail, transaction
+from sharded_milter.testing.generated import generated
+from sharded_milter.testing.load import UNLIMITED
+from sharded_milter.testing.mail_files import read
+
+# Different ones, so that a milter that remembers what it has scanned has something to do.
+GENERATED = 64
+
+# For each worker: one that is scanned, and enough that wait for there to be always a next one.
+CONNECTIONS_PER_WORKER = 4
+
+# Of what is no terminal: the widest table.
+WIDTH = 100
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Numbers of workers: `4` or `1,2,4`."""
+
+    name = "counts"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        pieces = [piece.strip() for piece in str(value).split(",")]
+        counts = [int(piece) for piece in pieces if piece.isascii() and piece.isdigit()]
+        if len(counts) < len(pieces) or 0 in counts:
+            self.fail(f"{value!r} is not a number of workers, or several with commas", param, ctx)
+        return tuple(dict.fromkeys(counts))
+
+
+class OutputFile(click.Path):
+    """A file that can be written; said before minutes are spent on what is to be in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            self.fail(f"{str(path)!r} cannot be written", param, ctx)
+        return path
+
+
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("milters", metavar="[MILTER]...", nargs=-1),
+    click.option("--pymilter", type=click.Path(), metavar="FILE",
+                 help="Measure an existing pymilter script; the arguments are the script's."),
+    click.option("--in-master", multiple=True, metavar="MILTER",
+                 help="A milter that runs in the master, as for the daemon."),
+    click.option("--config", type=click.Path(), metavar="FILE",
+                 help="The daemon's configuration file; its sockets and workers are not used."),
+    click.option("--messages", type=click.Path(exists=True, path_type=Path), metavar="PATH",
+                 help="A directory of .eml files, a Maildir, an mbox file, or one message; by"
+                 f" default {GENERATED} made-up messages of 10 KB."),
+    click.option("--connections", type=click.IntRange(min=1), metavar="N",
+                 help="MTA connections that send without a pause; by default"
+                 f" {CONNECTIONS_PER_WORKER} for each worker of the largest number."),
+    click.option("--count", type=click.IntRange(min=1), metavar="N",
+                 help="Messages of each measurement, instead of --seconds."),
+    click.option("--json", "json_path", type=OutputFile(dir_okay=False), metavar="FILE",
+                 help="Write all figures there too."),
+)  # fmt: skip
+
+
+def with_load_options(seconds: float) -> Callable[[F], F]:
+    """Decorates a click command so that it is called with what `plan` takes."""
+    of_each = click.option(
+        "--seconds",
+        type=Seconds(min=0, min_open=True),
+        metavar="S",
+        help=f"How long each measurement takes; {seconds:g} by default.",
+    )
+    return lambda command: reduce(
+        lambda decorated, option: option(decorated), reversed((*OPTIONS, of_each)), command
+    )
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where results go, and where what is only for the eye: bars and warnings."""
+
+    out: Console
+    err: Console
+
+    @classmethod
+    def make(cls) -> Screen:
+        """Both, as wide as they are; where that means nothing, as wide as a table needs."""
+
+        def console(stderr: bool) -> Console:
+            made = Console(stderr=stderr, highlight=False, markup=False)
+            if not made.is_terminal:
+                made.width = WIDTH
+            return made
+
+        return cls(console(False), console(True))
+
+    def say(self, line: str) -> None:
+        """A line of the result; wrapped only where it is read at once."""
+        self.out.print(line, soft_wrap=not self.out.is_terminal)
+
+    def warn(self, line: str) -> None:
+        """A line about the result."""
+        self.err.print(line, soft_wrap=not self.err.is_terminal)
+
+
+def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: Screen) -> Plan:
+    """What is to be run, and a line about it; raises UsageError."""
+    if values["count"] and values["seconds"]:
+        raise UsageError("--count and --seconds exclude each other")
+    mails = _mails(values["messages"], screen)
+    connections = values["connections"] or CONNECTIONS_PER_WORKER * max(counts)
+    cores = usable_cpus()
+    until = values["seconds"] or seconds
+    size = sum(len(mail.raw) for mail in mails) / len(mails) / 1000
+    screen.say(
+        f"{len(mails):,} {'different' if values['messages'] else 'made-up'} messages of"
+        f" {size:,.1f} KB on average over {connections} connections,"
+        f" {values['count'] or f'{until:g} s'} each; {cores} cores"
+    )
+    content: list[list[Packet]] = [transaction(mail) for mail in mails]
+    if values["count"]:
+        return Plan(_arguments(values), content, connections, cores, messages=values["count"])
+    return Plan(_arguments(values), content, connections, cores, until, UNLIMITED)
+
+
+def _mails(path: Path | None, screen: Screen) -> Sequence[Mail]:
+    if path is None:
+        return [generated(number) for number in range(GENERATED)]
+    found = read(path)
+    for line in found.skipped:
+        screen.warn(line)
+    return found.mails
+
+
+def _arguments(values: dict[str, Any]) -> tuple[str, ...]:
+    """The daemon's."""
+    options = [f"--{name}={values[name]}" for name in ("config", "pymilter") if values[name]]
+    options += [f"--in-master={milter}" for milter in values["in_master"]]
+    return (*options, "--", *values["milters"]) if values["milters"] else tuple(options)
+
+
+def save(
+    path: Path | None, made: Plan, runs: Sequence[Measurement], more: dict[str, Any] | None = None
+) -> None:
+    """Writes the figures with what they depend on, if there is a path."""
+    if path is None:
+        return
+    content = {
+        "version": __version__,
+        "machine": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()}",
+            "cores": made.cores,
+        },
+        "arguments": list(made.arguments),
+        "connections": made.connections,
+        "different_messages": len(made.content),
+        "runs": [run.as_json() for run in runs],
+        **(more or {}),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")

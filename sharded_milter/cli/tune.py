@@ -1,0 +1,144 @@
+"""`sharded-milterctl tune`: how many workers to run, and how far one master carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sharded_milter.cli.bench import progress, warn
+from sharded_milter.cli.load_options import (
+    Counts,
+    OutputFile,
+    Screen,
+    plan,
+    save,
+    with_load_options,
+)
+from sharded_milter.errors import UsageError
+from sharded_milter.ops.cpus import usable_cpus
+from sharded_milter.sizing.bottleneck import NOTEWORTHY, bottleneck, some
+from sharded_milter.sizing.measurement import Measurement
+from sharded_milter.sizing.plot import curve
+from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, sweep
+from sharded_milter.sizing.runs import Plan, measure, middle
+from sharded_milter.sizing.svg import Chart, Line
+from sharded_milter.sizing.tables import tables
+
+# Of each measurement; the rounds make up for its being short.
+SECONDS = 3.0
+
+# In turn, so that a busy minute hits all numbers of workers; the middle one of three is none that
+# was hit.
+ROUNDS = 3
+
+# The figures at the right belong to the bars at the left, also on a wide terminal.
+PLOT_WIDTH = 80
+
+
+@click.command()
+@with_load_options(SECONDS)
+@click.option(
+    "--workers",
+    type=Counts(),
+    default=lambda: tuple(sweep(usable_cpus())),
+    show_default="1 to twice the CPUs",
+    metavar="N,N...",
+    help="The numbers of worker processes to try.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=ROUNDS,
+    show_default=True,
+    help="How often each is measured; the middle one counts.",
+)
+@click.option("--svg", type=OutputFile(dir_okay=False), metavar="FILE",
+              help="Draw the scaling curve there.")  # fmt: skip
+def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any) -> int:
+    """Try several numbers of workers with MILTER and recommend one.
+
+    Prints the scaling curve, what limits the recommended number, and the message rate above
+    which one master is not enough. MILTER is named as for sharded-milter.
+    """
+    if values["in_master"] and not values["milters"] and not values["pymilter"]:
+        raise UsageError("a milter in the master has no workers whose number could be tuned")
+    screen = Screen.make()
+    counts = tuple(sorted(workers))
+    made = plan(values, counts, SECONDS, screen)
+    runs = _sweep(screen, made, counts, rounds)
+    rates = {count: run.load.rate for count, run in runs.items()}
+    best = recommended(rates)
+    limit = MasterLimit.of(runs[best].master_cpu, runs[best].workers_cpu)
+    for each in tables(list(runs.values())):
+        screen.out.print(each)
+    _plot(screen, rates, best)
+    _advise(screen, runs[best], best, limit)
+    warn(screen, list(runs.values()))
+    _warn_of_others(screen, max(run.use.others for run in runs.values()), made.cores)
+    if svg is not None:
+        svg.write_text(chart(rates, made).svg())
+    more = {
+        "recommended_workers": best,
+        "master_limit_messages_per_second": limit and limit.rate,
+    }
+    save(values["json_path"], made, list(runs.values()), more)
+    return 0
+
+
+def _sweep(
+    screen: Screen, made: Plan, counts: tuple[int, ...], rounds: int
+) -> dict[int, Measurement]:
+    """The middle round of each number of workers."""
+    every: dict[int, list[Measurement]] = {count: [] for count in counts}
+    with progress(screen, made, rounds * len(counts)) as next_run:
+        for number in range(rounds):
+            for count in counts:
+                heard = next_run(f"round {number + 1} of {rounds}, {some(count)}")
+                every[count].append(measure(made, count, heard))
+    return {count: middle(several) for count, several in every.items()}
+
+
+def _plot(screen: Screen, rates: Mapping[int, float], best: int) -> None:
+    screen.say("messages/s by workers:")
+    width = min(screen.out.width, PLOT_WIDTH)
+    ascii_only = not screen.out.encoding.lower().startswith("utf")
+    for line in curve(rates, width=width, marked=best, ascii_only=ascii_only):
+        screen.say(line)
+
+
+def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | None) -> None:
+    screen.say(f"recommended: --workers {best}, the fewest within {TOLERANCE:.0%} of the best rate")
+    screen.say(f"bottleneck with {some(best)}: {bottleneck(run.use)}")
+    if limit is None:
+        screen.say("the master used too little CPU to tell how far it carries")
+        return
+    screen.say(
+        f"one master becomes the limit at about {limit.rate:,.0f} messages/s of this kind"
+        f" ({1000 * run.master_cpu:.2f} ms of one core each; its workers then compute on"
+        f" {limit.cores:.1f} cores). For more, run a second service with a socket of its own and"
+        " give it a part of the MTAs."
+    )
+
+
+def _warn_of_others(screen: Screen, others: float, cores: int) -> None:
+    if others >= NOTEWORTHY * cores:
+        screen.warn(
+            f"warning: other programs used up to {others:.1f} of {cores} cores; more workers then"
+            " only win a larger part of what is left, so tune again when the machine is idle"
+        )
+
+
+def chart(rates: Mapping[int, float], made: Plan) -> Chart:
+    """Messages a second against workers, and what they would be if each added the same."""
+    first = min(rates)
+    ideal = [rates[first] * count / first for count in rates]
+    what = " ".join(made.arguments).removeprefix("-- ") or "content scanner"
+    note = f"{what}; {made.connections} connections; {made.cores} cores"
+    lines = [
+        Line("measured", list(rates.values())),
+        Line("linear", ideal, flat=True),
+    ]
+    return Chart("Messages a second", note, "worker processes", list(map(str, rates)), lines)

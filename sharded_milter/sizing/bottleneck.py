@@ -1,0 +1,167 @@
+"""What kept a milter under load from being faster. PURE.
+
+What can be concluded from averages over a run:
+
+- A process that computes all the time cannot do more: the master and the load client have one
+  core each at most, W workers have W.
+- Where the cores of the machine are used up, whoever has most of them is what there is too much
+  of; who else wants a core waits for it, though it never seems busy all the time.
+- Where neither is so, somebody waits for something that is no CPU. If messages wait while all
+  workers have one, the scans do: for the network, a disk, a lock. If no message waits for a
+  worker, there were too few of them at a time to say anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+# The share of the time that is "all the time". Nobody reaches 1: each message has moments between
+# two processes, and other programs want the cores too.
+ALL_THE_TIME = 0.85
+
+# This share of the cores is no noise when other programs have it.
+NOTEWORTHY = 0.1
+
+# So many messages must wait on average for one to be sure that they do.
+WAITING = 0.5
+
+
+class Limit(Enum):
+    """What there is too little of."""
+
+    MASTER = "master"
+    WORKERS = "workers"
+    QUEUE = "queue"
+    CLIENT = "load client"
+    OTHERS = "other programs"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Use:
+    """Averages over a run: cores that were used, and messages that were somewhere."""
+
+    cores: int
+    workers: int
+    master: float  # cores
+    computing: float  # cores: all workers together
+    client: float  # cores
+    others: float  # cores: everything else on the machine
+    queued: float  # messages that waited for a worker
+    asked: float  # messages that the milter had, at whatever stage
+
+    @property
+    def total(self) -> float:
+        """The cores in use."""
+        return self.master + self.computing + self.client + self.others
+
+    @property
+    def full(self) -> bool:
+        """Whether the machine's cores are used up."""
+        return self.total >= ALL_THE_TIME * self.cores
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The answer, the figures that prove it, and what follows."""
+
+    limit: Limit
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.limit.value}: {self.why}"
+
+
+def bottleneck(use: Use) -> Bottleneck:
+    """What limits a run that was like that."""
+    limit = _busiest(use) or (_largest(use) if use.full else None)
+    if limit is not None:
+        return Bottleneck(limit, _COMPUTING[limit](use))
+    taken = min(use.asked, use.workers)
+    if not use.workers:
+        why = f"{_used_up(use)}; the milter in the master waits; more --connections would show more"
+        return Bottleneck(Limit.NONE, why)
+    waiting = use.queued + max(0.0, use.asked - use.workers)
+    if taken < ALL_THE_TIME * use.workers or waiting < WAITING:
+        why = (
+            f"{_used_up(use)}, and of {some(use.workers)} {taken:.1f} had a message: the load"
+            " was too light to find a limit; more --connections would show more"
+        )
+        return Bottleneck(Limit.NONE, why)
+    why = (
+        f"{waiting:.1f} messages waited for a worker, though {some(use.workers)} computed on only"
+        f" {use.computing:.2f} cores: scans wait for something else (network, disk, locks); more"
+        " workers help"
+    )
+    return Bottleneck(Limit.QUEUE, why)
+
+
+def _busiest(use: Use) -> Limit | None:
+    """Who computes all the time."""
+    shares = {
+        Limit.MASTER: use.master,
+        Limit.WORKERS: use.computing / max(1, use.workers),
+        Limit.CLIENT: use.client,
+    }
+    limit = max(shares, key=lambda limit: shares[limit])
+    return limit if shares[limit] >= ALL_THE_TIME else None
+
+
+def _largest(use: Use) -> Limit:
+    """Who has most of the cores."""
+    cores = {
+        Limit.MASTER: use.master,
+        Limit.WORKERS: use.computing,
+        Limit.CLIENT: use.client,
+        Limit.OTHERS: use.others,
+    }
+    return max(cores, key=lambda limit: cores[limit])
+
+
+def _used_up(use: Use) -> str:
+    others = (
+        f" ({use.others:.1f} by other programs)" if use.others >= NOTEWORTHY * use.cores else ""
+    )
+    return f"{use.total:.1f} of {use.cores} cores were in use{others}"
+
+
+def _master(use: Use) -> str:
+    what = "more cores help" if use.full else "a second service with a socket of its own helps"
+    return (
+        f"its one process used {use.master:.2f} of a core, {_used_up(use)}; {what}, more workers"
+        " do not"
+    )
+
+
+def _workers(use: Use) -> str:
+    why = f"{some(use.workers)} computed on {use.computing:.2f} cores, {_used_up(use)}; "
+    return why + (
+        "more cores or a cheaper scan help, more workers do not"
+        if use.full
+        else "more workers help"
+    )
+
+
+def _client(use: Use) -> str:
+    return (
+        f"this program used {use.client:.2f} of a core, {_used_up(use)}: the milter could do more"
+        " than it was sent"
+    )
+
+
+def _others(use: Use) -> str:
+    return f"{_used_up(use)}: measure again when the machine is idle"
+
+
+_COMPUTING = {
+    Limit.MASTER: _master,
+    Limit.WORKERS: _workers,
+    Limit.CLIENT: _client,
+    Limit.OTHERS: _others,
+}
+
+
+def some(workers: int) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{workers} worker" + "s" * (workers != 1)

@@ -1,0 +1,179 @@
+"""`sharded-milterctl bench` and `tune` with the real daemon, as an operator runs them."""
+
+from __future__ import annotations
+
+import json
+import mailbox
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import psutil
+import pytest
+
+MILTER = """
+import time
+from sharded_milter import Accept, AddHeader, Message, Milter, Verdict
+milter = Milter("own")
+@milter.eom
+def scan(message: Message) -> Verdict:
+    {line}
+    return Accept(AddHeader("X-Own", "1"))
+"""
+HELLO = b"From: a@example.org\nTo: b@example.com\nSubject: hi\n\nhello\n"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(MILTER.format(line="pass"))
+    return path
+
+
+def command(*arguments: str) -> list[str]:
+    # Whoever runs the tests in the background may have made it deaf to Ctrl-C.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from sharded_milter.cli.ctl import main; main()"
+    )
+    return [sys.executable, "-W", "error", "-c", program, *arguments]
+
+
+def ctl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if "SHARDED_MILTER" not in name}
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, cwd=cwd, env=env, check=False
+    )
+
+
+def test_a_directory_is_sent_with_each_number_of_workers(own: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mails"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.eml").write_bytes(HELLO)
+    (folder / "bad.eml").write_bytes(b"")
+    done = ctl(
+        "bench", "own.py:milter", "--messages", "mails", "--workers", "1,2", "--count", "12",
+        "--json", "figures", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "mails/bad.eml: empty; skipped\n"
+    for words in ("3 different messages", "accept 12", "eom queue", "bottleneck with 1 worker: ",
+                  "bottleneck with 2 workers: "):  # fmt: skip
+        assert words in done.stdout
+    assert "\x1b" not in done.stdout
+    saved = json.loads((tmp_path / "figures").read_text())
+    assert [run["workers"] for run in saved["runs"]] == [1, 2]
+    assert [run["verdicts"] for run in saved["runs"]] == [{"accept": 12}] * 2
+
+
+def test_an_mbox_is_sent_to_a_milter_that_fails(own: Path, tmp_path: Path) -> None:
+    own.write_text(MILTER.format(line='raise ValueError("no table")'))
+    box = mailbox.mbox(tmp_path / "box")
+    box.add(mailbox.mboxMessage(HELLO))
+    box.close()
+    done = ctl(
+        "bench", "own.py:milter", "--messages", "box", "--workers", "1", "--count", "5",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tempfail 5" in done.stdout
+    assert done.stderr == (
+        "warning: with 1 worker the milter failed on 5 of 5 messages (5 times: at eom: ValueError:"
+        " no table); their figures are those of failures\n"
+    )
+
+
+def test_the_scanner_is_measured_where_no_milter_is_named(tmp_path: Path) -> None:
+    done = ctl("bench", "--workers", "1", "--seconds", "0.1", "--connections", "1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "accept" in done.stdout
+
+
+def test_a_milter_in_the_master_has_no_workers(own: Path, tmp_path: Path) -> None:
+    own.write_text(MILTER.format(line="pass").replace("def scan", "async def scan"))
+    done = ctl(
+        "bench", "--in-master", "own.py:milter", "--workers", "1", "--count", "2", cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bottleneck with 0 workers: " in done.stdout
+    done = ctl("tune", "--in-master", "own.py:milter", cwd=tmp_path)
+    assert done.returncode == os.EX_USAGE
+
+
+def test_tune_recommends_and_draws(own: Path, tmp_path: Path) -> None:
+    done = ctl(
+        "tune", "own.py:milter", "--workers", "2,1", "--rounds", "1", "--count", "12",
+        "--svg", "curve.svg", "--json", "figures", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "milter failed" not in done.stderr
+    saved = json.loads((tmp_path / "figures").read_text())
+    best = saved["recommended_workers"]
+    assert [run["workers"] for run in saved["runs"]] == [1, 2]
+    assert f"recommended: --workers {best}, the fewest within 5% of the best rate" in done.stdout
+    assert "█" in done.stdout
+    # The clock of CPU times ticks every 10 ms, and there were only 12 messages.
+    assert "one master becomes the limit at" in done.stdout or "too little CPU" in done.stdout
+    assert "own.py:milter" in "".join(
+        ElementTree.parse(tmp_path / "curve.svg").getroot().itertext()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nothing.py:milter"], os.EX_CONFIG, "milter file nothing.py does not exist"),
+        (["nonsense"], os.EX_USAGE, "neither MODULE:NAME nor FILE.py:NAME"),
+        (["--workers", "0"], os.EX_USAGE, "'0' is not a number of workers"),
+        (["--messages", "nothing"], os.EX_USAGE, "'nothing' does not exist"),
+        (["--messages", "empty"], os.EX_USAGE, "no message in empty"),
+        (["--config", "nothing"], os.EX_CONFIG, "configuration file nothing"),
+        (["--count", "1", "--seconds", "1"], os.EX_USAGE, "exclude each other"),
+        (["--json", "nothing/x"], os.EX_USAGE, "'nothing/x' cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_code(
+    tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    done = ctl("bench", *arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_authors_traceback_is_above_the_line(own: Path, tmp_path: Path) -> None:
+    own.write_text("raise ValueError('no database')\n")
+    done = ctl("bench", "own.py:milter", cwd=tmp_path)
+    assert done.returncode == os.EX_CONFIG
+    assert "    raise ValueError('no database')\n" in done.stderr
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_behind(
+    own: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    # The scan says which processes there are, and hangs as soon as nobody listens any more.
+    line = f"import os; open({str(fifo)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}\\n')"
+    own.write_text(MILTER.format(line=line))
+    arguments = command("bench", str(own) + ":milter", "--workers", "1")
+    with subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as program:  # fmt: skip
+        with fifo.open() as told:
+            worker, master = (psutil.Process(int(pid)) for pid in told.readline().split())
+        program.send_signal(number)
+        _, complaints = program.communicate()
+    assert (program.returncode, complaints.strip()) == (128 + number, "")
+    psutil.wait_procs([worker, master], timeout=10)
+    left = [process for process in (worker, master) if process.is_running()]
+    assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert list(tmp_path.glob("sharded-milter-*")) == []
