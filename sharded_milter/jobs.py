@@ -13,8 +13,7 @@ import os
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from twisted.protocols import amp
 
@@ -127,8 +126,7 @@ def release(value: bytes | memoryview) -> None:
 FAREWELL = b"Q"
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """What a worker is asked.
 
     `stage` is the letter of the stage, or FAREWELL. `milter` is the milter's place among those
@@ -147,8 +145,7 @@ class Question:
     command: bytes | Memory = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """A question as it arrives: what was memory is a read-only view."""
 
     stage: bytes

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.answers import check_replies
@@ -246,8 +247,7 @@ _STRINGS = {Header.letter[0]: 2, Body.letter[0]: 0}
 _TO_BE_CHECKED = -1  # by check_command
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What a verdict means for the transcript."""
 
     final: int  # the letter of the final reply
