@@ -104,7 +104,8 @@ def worker_specs(settings: config.Settings) -> tuple[str, ...]:
 
 def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: Any) -> Any:
     """What the pool calls for a new worker process."""
-    from sharded_milter.master.shard import Shard, Workplace, worker_environment
+    from sharded_milter.master.process import Workplace, worker_environment
+    from sharded_milter.master.shard import Shard
 
     extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
     workplace = Workplace(

@@ -5,56 +5,32 @@
 
 A draining shard still answers for the connections whose milters' objects it has, until they end.
 
-Built on ampoule's starter, connector and child. The AMP connection runs over one inherited UNIX
-socket pair instead of two pipes, so that descriptors can be passed; a death is what
-`processExited` says, not a closed pipe, which a grandchild may hold open.
+A death is what the process's exit says, not a closed pipe, which a grandchild may hold open.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
-import socket
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 from ampoule import commands as ampoule_commands
-from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet import error
 from twisted.internet.defer import Deferred
-from twisted.internet.protocol import Factory, connectionDone
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
 from sharded_milter.jobs import LoadFailed, Question, Ready
 from sharded_milter.master.asking import Asking
+from sharded_milter.master.process import Connector, Starter, Workplace
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
-
-# The worker must not find the operator's secrets in its environment, nor be steered by it.
-PASSED_ENVIRONMENT = (
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "LC_CTYPE",
-    "LD_LIBRARY_PATH",
-    "LOGNAME",
-    "PATH",
-    "PYTHONPATH",
-    "SSL_CERT_DIR",
-    "SSL_CERT_FILE",
-    "TMPDIR",
-    "TZ",
-    "USER",
-    "VIRTUAL_ENV",
-)
 
 # A worker that was told to end gets this long.
 EXIT_GRACE = 5.0
@@ -62,43 +38,6 @@ EXIT_GRACE = 5.0
 # A socket is closed a moment before the exit that explains it; a worker that has closed it and
 # lives on is killed after this long.
 SILENCE_GRACE = 1.0
-
-# Output of a dead worker that its descendants still hold open is read for this long.
-OUTPUT_GRACE = 2.0
-
-# The longest piece of a line of output that is kept while its end has not come.
-MAX_LOG_LINE = 8192
-
-# Reads of 8 KB from a pipe before other work goes on: it holds 64 KB.
-MAX_CATCH_UP = 8
-
-_OUTPUTS = (1, 2)
-_CHANNEL = 3
-_BOOTSTRAP = (
-    "import sys; from sharded_milter.workers.bootstrap import main;"
-    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r}, script={!r})"
-)
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """How every worker is started: the milters that it serves and what it may use.
-
-    With `script` they are a pymilter script and its arguments. `cpus` are dealt out, one for each
-    slot in turn; none leaves the workers where they like.
-    """
-
-    specs: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)
-    nice: int = 0
-    memory_limit: int = 0
-    cpus: tuple[int, ...] = ()
-    script: bool = False
-
-    def bootstrap(self, slot: int) -> str:
-        """The program that Python runs in the worker of a slot."""
-        cpus = (self.cpus[(slot - 1) % len(self.cpus)],) if self.cpus else ()
-        return _BOOTSTRAP.format(os.getpid(), self.nice, self.memory_limit, cpus, self.script)
 
 
 class State(Enum):
@@ -154,17 +93,20 @@ class Shard:
     def start(self) -> None:
         """Spawns the process; raises OSError when the system refuses."""
         place = self.workplace
-        starter = _Starter(
+        starter = Starter(
             bootstrap=place.bootstrap(self.slot), args=place.specs, env=dict(place.env)
         )
         starter.connectorFactory = self._connect
         self._amp = _Parent(self)
-        starter.start(self, self._amp, self._reactor)
-        self.pid = self.process.pid
+        starter.start(self._amp, self, self._reactor)
 
-    def _connect(self, protocol: _Parent) -> _Connector:
-        connector = self._connector = _Connector(protocol, self)
+    def _connect(self, protocol: _Parent) -> Connector:
+        connector = self._connector = Connector(protocol, self, self._reactor)
         return connector
+
+    def spawned(self, process: Any) -> None:
+        """There is a process, whatever becomes of it."""
+        self.process, self.pid = process, process.pid
 
     def serves(self, milter: int, manifest: Manifest) -> bool:
         """Whether its milter of that number is the one with the manifest."""
@@ -321,74 +263,6 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-class _Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
-    """Spawns with a socket pair, a clean environment, and no module search in the cwd."""
-
-    def start(self, shard: Shard, protocol: _Parent, reactor: Any) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.setblocking(False)
-            connector = self.connectorFactory(protocol)
-            shard.process = reactor.spawnProcess(
-                connector,
-                sys.executable,
-                [sys.executable, "-P", "-c", self.bootstrap, *self.args],
-                env=self.env,
-                childFDs={0: "w", 1: "r", 2: "r", _CHANNEL: theirs.fileno()},
-            )
-            factory = Factory()
-            factory.buildProtocol = lambda addr: protocol  # type: ignore[method-assign]
-            try:
-                reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
-            except OSError:  # there was no descriptor left
-                shard.signal(signal.SIGKILL)
-                raise
-
-
-class _Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
-    """The process's own side: its output and its exit. AMP rides on the socket."""
-
-    def __init__(self, protocol: _Parent, shard: Shard) -> None:
-        super().__init__(protocol, shard.slot)
-        self._shard = shard
-        self._pieces: dict[int, bytes] = {}
-
-    def connectionMade(self) -> None:
-        self.transport.closeStdin()
-
-    def catch_up(self) -> None:
-        """Takes what was written so far: it belongs to the job that was answered just now."""
-        pipes = getattr(self.transport, "pipes", {})  # Twisted's own, by the child's number
-        outputs = {pipes[fd].fileno(): pipes[fd] for fd in _OUTPUTS if fd in pipes}
-        poll = select.poll()  # one call says that there is nothing, as there is most of the time
-        for fd in outputs:
-            poll.register(fd, select.POLLIN)
-        for _ in range(MAX_CATCH_UP):
-            said = poll.poll(0)
-            if not said:
-                break
-            for fd, _ in said:
-                outputs[fd].doRead()
-
-    def childDataReceived(self, childFD: int, data: bytes) -> None:
-        *lines, rest = (self._pieces.get(childFD, b"") + data).split(b"\n")
-        if len(rest) > MAX_LOG_LINE:
-            lines, rest = [*lines, rest], b""
-        self._pieces[childFD] = rest
-        for line in lines:
-            self._shard.output(line[:MAX_LOG_LINE])
-
-    def processExited(self, reason: Failure) -> None:
-        for rest in filter(None, self._pieces.values()):
-            self._shard.output(rest)
-        self._pieces.clear()
-        self._shard._reactor.callLater(OUTPUT_GRACE, self.transport.loseConnection)
-        self._shard.exited(reason)
-
-    def processEnded(self, reason: Failure) -> None:
-        """Comes when the pipes are closed too; nobody waits for that."""
-
-
 class _Parent(Asking):
     """The master's end of the AMP connection to one worker."""
 
@@ -437,9 +311,3 @@ def _manifest(milter: Mapping[str, bytes]) -> Manifest:
         to_text(milter["shard_by"]),
         Pinning(to_text(milter["pinning"])),
     )
-
-
-def worker_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
-    """What a worker finds in its environment: an allow-list of the master's, and `extra`."""
-    kept = {name: environ[name] for name in PASSED_ENVIRONMENT if name in environ}
-    return {**kept, "PYTHONUNBUFFERED": "1", **extra}

@@ -44,4 +44,4 @@ def test_every_row_of_the_table_has_a_name_of_its_own() -> None:
 @pytest.mark.parametrize("subject", BOUNDS, ids=lambda subject: subject.name)
 def test_the_bounds_of_ours_accept_every_message(subject: Subject) -> None:
     with subject.serving(Job()) as server:
-        assert load.run(server.path, 5, 100).verdicts == {"a": 100}
+        assert load.run(server.path, 5, 100).verdicts == {"accept": 100}

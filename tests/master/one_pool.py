@@ -15,7 +15,8 @@ from sharded_milter.master.dispatch import Dispatch
 from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.poison import Keep
-from sharded_milter.master.shard import Events, Shard, State, Workplace
+from sharded_milter.master.process import Workplace
+from sharded_milter.master.shard import Events, Shard, State
 from sharded_milter.protocol.commands import Body, Eom
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import STAGES, Stage

@@ -22,17 +22,14 @@ from twisted.python.failure import Failure
 
 from sharded_milter.errors import CallbackFailed, WorkerLost
 from sharded_milter.jobs import MAX_INLINE, Ask, LoadFailed, Memory, Question, Ready, blob
-from sharded_milter.master.shard import (
-    EXIT_GRACE,
+from sharded_milter.master.process import (
     MAX_CATCH_UP,
     MAX_LOG_LINE,
     OUTPUT_GRACE,
-    SILENCE_GRACE,
-    Shard,
-    State,
     Workplace,
     worker_environment,
 )
+from sharded_milter.master.shard import EXIT_GRACE, SILENCE_GRACE, Shard, State
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
@@ -255,6 +252,7 @@ def test_a_worker_that_cannot_be_spoken_to_is_killed() -> None:
     with pytest.raises(OSError, match="none left"):
         room.shard.start()
     assert room.process.signals == [signal.SIGKILL]
+    assert room.shard.pid == NO_PROCESS  # whose group, and no other, is ended with it
 
 
 def test_ready_brings_the_manifest() -> None:
