@@ -251,12 +251,13 @@ class Conversation:
     def _answered(self, facts: Facts, replies: bytes, jobs: list[Job]) -> None:
         size = self._transcript.size
         answer = self._decided(facts.stage, replies, refused=facts.refused)
-        if facts.stage is Stage.EOM and self._home.logs_messages:
-            self._log_message(jobs, facts.about(), size, answer)
+        now = self._home.reactor.seconds()
         if self._asking:
             self._early = answer
         else:
             self._send(answer)
+        if facts.stage is Stage.EOM and self._home.logs_messages:  # the MTA waits for no log
+            self._log_message(jobs, facts.about(), size, answer, now)
 
     def _decided(self, stage: Stage, replies: bytes, *, refused: bool = False) -> bytes:
         """The replies, after the session has approved of them; the policy's verdict if not."""
@@ -288,14 +289,15 @@ class Conversation:
 
     # Log lines
 
-    def _log_message(self, jobs: list[Job], about: str, size: int, answer: bytes) -> None:
+    def _log_message(
+        self, jobs: list[Job], about: str, size: int, answer: bytes, now: float
+    ) -> None:
         """One line for every message: what it was, what became of it, what it cost."""
         replies = list(packets(answer))
         final, start, _ = replies[-1]
         verdict = VERDICT_NAMES.get(chr(final)) or answer[start : start + 3].decode()
         if any(code == _QUARANTINE for code, _, _ in replies):
             verdict = "quarantine"
-        now = self._home.reactor.seconds()
         # Of several milters' jobs the slowest is what the MTA has waited for.
         queued = max((_started(job, now) - job.submitted for job in jobs), default=0.0)
         scanned = max((now - _started(job, now) for job in jobs), default=0.0)
