@@ -345,7 +345,7 @@ class Pool:
 
     def _slot_of(self, shard: Shard) -> _Slot | None:
         """The slot that the shard is part of; None when it is leaving."""
-        for slot in self._slots:
+        for slot in self._slots[shard.slot - 1 : shard.slot]:  # numbers are from 1, without gaps
             if shard in (slot.current, slot.successor):
                 return slot
         return None
