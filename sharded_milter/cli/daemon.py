@@ -32,9 +32,9 @@ SCANNER_RULES = "SHARDED_MILTER_SCANNER_RULES"
 def daemon(**values: Any) -> int:
     """Serve MILTER to Postfix or Sendmail with one worker process per CPU.
 
-    MILTER is PACKAGE.MODULE:NAME or FILE.py:NAME. Without one the bundled content scanner runs.
-    With --pymilter FILE, an existing pymilter script runs, and the arguments are the script's; put
-    `--` in front of them.
+    MILTER is PACKAGE.MODULE:NAME or FILE.py:NAME. Where no milter is named in any way, the bundled
+    content scanner runs. With --pymilter FILE, an existing pymilter script runs, and the arguments
+    are the script's; put `--` in front of them.
     Every option is also a key of the --config file and a SHARDED_MILTER_* variable.
     """
     return serve(config.settings_from(values))
@@ -232,7 +232,7 @@ class _Run:
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
             n=self._workers,
-            names=", ".join(names),
+            names=" or ".join(names),
         )
         fd = self._settings.ready_fd
         if fd is not None:

@@ -160,7 +160,10 @@ _LIMITS: Mapping[str, tuple[Any, str]] = {
         click.Choice(tuple(DATA_SIZES)),
         "Bytes of the largest packets, if the MTA offers more than 64K (smfi_setmaxdatasize).",
     ),
-    "max_message_size": (_COUNT, "Bytes of the largest message that is scanned; more gets a 552."),
+    "max_message_size": (
+        _COUNT,
+        "Bytes of the largest message, with envelope and macros; more gets a 552.",
+    ),
 }
 
 
