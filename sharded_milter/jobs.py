@@ -144,6 +144,11 @@ class Question(NamedTuple):
     start: int = 0
     command: bytes | Memory = b""
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether a part of it travels by descriptor."""
+        return Memory in (type(self.connection), type(self.message), type(self.command))
+
 
 class Asked(NamedTuple):
     """A question as it arrives: what was memory is a read-only view."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.abstract import FileDescriptor
 from twisted.protocols.amp import AmpBox
 
 
 def send_now(transport: Any, data: bytes) -> None:
     """Writes all of `data`; what the socket does not take now leaves as it always would."""
-    if _is_still(transport):
+    if is_still(transport):
         sent = transport.writeSomeData(data)
         if isinstance(sent, int):  # else the connection is lost, which the reactor finds out too
             if sent == len(data):
@@ -23,13 +22,12 @@ def send_now(transport: Any, data: bytes) -> None:
     transport.write(data)
 
 
-def _is_still(transport: Any) -> bool:
-    """Whether nothing waits to be written, so that nothing would be overtaken."""
+def is_still(transport: Any) -> bool:
+    """Whether nothing waits to be written: nothing would be overtaken, descriptors included."""
     return (
-        isinstance(transport, FileDescriptor)
-        and bool(transport.connected)
+        bool(getattr(transport, "connected", False))
         and not transport.disconnecting
-        and not transport.dataBuffer
+        and not getattr(transport, "dataBuffer", True)
         and not getattr(transport, "_tempDataBuffer", True)
     )
 

@@ -6,10 +6,17 @@ import os
 from typing import Any
 
 
+#: A pipe that nobody writes to.
+SILENT, _ = os.pipe()
+
+
 class Link:
     """One end. Descriptors are sent as the kernel sends them: as duplicates, in order."""
 
+    connected = True
     disconnecting = False
+    dataBuffer = b""
+    _tempDataBuffer: tuple[()] = ()
 
     def __init__(self) -> None:
         self.sent: list[bytes | int] = []
@@ -17,6 +24,13 @@ class Link:
 
     def write(self, data: bytes) -> None:
         self.sent.append(data)
+
+    def fileno(self) -> int:
+        return SILENT
+
+    def writeSomeData(self, data: bytes) -> int:
+        self.write(data)
+        return len(data)
 
     def sendFileDescriptor(self, fd: int) -> None:
         self.sent.append(os.dup(fd))

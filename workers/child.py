@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
-from ..sending import QuickBoxes
+from ..sending import QuickBoxes, is_still
 
 # What a `Blob` arrives as.
 Bytes = bytes | memoryview
@@ -55,7 +56,9 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._loading = loading
         self._socket = socket
         self._dialects: list[Dialect] = []
-        self._reply: bytes | Memory = b""  # kept until the next job shows that it was received
+        self._questions: deque[amp.AmpBox] = deque()
+        self._at_work = False  # a coroutine is out
+        self._replies: list[Memory] = []  # kept until the socket has taken their descriptors
 
     def connectionMade(self) -> None:
         """Imports the milters and tells the master how that went."""
@@ -82,13 +85,18 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     def ampBoxReceived(self, box: amp.AmpBox) -> None:
         """Questions are answered without AMP's own machinery, which takes longer than reading."""
         if box.get(amp.COMMAND) == Ask.commandName:
-            self._ask(box)
+            self._questions.append(box)
+            self._go_on()
         else:
             super().ampBoxReceived(box)
 
+    def _go_on(self) -> None:
+        """Answers one question after the other: the master blames the first for a death."""
+        while self._questions and not self._at_work:
+            self._ask(self._questions.popleft())
+
     def _ask(self, box: amp.AmpBox) -> None:
         """Answers one job, later if the milter is a coroutine."""
-        self._reply = b""
         asked = read_question(box, self)
         news = asked.message[asked.start :]  # of memory it is a view of its own
         views = (news, asked.connection, asked.message, asked.command)
@@ -98,14 +106,20 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
                 STAGES.get(asked.stage[0]), bytes(asked.connection), message, asked.session
             )
             if not isinstance(replies, bytes):
+                self._at_work = True
                 later: defer.Deferred[Any] = driven(replies)
                 later.addCallback(self._answered).addErrback(self._failed)
                 later.addCallback(self._send, box[amp.ASK], views).addErrback(self.unhandledError)
+                later.addCallback(self._done)
                 return
             answer = self._answered(replies)
         except BaseException:  # also an exit: no job ends the worker
             answer = self._failed(Failure())
         self._send(answer, box[amp.ASK], views)
+
+    def _done(self, _: object) -> None:
+        self._at_work = False
+        self._go_on()
 
     def _send(self, answer: amp.AmpBox, tag: bytes, views: Sequence[Bytes]) -> None:
         for view in views:
@@ -114,8 +128,12 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self.sendBox(answer)
 
     def _answered(self, replies: bytes) -> amp.AmpBox:
-        self._reply = blob(replies)
-        return answer_box(self._reply, b"", self)
+        if self._replies and is_still(self.transport):
+            self._replies.clear()
+        reply = blob(replies)
+        if isinstance(reply, Memory):
+            self._replies.append(reply)
+        return answer_box(reply, b"", self)
 
     def _failed(self, failure: Any) -> amp.AmpBox:
         error = failure.value

@@ -7,6 +7,7 @@ than all the rest of a short message. Everything else is AMP's own business.
 from __future__ import annotations
 
 import itertools
+import select
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
@@ -16,6 +17,9 @@ from twisted.python.failure import Failure
 from sharded_milter.jobs import Question, question_box, read_answer
 from sharded_milter.protocol.text import to_text
 from sharded_milter.sending import QuickBoxes, send_now
+
+# Reads of 64 KB from a dead worker's socket: it holds a few of them.
+MAX_CATCH_UP = 16
 
 Answer = tuple[bytes, bytes]  # reply packets, and what the milter raised
 
@@ -40,22 +44,21 @@ class Asking(QuickBoxes, amp.AMP):
             box = question_box(question, tag, self)
         except Exception:
             return fail()
-        self._send(box)
+        self._held.append(box)
+        # A descriptor waits in the transport already, which breaks if no data is behind it when
+        # the socket is writable.
+        if not self._asked or question.has_memory:
+            self._send_held()
+        elif len(self._held) == 1:
+            self._reactor.callLater(0, self._send_held)
         answer = self._asked[tag] = Deferred()
         return answer
 
-    def _send(self, box: bytes) -> None:
-        """At once, if the worker waits for it; else with whatever else comes in this turn."""
-        if not self._asked:
-            send_now(self.transport, box)
-            return
-        if not self._held:
-            self._reactor.callLater(0, self._send_held)
-        self._held.append(box)
-
     def _send_held(self) -> None:
+        """At once, if the worker waits for it; else with whatever else comes in this turn."""
         held, self._held = self._held, []
-        send_now(self.transport, b"".join(held))
+        if held:
+            send_now(self.transport, b"".join(held))
 
     def ampBoxReceived(self, box: amp.AmpBox) -> None:
         """Takes answers to questions here."""
@@ -72,6 +75,17 @@ class Asking(QuickBoxes, amp.AMP):
             answer.errback()
         else:
             answer.callback(replies)
+
+    def catch_up(self) -> None:
+        """Takes the answers that the worker has sent before it died."""
+        transport: Any = self.transport
+        poll = select.poll()
+        for _ in range(MAX_CATCH_UP):
+            if not getattr(transport, "connected", False):
+                break
+            poll.register(transport.fileno(), select.POLLIN)
+            if not poll.poll(0) or transport.doRead() is not None:
+                break
 
     def hopeless(self, reason: Failure) -> None:
         """Nobody is there any more: what was asked, and what will be, fails with the reason."""

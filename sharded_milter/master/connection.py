@@ -121,9 +121,8 @@ class MilterConnection(TwistedProtocol):
                 if said is None:
                     break
                 answers.append(said)
-            if talk.is_ready:
-                self._framer.compact()
-                self._looked = 0
+            self._looked = max(0, self._looked - self._framer.at)
+            self._framer.compact()
         except RemoteProtocolError as error:
             broken = error
         self._write(b"".join(answers))

@@ -194,6 +194,9 @@ class Dispatch:
         job = turn.job
         if job not in self._running or (job.abandoned and not job.followers):
             return
+        if self.schedule.is_full:
+            self._patience.set(turn)
+            return
         turn.void = True
         self._running.discard(job)
         job.shard = None
@@ -297,11 +300,12 @@ class Dispatch:
         self._running.discard(job)
         if failure.check(WorkerLost):
             self.schedule.deaf(shard)  # its exit may be heard of later than its silence
-            if not began:
+            if began:
+                self.counters["workers_lost"] += 1
+            else:
                 job.attempts -= 1  # the worker did not die of this one
             if job.pin is not None and job.pin.place is shard:
                 job.pin.lose()
-            self.counters["workers_lost"] += 1
             if not job.result.called:  # at its deadline it was
                 self._worker_lost(job, shard, failure)
             return
@@ -342,6 +346,11 @@ class Dispatch:
         self.counters["deadlines"] += 1
         if job.shard is None:
             self.schedule.withdraw(job)
+            self._fail(job, Failure(Overloaded(reason)))
+            return
+        turn = next(turn for turn in self._turns[job.shard].turns if turn.job is job)
+        if not turn.turns.is_first(turn):  # the one before it has a deadline of its own
+            turn.void = True
             self._fail(job, Failure(Overloaded(reason)))
             return
         # One that has waited for most of that time is not to blame.

@@ -289,11 +289,14 @@ class Pool:
             self._reload_again = False
             self.reload()
 
-    def shard_idle(self, shard: Shard) -> None:
-        """The shard has answered; it may have served long enough."""
+    def shard_answered(self, shard: Shard) -> None:
+        """The shard has answered, and may have served long enough."""
         slot = self._slot_of(shard)
         if slot is not None and slot.messages and shard.answered >= slot.messages:
             self._recycle(slot, f"it has answered {shard.answered} jobs")
+
+    def shard_idle(self, shard: Shard) -> None:
+        """The shard has answered all that it was asked."""
         self._dispatch.schedule.idle(shard)
         self._dispatch.assign()
 

@@ -104,13 +104,18 @@ class Schedule(Generic[J, S]):
         """How many jobs wait."""
         return len(self._entries)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many jobs wait as may."""
+        return len(self._entries) >= self._max_queue + len(self._idle)
+
     def submit(self, job: J, now: float) -> None:
         """A job to be done; raises Overloaded when nobody is idle and the queue is full.
 
         Idle shards need not fit the jobs that wait, so they make room for as many as they are. A
         job without a stage keeps nobody waiting: it is never too much, nor too late.
         """
-        if job.stage is not None and len(self._entries) >= self._max_queue + len(self._idle):
+        if job.stage is not None and self.is_full:
             raise Overloaded(f"the queue is full ({self._max_queue} jobs wait)")
         due = now + self._queue_wait
         entry = _Entry(not job.light, -PROGRESS[job.stage], next(self._numbers), job, due)

@@ -56,6 +56,7 @@ class Events(Protocol):
     """What a shard tells its owner."""
 
     def shard_ready(self, shard: Shard) -> None: ...
+    def shard_answered(self, shard: Shard) -> None: ...
     def shard_idle(self, shard: Shard) -> None: ...
     def shard_deaf(self, shard: Shard) -> None: ...
     def shard_gone(self, shard: Shard) -> None: ...
@@ -130,6 +131,7 @@ class Shard:
         self.answered += 1
         self._asked -= 1
         self._connector.catch_up()
+        self._events.shard_answered(self)
         if self.state is State.BUSY and not self._asked:
             self.state = State.IDLE
         lingers = self.state is State.DRAINING and self._lingers and not self._asked
@@ -243,6 +245,7 @@ class Shard:
         self.exit_reason = self.killed_for or _exit_reason(status)
         self.state = State.GONE
         self._end_family()
+        self._amp.catch_up()
         self._amp.process_gone(Failure(WorkerLost(self.exit_reason)))
         self._events.shard_gone(self)
 

@@ -286,7 +286,8 @@ class Conversation(RuleBasedStateMachine):
         assert transcript.size <= LIMITS.max_message_size + MARK
         assert len(transcript.connection_part()) <= CONNECTION_PART
         assert self.home.inflight.used >= transcript.size
-        assert connection._framer.waiting <= LIMITS.max_waiting + self.largest + LARGEST_PACKET
+        if connection._conversation.asked is not None:
+            assert connection._framer.waiting <= LIMITS.max_waiting + 2 * self.largest
 
     @invariant()
     def after_its_end_a_connection_is_silent(self) -> None:

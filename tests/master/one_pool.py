@@ -61,6 +61,7 @@ class FakeShard(Shard):
 
     def answer(self, replies: bytes | Exception = b"replies") -> None:
         self.answered += 1
+        self._events.shard_answered(self)
         job = self.jobs.pop(0)
         if self.state is State.BUSY and not self.jobs:
             self.state = State.IDLE
@@ -126,6 +127,8 @@ class Workers:
         self.clock.pump([0.5] * round(seconds * 2))
 
     # Events, as the pool would pass them on
+
+    def shard_answered(self, shard: Shard) -> None: ...
 
     def shard_ready(self, shard: Shard) -> None:
         self.shard_idle(shard)

@@ -14,7 +14,7 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import WorkerLost
-from sharded_milter.jobs import MAX_INLINE, Ask, Question, blob, question_box
+from sharded_milter.jobs import MAX_INLINE, Ask, Question, blob
 from sharded_milter.master.asking import Asking
 
 
@@ -138,7 +138,7 @@ def test_a_question_arrives_as_it_was_asked(
     room = Room()
     message = blob(bytes(size))
     question = Question(letter, b"connection", message, *numbers, blob(command))
-    room.master._send(question_box(question, b"tag", room.master))
+    room.master.ask(question)
     deliver((room.ours, room.worker))
     (asked,) = room.worker.asked
     assert asked.pop("head")[:1] == letter

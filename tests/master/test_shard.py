@@ -147,6 +147,8 @@ class Room(Clock):
     def shard_ready(self, shard: Shard) -> None:
         self.told.append("ready")
 
+    def shard_answered(self, shard: Shard) -> None: ...
+
     def shard_idle(self, shard: Shard) -> None:
         self.told.append("idle")
 
