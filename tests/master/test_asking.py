@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import WorkerLost
-from sharded_milter.jobs import MAX_INLINE, Ask, Question, blob
+from sharded_milter.jobs import MAX_INLINE, Ask, Question, answer_box, blob
 from sharded_milter.master.asking import Asking
 
 
@@ -62,6 +65,103 @@ def test_an_idle_worker_is_asked_at_once_and_a_busy_one_once_a_turn() -> None:
     assert len(room.ours.sent) == 2
     room.pump()
     assert [asked["message"] for asked in room.worker.asked] == [b"1", b"2", b"3"]
+
+
+def test_a_question_with_a_descriptor_leaves_at_once_with_what_was_held() -> None:
+    room = Room()
+    room.ask(b"1")
+    room.ask(b"2")
+    room.master.ask(Question(b"E", b"", blob(bytes(MAX_INLINE + 1))))
+    assert [type(what) for what in room.ours.sent] == [bytes, int, bytes]
+    room.pump()
+    assert [len(asked["message"]) for asked in room.worker.asked] == [1, 1, MAX_INLINE + 1]
+    room.clock.advance(0)  # nothing is left to be sent
+    assert room.ours.sent == []
+
+
+# A descriptor that the reactor would send when the socket is writable, with or without its box.
+DESCRIPTOR_TO_A_BUSY_WORKER = """
+import socket
+from twisted.internet import protocol, reactor
+from sharded_milter.jobs import Question, blob
+from sharded_milter.master.asking import Asking
+
+class Master(Asking):
+    def connectionLost(self, reason):
+        print("lost:", reason.value)
+
+ours, theirs = socket.socketpair()
+ours.setblocking(False)
+master = Master(reactor)
+factory = protocol.Factory()
+factory.buildProtocol = lambda address: master
+reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
+
+def ask():
+    master.ask(Question(b"E", b"", b"small"))
+    master.ask(Question(b"E", b"", blob(bytes(60000))))
+    reactor.callLater(0, reactor.callLater, 0, finish)
+
+def finish():
+    received = theirs.recv(65536) + theirs.recv(65536)  # a descriptor ends a read
+    print(received.count(b"message"), master.transport.connected)
+    reactor.crash()
+
+reactor.callLater(0, ask)
+reactor.run()
+"""
+
+
+def test_a_real_socket_takes_a_descriptor_for_a_busy_worker() -> None:
+    command = [sys.executable, "-c", DESCRIPTOR_TO_A_BUSY_WORKER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("2 1\n", "")
+
+
+class Remains:
+    """The socket of a dead worker; a read takes one answer of those that are left."""
+
+    connected = True
+    disconnecting = False
+
+    def __init__(self, master: Asking, answers: list[bytes]) -> None:
+        self.master = master
+        self.answers = answers
+        self.ours, theirs = socket.socketpair()
+        theirs.close()  # readable for ever
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def doRead(self) -> object:
+        if not self.answers:
+            return "the connection is done"
+        self.master.dataReceived(self.answers.pop(0))
+        return None
+
+    def write(self, data: bytes) -> None: ...
+
+    def getPeer(self) -> str:
+        return "peer"
+
+    getHost = getPeer
+
+
+def test_what_a_worker_had_answered_before_it_died_counts() -> None:
+    master = Asking(Clock())
+    answers = [answer_box(b"yes", b"", master), answer_box(b"no", b"", master)]
+    for number, box in enumerate(answers):
+        box[amp.ANSWER] = b"q%d" % number
+    remains = Remains(master, [box.serialize() for box in answers])  # type: ignore[no-untyped-call]
+    with remains.ours:
+        master.makeConnection(remains)  # type: ignore[no-untyped-call]
+        ended: list[Any] = []
+        for name in (b"1", b"2", b"3"):
+            asked = master.ask(Question(b"E", b"", name))
+            asked.addCallbacks(ended.append, lambda failure: ended.append(str(failure.value)))
+        master.catch_up()
+        master.hopeless(Failure(WorkerLost("gone")))
+    assert ended == [(b"yes", b""), (b"no", b""), "gone"]
 
 
 def test_answers_find_their_questions_in_any_order() -> None:

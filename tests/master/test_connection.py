@@ -704,3 +704,11 @@ def test_larger_packets_are_agreed_only_if_asked_for_and_offered(
     mta.say(commands.Negotiate(6, KNOWN_ACTIONS, KNOWN_PROTOCOL | offered))
     [reply] = mta.written()
     assert commands.Negotiate.parse(reply[5:]).protocol & ~KNOWN_PROTOCOL == agreed
+
+
+def test_what_a_job_has_is_not_kept_a_second_time() -> None:
+    mta = at_the_end(*MESSAGE)
+    assert mta.connection._framer.buffer == b""
+    mta.say(commands.Mail("<next>"), commands.Abort())
+    assert mta.pool.cancelled == [mta.job]
+    assert mta.connection._framer.buffer == b""

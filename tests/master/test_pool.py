@@ -16,6 +16,7 @@ from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pool import HEALTHY_AFTER, JITTER, MEMORY_EVERY, TICK, Pool
 from sharded_milter.master.shard import Events, State
+from sharded_milter.master.turns import ENOUGH
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
 
@@ -249,6 +250,20 @@ def recycled_by_count(bench: Bench) -> None:
         bench.submit()
         bench.shards[0].answer()
     bench.clock.advance(0)
+
+
+def test_a_shard_that_is_never_idle_is_replaced_as_well() -> None:
+    bench = Bench(max_messages=100)
+    for _ in range(ENOUGH):
+        bench.submit()
+        bench.shards[0].answer()
+    bench.submit()
+    for _ in range(round(100 * (1 + JITTER))):
+        bench.submit()
+        bench.shards[0].answer()
+    assert bench.shards[0].state is State.BUSY
+    bench.clock.advance(0)
+    assert len(bench.shards) == 2
 
 
 def recycled_by_age(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from one_pool import FakeShard, Workers
 
-from sharded_milter.errors import Superseded
+from sharded_milter.errors import Overloaded, Superseded
 from sharded_milter.master.turns import AHEAD, ENOUGH, MAX_AHEAD, PATIENCE, SHORT, Turn, Turns
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
@@ -175,3 +175,41 @@ def test_a_busy_shard_that_cannot_do_a_job_is_not_taken_for_an_idle_one() -> Non
     workers.shards[1].answer()
     workers.submit()
     assert [jobs_of(shard) for shard in workers.shards] == [1, 1]
+
+
+def test_a_job_that_meets_its_deadline_behind_another_kills_nobody() -> None:
+    deadline = 0.9 * PATIENCE
+    workers = Workers(1, command_deadline=deadline)
+    warm(workers)
+    first, second = workers.submit(), workers.submit(Stage.RCPT)
+    workers.clock.advance(0.8 * deadline)
+    workers.clock.advance(0.2 * deadline)
+    assert isinstance(second.only, Overloaded)
+    shard = workers.shards[0]
+    assert not any(told.startswith("kill") for told in shard.told)
+    shard.answer(b"first")
+    shard.answer(b"nobody waits for it")
+    assert first.only == b"first"
+    assert workers.submit().values == []
+    assert jobs_of(shard) == 1
+
+
+def test_a_full_queue_gives_nothing_elsewhere() -> None:
+    workers = Workers(1, max_queue=1)
+    warm(workers)
+    results = [workers.submit() for _ in range(3)]
+    workers.clock.advance(PATIENCE)
+    shard = workers.shards[0]
+    assert jobs_of(shard) == 2
+    while jobs_of(shard):
+        shard.answer(b"verdict")
+    assert [result.only for result in results] == [b"verdict"] * 3
+
+
+def test_a_death_counts_once_whatever_the_shard_had_ahead() -> None:
+    workers = Workers(1)
+    warm(workers, 0.0)
+    for _ in range(4):
+        workers.submit()
+    workers.shards[0].exit()
+    assert workers.dispatch.counters["workers_lost"] == 1

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from amp_link import Link, deliver
 from ampoule.commands import Echo
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.protocols import amp
 
@@ -28,6 +29,7 @@ import asyncio, json, sys
 from sharded_milter import *
 from twisted.internet.defer import succeed
 
+waiting = []
 milter = Milter("child", macros={"eom": ["i"]}, shard_by="client")
 kept = []
 
@@ -45,8 +47,13 @@ def scan(message):
 def fail(error):
     raise error
 
+began = []
+
 @milter.mail
 async def mail(envelope):
+    began.append(envelope.sender.raw)
+    if envelope.sender.raw.startswith("wait"):
+        await waiting[-1]
     await asyncio.sleep(0.001)
     await succeed(None)
     if envelope.sender.raw == "exit":
@@ -323,3 +330,40 @@ def test_a_coroutine_whose_answer_cannot_be_sent_ends_the_connection(
             await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+def test_coroutines_are_asked_one_after_the_other() -> None:
+    room = Room()
+    author = sys.modules["child_milter"]
+    author.waiting.append(Deferred())
+    ended: list[Any] = []
+
+    async def main() -> None:
+        for sender in ("wait 1", "2", "3"):
+            asked = room.master.ask(Question(b"M", b"", commands.Mail(sender).encode()))
+            asked.addCallback(ended.append)
+        room.clock.advance(0)
+        room.pump()
+        await asyncio.sleep(0)
+        assert author.began == ["wait 1"]
+        author.waiting[0].callback(None)
+        while len(ended) < 3:
+            room.pump()
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert author.began == ["wait 1", "2", "3"]
+    texts = [str(replies.parse_reply(answer)) for answer, _ in ended]
+    assert [text.rstrip("')")[-1] for text in texts] == ["1", "2", "3"]
+
+
+def test_the_memory_of_an_answer_is_kept_until_the_socket_has_it() -> None:
+    room = Room()
+    large = bytes(MAX_INLINE)
+    room.theirs.dataBuffer = b"the socket is full"
+    room.scan(large)
+    room.scan(large)
+    assert len(room.child._replies) == 2
+    room.theirs.dataBuffer = b""
+    room.scan(b"small")
+    assert room.child._replies == []
