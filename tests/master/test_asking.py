@@ -152,7 +152,7 @@ def test_what_a_worker_had_answered_before_it_died_counts() -> None:
     answers = [answer_box(b"yes", b"", master), answer_box(b"no", b"", master)]
     for number, box in enumerate(answers):
         box[amp.ANSWER] = b"q%d" % number
-    remains = Remains(master, [box.serialize() for box in answers])  # type: ignore[no-untyped-call]
+    remains = Remains(master, [box.serialize() for box in answers])
     with remains.ours:
         master.makeConnection(remains)  # type: ignore[no-untyped-call]
         ended: list[Any] = []
