@@ -20,6 +20,9 @@ from sharded_milter.sizing.tables import resident, tables
 # Long enough for some hundred scans of a slow milter.
 SECONDS = 10.0
 
+# Clocks of CPU time tick every 10 ms: in less than this a few ticks more or less look like a share.
+SHORT = 0.5
+
 
 @click.command()
 @with_load_options(SECONDS)
@@ -86,6 +89,8 @@ def warn(screen: Screen, runs: Sequence[Measurement]) -> None:
     for run in runs:
         with_workers = f"with {some(run.workers)}"
         total = f"of {run.load.messages:,} messages"
+        for line in _disturbances(run):
+            screen.warn(f"warning: {with_workers} {line}")
         if run.failed:
             why, times = Counter(_without_queue_id(what) for what in run.failed).most_common(1)[0]
             screen.warn(
@@ -96,6 +101,25 @@ def warn(screen: Screen, runs: Sequence[Measurement]) -> None:
             screen.warn(
                 f"warning: {with_workers} {tempfailed:,} {total} were tempfailed by the milter"
             )
+
+
+def _disturbances(run: Measurement) -> Iterator[str]:
+    """What makes the averages of a run mean less than they seem to."""
+    if run.lost:
+        why, times = Counter(run.lost).most_common(1)[0]
+        yield (
+            f"{some(len(run.lost))} died during the run ({times:,} times: {why}); messages waited"
+            " for replacements"
+        )
+    if run.load.unanswered:
+        yield (
+            f"{run.load.unanswered:,} messages were not answered within {run.window:,.1f} s; the"
+            " figures are those of the others"
+        )
+    if run.load.seconds < SHORT:
+        yield (
+            f"only {run.load.seconds:.2f} s were measured: figures of so short a run mean little"
+        )
 
 
 def _without_queue_id(what: str) -> str:

@@ -160,6 +160,21 @@ def test_failures_are_no_speed() -> None:
     )
 
 
+def test_what_spoils_a_run_is_said() -> None:
+    assert warnings(lost=("killed by SIGKILL", "exited with code 3", "exited with code 3")) == (
+        "warning: with 2 workers 3 workers died during the run (2 times: exited with code 3);"
+        " messages waited for replacements\n"
+    )
+    load = Result(10.0, [0.1] * 4, {"accept": 4}, unanswered=3)
+    assert warnings(load=load, window=20.0) == (
+        "warning: with 2 workers 3 messages were not answered within 20.0 s; the figures are those"
+        " of the others\n"
+    )
+    assert warnings(load=Result(0.25, [0.1], {"accept": 1})) == (
+        "warning: with 2 workers only 0.25 s were measured: figures of so short a run mean little\n"
+    )
+
+
 def test_who_else_computes_spoils_a_recommendation() -> None:
     quiet, busy = Paper.blank(), Paper.blank()
     _warn_of_others(quiet, 0.1, 4)
