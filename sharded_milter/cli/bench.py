@@ -36,12 +36,12 @@ def bench(workers: tuple[int, ...], **values: Any) -> int:
     one the content scanner is measured. The client behaves as Postfix and runs on this machine
     too: what it takes of the CPU is printed.
     """
-    screen = Screen.make()
+    screen = Screen.make(values["json_path"])
     made = plan(values, workers, SECONDS, screen)
     with progress(screen, made, len(workers)) as next_run:
         runs = [measure(made, count, next_run(some(count))) for count in workers]
     for each in tables(runs):
-        screen.out.print(each)
+        screen.show(each)
     screen.say(resident(runs))
     for run in runs:
         screen.say(f"bottleneck with {some(run.workers)}: {bottleneck(run.use)}")

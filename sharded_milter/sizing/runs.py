@@ -12,6 +12,7 @@ from sharded_milter.protocol.packets import Packet
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.processes import Meter, memory
 from sharded_milter.testing import load
+from sharded_milter.testing.dialogue import OFFER
 from sharded_milter.testing.load import Result
 from sharded_milter.testing.server import (
     Server,
@@ -68,6 +69,7 @@ def measure(plan: Plan, count: int, heard: Callable[[float, int], object]) -> Me
         )
         _check_answered(result, server)
         resident = memory(server.pid)
+        _settle(server)
         everything, log = server.said(), server.said(said)
     messages = summaries(log)
     return Measurement(
@@ -92,6 +94,13 @@ def _warm_up(plan: Plan, server: Server) -> None:
     _check_answered(
         load.run_for(server.path, plan.connections, WARM_SECONDS, plan.content, grace), server
     )
+
+
+def _settle(server: Server) -> None:
+    """Waits for the last line of the log: the MTA has its answer before, in the same turn."""
+    with load.connect(server.path) as sock:
+        sock.sendall(OFFER.encode())
+        sock.recv(1)
 
 
 def _check_answered(result: Result, server: Server) -> None:

@@ -35,20 +35,28 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: str, grace: float = load.GRACE) -> list[str]:
+def command(
+    *arguments: str, grace: float = load.GRACE, limits: tuple[int, int] | None = None
+) -> list[str]:
     # Whoever runs the tests in the background may have made it deaf to Ctrl-C.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"import resource; {limits} and resource.setrlimit(resource.RLIMIT_NOFILE, {limits});"
         f"from sharded_milter.testing import load; load.GRACE = {grace};"
         "from sharded_milter.cli.ctl import main; main()"
     )
     return [sys.executable, "-W", "error", "-c", program, *arguments]
 
 
-def ctl(*arguments: str, cwd: Path, grace: float = load.GRACE) -> subprocess.CompletedProcess[str]:
+def ctl(
+    *arguments: str,
+    cwd: Path,
+    grace: float = load.GRACE,
+    limits: tuple[int, int] | None = None,
+) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if "SHARDED_MILTER" not in name}
     return subprocess.run(
-        command(*arguments, grace=grace),
+        command(*arguments, grace=grace, limits=limits),
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -132,7 +140,7 @@ def test_the_scanner_is_measured_where_no_milter_is_named(tmp_path: Path) -> Non
 def test_a_milter_in_the_master_has_no_workers(own: Path, tmp_path: Path) -> None:
     own.write_text(MILTER.format(line="pass").replace("def scan", "async def scan"))
     done = ctl(
-        "bench", "--in-master", "own.py:milter", "--workers", "1", "--count", "2", cwd=tmp_path
+        "bench", "--in-master", "own.py:milter", "--connections", "2", "--count", "2", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "bottleneck with 0 workers: " in done.stdout
@@ -170,6 +178,9 @@ def test_tune_recommends_and_draws(own: Path, tmp_path: Path) -> None:
         (["--config", "nothing"], os.EX_CONFIG, "configuration file nothing"),
         (["--count", "1", "--seconds", "1"], os.EX_USAGE, "exclude each other"),
         (["--json", "nothing/x"], os.EX_USAGE, "'nothing/x' cannot be written"),
+        (["--connections", "99999999"], os.EX_USAGE, "--connections 99999999 is too many: "),
+        (["--workers", "1,99999999"], os.EX_USAGE, "--workers 99999999 is too many: "),
+        (["--in-master", "x:y", "--workers", "1,4"], os.EX_USAGE, "leave --workers out"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(
@@ -180,6 +191,47 @@ def test_a_mistake_is_one_line_and_a_code(
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(own: Path, tmp_path: Path) -> None:
+    done = ctl(
+        "bench", "own.py:milter", "--workers", "1", "--connections", "150", "--count", "150",
+        cwd=tmp_path, limits=(100, 400),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = ctl("bench", "own.py:milter", "--connections", "400", cwd=tmp_path, limits=(100, 400))
+    assert done.returncode == os.EX_USAGE
+    assert done.stderr == (
+        "sharded-milterctl: --connections 400 is too many: that takes 464 file descriptors, and the"
+        " limit (ulimit -Hn) is 400\n"
+    )
+    assert done.stdout == ""
+
+
+def test_figures_on_standard_output_have_it_for_themselves(own: Path, tmp_path: Path) -> None:
+    done = ctl(
+        "bench", "own.py:milter", "--workers", "1", "--count", "5", "--json", "-", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["runs"][0]["messages"] == 5
+    assert "bottleneck with 1 worker: " in done.stderr
+    assert not (tmp_path / "-").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json", "-"], ["--json", "/dev/full"]])
+def test_what_cannot_be_written_is_one_line(
+    own: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command("bench", "own.py:milter", "--workers", "1", "--count", "2", *arguments),
+            stdout=subprocess.DEVNULL if "/dev/full" in arguments else full,
+            stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+    assert done.returncode == os.EX_IOERR, done.stderr
+    where = "/dev/full" if "/dev/full" in arguments else "standard output"
+    assert done.stderr.splitlines()[-1] == f"sharded-milterctl: {where}: No space left on device"
+    assert "Traceback" not in done.stderr
 
 
 def test_the_authors_traceback_is_above_the_line(own: Path, tmp_path: Path) -> None:
