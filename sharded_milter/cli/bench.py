@@ -12,16 +12,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sharded_milter.cli.load_options import Counts, Screen, plan, save, with_load_options
 from sharded_milter.ops.cpus import usable_cpus
-from sharded_milter.sizing.bottleneck import bottleneck, some
+from sharded_milter.sizing.bottleneck import SHORT, bottleneck, counted, some
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.runs import Plan, measure
 from sharded_milter.sizing.tables import resident, tables
 
 # Long enough for some hundred scans of a slow milter.
 SECONDS = 10.0
-
-# Clocks of CPU time tick every 10 ms: in less than this a few ticks more or less look like a share.
-SHORT = 0.5
 
 
 @click.command()
@@ -88,14 +85,14 @@ def warn(screen: Screen, runs: Sequence[Measurement]) -> None:
     """Says which of the figures are those of failures."""
     for run in runs:
         with_workers = f"with {some(run.workers)}"
-        total = f"of {run.load.messages:,} messages"
+        total = f"of {counted(run.load.messages, 'message')}"
         for line in _disturbances(run):
             screen.warn(f"warning: {with_workers} {line}")
         if run.failed:
             why, times = Counter(_without_queue_id(what) for what in run.failed).most_common(1)[0]
             screen.warn(
                 f"warning: {with_workers} the milter failed on {len(run.failed):,} {total}"
-                f" ({times:,} times: {why}); their figures are those of failures"
+                f" ({counted(times, 'time')}: {why}); their figures are those of failures"
             )
         elif tempfailed := run.load.verdicts.get("tempfail", 0):
             screen.warn(
@@ -108,13 +105,13 @@ def _disturbances(run: Measurement) -> Iterator[str]:
     if run.lost:
         why, times = Counter(run.lost).most_common(1)[0]
         yield (
-            f"{some(len(run.lost))} died during the run ({times:,} times: {why}); messages waited"
-            " for replacements"
+            f"{some(len(run.lost))} died during the run ({counted(times, 'time')}: {why}); messages"
+            " waited for replacements"
         )
     if run.load.unanswered:
         yield (
-            f"{run.load.unanswered:,} messages were not answered within {run.window:,.1f} s; the"
-            " figures are those of the others"
+            f"{counted(run.load.unanswered, 'message')} had no answer after {run.window:,.1f} s;"
+            " the figures are those of the others"
         )
     if run.load.seconds < SHORT:
         yield (

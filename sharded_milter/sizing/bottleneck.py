@@ -35,6 +35,10 @@ WAITING = 0.5
 HARDLY = 0.05
 
 
+# Clocks of CPU time tick every 10 ms: in less than this a few ticks more or less look like a share.
+SHORT = 0.5
+
+
 class Limit(Enum):
     """What there is too little of."""
 
@@ -52,6 +56,7 @@ class Limit(Enum):
 class Use:
     """Averages over a run: cores that were used, and messages that were somewhere."""
 
+    seconds: float
     cores: int
     workers: int
     connections: int  # each has one message at a time
@@ -68,6 +73,11 @@ class Use:
     def total(self) -> float:
         """The cores in use."""
         return self.master + self.computing + self.client + self.others
+
+    @property
+    def short(self) -> bool:
+        """Whether it took too little time to tell who computed."""
+        return self.seconds < SHORT
 
     @property
     def full(self) -> bool:
@@ -114,7 +124,9 @@ def bottleneck(use: Use) -> Bottleneck:
 
 
 def _limit(use: Use) -> Limit:
-    limit = _busiest(use) or (_largest(use) if use.full else Limit.NONE)
+    limit = Limit.NONE
+    if not use.short:
+        limit = _busiest(use) or (_largest(use) if use.full else Limit.NONE)
     if limit not in (Limit.NONE, Limit.OTHERS):
         return limit
     if use.lost:
@@ -123,7 +135,7 @@ def _limit(use: Use) -> Limit:
         return Limit.STUCK
     if limit is Limit.OTHERS and _others_matter(use):
         return limit
-    return Limit.QUEUE if use.short_of_workers else Limit.NONE
+    return Limit.QUEUE if use.short_of_workers and not use.short else Limit.NONE
 
 
 def _others_matter(use: Use) -> bool:
@@ -211,12 +223,14 @@ def _lost(use: Use) -> str:
 
 def _stuck(use: Use) -> str:
     return (
-        f"{use.unanswered:,} messages were never answered, and whoever has them does nothing else:"
-        " find out where the scan hangs"
+        f"{counted(use.unanswered, 'message')} never got one, and whoever has them does nothing"
+        " else: find out where the scan hangs"
     )
 
 
 def _none(use: Use) -> str:
+    if use.short:
+        return f"{use.seconds:.2f} s are too short to find a limit; a longer run would show more"
     if not use.workers:
         return (
             f"{_used_up(use)}; the milter in the master waits; more --connections would show more"
@@ -241,4 +255,9 @@ _WHY = {
 
 def some(workers: int) -> str:
     """`1 worker`, `2 workers`."""
-    return f"{workers} worker" + "s" * (workers != 1)
+    return counted(workers, "worker")
+
+
+def counted(number: int, word: str) -> str:
+    """`1 message`, `2,000 messages`."""
+    return f"{number:,} {word}" + "s" * (number != 1)

@@ -50,6 +50,7 @@ class Measurement:
         seconds, load = self.window, self.load
         early = sum(wait for stage, wait in load.waits.items() if stage is not Stage.EOM)
         return Use(
+            seconds=seconds,
             cores=self.cores,
             workers=self.workers,
             connections=self.connections,

@@ -114,7 +114,7 @@ def test_workers_that_die_are_told(own: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "died during the run" in done.stderr
-    assert "times: exited with code 3); messages waited for replacements" in done.stderr
+    assert ": exited with code 3); messages waited for replacements" in done.stderr
 
 
 def test_a_milter_that_answers_nothing_cannot_be_measured(own: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_failures_are_no_speed() -> None:
         "warning: with 2 workers the milter failed on 3 of 100 messages (2 times: at eom:"
         " ValueError: x); their figures are those of failures\n"
     )
-    assert "(1 times: odd)" in warnings(failed=("odd",))
+    assert "(1 time: odd)" in warnings(failed=("odd",))
     load = Result(1.0, [0.1] * 2, {"tempfail": 1, "accept": 1})
     assert warnings(load=load) == (
         "warning: with 2 workers 1 of 2 messages were tempfailed by the milter\n"
@@ -171,8 +171,8 @@ def test_what_spoils_a_run_is_said() -> None:
     )
     load = Result(10.0, [0.1] * 4, {"accept": 4}, unanswered=3)
     assert warnings(load=load, window=20.0) == (
-        "warning: with 2 workers 3 messages were not answered within 20.0 s; the figures are those"
-        " of the others\n"
+        "warning: with 2 workers 3 messages had no answer after 20.0 s; the figures are those of"
+        " the others\n"
     )
     assert warnings(load=Result(0.25, [0.1], {"accept": 1})) == (
         "warning: with 2 workers only 0.25 s were measured: figures of so short a run mean little\n"

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_milter.sizing.bottleneck import Limit, Use, bottleneck, some
+from sharded_milter.sizing.bottleneck import Limit, Use, bottleneck, counted, some
 
 IDLE = Use(
-    cores=4, workers=2, connections=8, master=0.1, computing=0.1, client=0.05, others=0.0,
-    queued=0.0, asked=0.1,
+    seconds=10.0, cores=4, workers=2, connections=8, master=0.1, computing=0.1, client=0.05,
+    others=0.0, queued=0.0, asked=0.1,
 )  # fmt: skip
 
 CASES = {
@@ -48,6 +48,11 @@ CASES = {
     "others have the cores, one connection to the master": (
         {"cores": 2, "workers": 0, "computing": 0.0, "others": 1.9, "connections": 1}, Limit.NONE,
     ),
+    "too short for the clocks": ({"seconds": 0.1, "master": 3.0, "computing": 2.0}, Limit.NONE),
+    "too short to say that messages wait": (
+        {"seconds": 0.1, "asked": 1.95, "queued": 6.0}, Limit.NONE,
+    ),
+    "workers die in a short time": ({"seconds": 0.1, "lost": 1, "master": 3.0}, Limit.LOST),
     "workers die": ({"lost": 3}, Limit.LOST),
     "workers die and messages wait": ({"lost": 3, "asked": 2.0, "queued": 6.0}, Limit.LOST),
     "workers die and others compute": ({"lost": 1, "cores": 2, "others": 1.9}, Limit.LOST),
@@ -118,8 +123,14 @@ def test_workers_that_die_are_no_light_load() -> None:
 
 def test_scans_that_hang_are_no_light_load() -> None:
     assert why(unanswered=1200) == (
-        "no answer: 1,200 messages were never answered, and whoever has them does nothing else:"
-        " find out where the scan hangs"
+        "no answer: 1,200 messages never got one, and whoever has them does nothing else: find out"
+        " where the scan hangs"
+    )
+
+
+def test_a_short_run_says_nothing() -> None:
+    assert why(seconds=0.007, master=3.0) == (
+        "none: 0.01 s are too short to find a limit; a longer run would show more"
     )
 
 
@@ -137,7 +148,8 @@ AMOUNTS = st.floats(0, 100)
 @given(
     st.builds(
         Use,
-        cores=st.integers(1, 64), workers=st.integers(0, 64), connections=st.integers(1, 64),
+        seconds=st.floats(0.5, 100), cores=st.integers(1, 64), workers=st.integers(0, 64),
+        connections=st.integers(1, 64),
         lost=st.integers(0, 2), unanswered=st.integers(0, 2), master=AMOUNTS, computing=AMOUNTS,
         client=AMOUNTS, others=AMOUNTS, queued=AMOUNTS, asked=AMOUNTS,
     )
@@ -153,3 +165,4 @@ def test_there_is_always_an_answer_of_one_line(use: Use) -> None:
 
 def test_one_worker_is_no_plural() -> None:
     assert [some(1), some(2)] == ["1 worker", "2 workers"]
+    assert counted(1000, "message") == "1,000 messages"

@@ -14,8 +14,8 @@ from sharded_milter.testing.load import Result
 
 def test_averages_are_over_the_run() -> None:
     assert measurement().use == Use(
-        cores=4, workers=2, connections=4, master=0.1, computing=1.2, client=0.05, others=0.2,
-        queued=1.5, asked=2.2,
+        seconds=10.0, cores=4, workers=2, connections=4, master=0.1, computing=1.2, client=0.05,
+        others=0.2, queued=1.5, asked=2.2,
     )  # fmt: skip
     assert (measurement().master_cpu, measurement().workers_cpu) == (0.01, 0.12)
 
