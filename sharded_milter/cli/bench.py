@@ -115,7 +115,7 @@ def _disturbances(run: Measurement) -> Iterator[str]:
         )
     if run.load.seconds < SHORT:
         yield (
-            f"only {run.load.seconds:.2f} s were measured: figures of so short a run mean little"
+            f"only {run.load.seconds:.2g} s were measured: figures of so short a run mean little"
         )
 
 

@@ -230,7 +230,7 @@ def _stuck(use: Use) -> str:
 
 def _none(use: Use) -> str:
     if use.short:
-        return f"{use.seconds:.2f} s are too short to find a limit; a longer run would show more"
+        return f"{use.seconds:.2g} s are too short to find a limit; a longer run would show more"
     if not use.workers:
         return (
             f"{_used_up(use)}; the milter in the master waits; more --connections would show more"

@@ -130,7 +130,7 @@ def test_scans_that_hang_are_no_light_load() -> None:
 
 def test_a_short_run_says_nothing() -> None:
     assert why(seconds=0.007, master=3.0) == (
-        "none: 0.01 s are too short to find a limit; a longer run would show more"
+        "none: 0.007 s are too short to find a limit; a longer run would show more"
     )
 
 
