@@ -17,6 +17,7 @@ MilterError
     ├── UsageError         64
     ├── SocketTaken        69
     ├── SystemRefused      71
+    ├── NotWritten         74
     ├── NotPermitted       77
     └── ConfigError        78
         └── MilterLoadError  the milter cannot be loaded; may carry the author's traceback
@@ -113,6 +114,12 @@ class SystemRefused(StartError):
     """The operating system refused something that is no matter of rights (exit code 71)."""
 
     exit_code = os.EX_OSERR
+
+
+class NotWritten(StartError):
+    """What was found out cannot be written where it belongs (exit code 74)."""
+
+    exit_code = os.EX_IOERR
 
 
 class NotPermitted(StartError):

@@ -15,9 +15,11 @@ def measurement(**changed: Any) -> Measurement:
     facts: dict[str, Any] = {
         "workers": 2,
         "cores": 4,
+        "connections": 4,
         "load": Result(
             10.0, [0.1] * 100, {"accept": 97, "reject": 3}, 0.5, {Stage.EOM: 30.0, Stage.RCPT: 10.0}
         ),
+        "window": 10.0,
         "cpu": Cpu(1.0, 12.0),
         "others": 2.0,
         "memory": Memory(50_000_000, 40_000_000),

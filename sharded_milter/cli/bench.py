@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sharded_milter.cli.load_options import Counts, Screen, plan, save, with_load_options
 from sharded_milter.ops.cpus import usable_cpus
-from sharded_milter.sizing.bottleneck import bottleneck, some
+from sharded_milter.sizing.bottleneck import SHORT, bottleneck, counted, some
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.runs import Plan, measure
 from sharded_milter.sizing.tables import resident, tables
@@ -33,12 +33,12 @@ def bench(workers: tuple[int, ...], **values: Any) -> int:
     one the content scanner is measured. The client behaves as Postfix and runs on this machine
     too: what it takes of the CPU is printed.
     """
-    screen = Screen.make()
+    screen = Screen.make(values["json_path"])
     made = plan(values, workers, SECONDS, screen)
     with progress(screen, made, len(workers)) as next_run:
         runs = [measure(made, count, next_run(some(count))) for count in workers]
     for each in tables(runs):
-        screen.out.print(each)
+        screen.show(each)
     screen.say(resident(runs))
     for run in runs:
         screen.say(f"bottleneck with {some(run.workers)}: {bottleneck(run.use)}")
@@ -85,17 +85,38 @@ def warn(screen: Screen, runs: Sequence[Measurement]) -> None:
     """Says which of the figures are those of failures."""
     for run in runs:
         with_workers = f"with {some(run.workers)}"
-        total = f"of {run.load.messages:,} messages"
+        total = f"of {counted(run.load.messages, 'message')}"
+        for line in _disturbances(run):
+            screen.warn(f"warning: {with_workers} {line}")
         if run.failed:
             why, times = Counter(_without_queue_id(what) for what in run.failed).most_common(1)[0]
             screen.warn(
                 f"warning: {with_workers} the milter failed on {len(run.failed):,} {total}"
-                f" ({times:,} times: {why}); their figures are those of failures"
+                f" ({counted(times, 'time')}: {why}); their figures are those of failures"
             )
         elif tempfailed := run.load.verdicts.get("tempfail", 0):
             screen.warn(
                 f"warning: {with_workers} {tempfailed:,} {total} were tempfailed by the milter"
             )
+
+
+def _disturbances(run: Measurement) -> Iterator[str]:
+    """What makes the averages of a run mean less than they seem to."""
+    if run.lost:
+        why, times = Counter(run.lost).most_common(1)[0]
+        yield (
+            f"{some(len(run.lost))} died during the run ({counted(times, 'time')}: {why}); messages"
+            " waited for replacements"
+        )
+    if run.load.unanswered:
+        yield (
+            f"{counted(run.load.unanswered, 'message')} had no answer after {run.window:,.1f} s;"
+            " the figures are those of the others"
+        )
+    if run.load.seconds < SHORT:
+        yield (
+            f"only {run.load.seconds:.2g} s were measured: figures of so short a run mean little"
+        )
 
 
 def _without_queue_id(what: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import click
 
 from sharded_milter import __version__
+from sharded_milter.cli import descriptors
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.master.sockets import Address, Listener, parse_listen
@@ -48,7 +48,7 @@ def serve(settings: config.Settings) -> int:
     specs = worker_specs(settings)
     gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
     logs.begin(settings.log_level)
-    _allow_descriptors()
+    descriptors.allow()  # every MTA connection is one
     with contextlib.ExitStack() as stack:
         listeners = []
         for address in settings.listen:
@@ -80,12 +80,6 @@ def script_address(wanted: str) -> Address:
         return parse_listen(wanted or config.DEFAULT_LISTEN)
     except UsageError as error:
         raise ConfigError(f"the script's socket {error}") from None
-
-
-def _allow_descriptors() -> None:
-    """As many as the system lets us have: every MTA connection is one, and 1024 is usual."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def worker_specs(settings: config.Settings) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
+from click.core import ParameterSource
+from rich.console import Console, RenderableType
 
 from sharded_milter import __version__
-from sharded_milter.errors import UsageError
+from sharded_milter.cli import descriptors
+from sharded_milter.errors import NotWritten, UsageError
 from sharded_milter.ops.config import Seconds
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.protocol.packets import Packet
@@ -34,6 +37,12 @@ CONNECTIONS_PER_WORKER = 4
 
 # Of what is no terminal: the widest table.
 WIDTH = 100
+
+# What stands for standard output.
+STDOUT = Path("-")
+STDOUT_DESCRIPTOR = 1
+
+MEGABYTE = 1_000_000
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,10 +65,15 @@ class Counts(click.ParamType[tuple[int, ...]]):
 
 
 class OutputFile(click.Path):
-    """A file that can be written; said before minutes are spent on what is to be in it."""
+    """A file that can be written; said before minutes are spent on what is to be in it.
+
+    `-`, where it is allowed, is standard output.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if self.allow_dash and path == STDOUT:
+            return path
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             self.fail(f"{str(path)!r} cannot be written", param, ctx)
         return path
@@ -81,8 +95,9 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
                  f" {CONNECTIONS_PER_WORKER} for each worker of the largest number."),
     click.option("--count", type=click.IntRange(min=1), metavar="N",
                  help="Messages of each measurement, instead of --seconds."),
-    click.option("--json", "json_path", type=OutputFile(dir_okay=False), metavar="FILE",
-                 help="Write all figures there too."),
+    click.option("--json", "json_path", type=OutputFile(dir_okay=False, allow_dash=True),
+                 metavar="FILE", help="Write all figures there too; - is standard output, and"
+                 " the tables then go to standard error."),
 )  # fmt: skip
 
 
@@ -107,8 +122,11 @@ class Screen:
     err: Console
 
     @classmethod
-    def make(cls) -> Screen:
-        """Both, as wide as they are; where that means nothing, as wide as a table needs."""
+    def make(cls, json_path: Path | None = None) -> Screen:
+        """Both, as wide as they are; where that means nothing, as wide as a table needs.
+
+        Figures on standard output have it for themselves.
+        """
 
         def console(stderr: bool) -> Console:
             made = Console(stderr=stderr, highlight=False, markup=False)
@@ -116,11 +134,18 @@ class Screen:
                 made.width = WIDTH
             return made
 
-        return cls(console(False), console(True))
+        return cls(console(json_path == STDOUT), console(True))
 
     def say(self, line: str) -> None:
         """A line of the result; wrapped only where it is read at once."""
-        self.out.print(line, soft_wrap=not self.out.is_terminal)
+        self.show(line, soft_wrap=not self.out.is_terminal)
+
+    def show(self, what: RenderableType, *, soft_wrap: bool = False) -> None:
+        """A part of the result; raises NotWritten."""
+        try:
+            self.out.print(what, soft_wrap=soft_wrap)
+        except OSError as error:
+            raise _not_written("standard output", error) from None
 
     def warn(self, line: str) -> None:
         """A line about the result."""
@@ -131,20 +156,43 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     """What is to be run, and a line about it; raises UsageError."""
     if values["count"] and values["seconds"]:
         raise UsageError("--count and --seconds exclude each other")
-    mails = _mails(values["messages"], screen)
+    if _in_master_only(values) and _said("workers"):
+        raise UsageError("a milter in the master has no workers; leave --workers out")
     connections = values["connections"] or CONNECTIONS_PER_WORKER * max(counts)
+    descriptors.check(connections, max(counts))
+    mails = _mails(values["messages"], screen)
     cores = usable_cpus()
     until = values["seconds"] or seconds
-    size = sum(len(mail.raw) for mail in mails) / len(mails) / 1000
+    size = sum(len(mail.raw) for mail in mails) / len(mails)
+    what = f"{_counted(len(mails), 'different' if values['messages'] else 'made-up', 'message')}"
     screen.say(
-        f"{len(mails):,} {'different' if values['messages'] else 'made-up'} messages of"
-        f" {size:,.1f} KB on average over {connections} connections,"
-        f" {values['count'] or f'{until:g} s'} each; {cores} cores"
+        f"{what} of {_size(size)} on average over {_counted(connections, 'connection')},"
+        f" {values['count'] or f'{until:g} s'} each; {_counted(cores, 'core')}"
     )
     content: list[list[Packet]] = [transaction(mail) for mail in mails]
     if values["count"]:
         return Plan(_arguments(values), content, connections, cores, messages=values["count"])
     return Plan(_arguments(values), content, connections, cores, until, UNLIMITED)
+
+
+def _in_master_only(values: dict[str, Any]) -> bool:
+    return bool(values["in_master"]) and not values["milters"] and not values["pymilter"]
+
+
+def _said(option: str) -> bool:
+    """Whether the operator gave it."""
+    return click.get_current_context().get_parameter_source(option) not in (
+        ParameterSource.DEFAULT,
+        None,
+    )
+
+
+def _counted(number: int, *words: str) -> str:
+    return f"{number:,} {' '.join(words)}" + "s" * (number != 1)
+
+
+def _size(size: float) -> str:
+    return f"{size / 1000:,.1f} KB" if size <= MEGABYTE else f"{size / MEGABYTE:,.1f} MB"
 
 
 def _mails(path: Path | None, screen: Screen) -> Sequence[Mail]:
@@ -182,4 +230,24 @@ def save(
         "runs": [run.as_json() for run in runs],
         **(more or {}),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write(path, json.dumps(content, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, or to standard output; raises NotWritten."""
+    try:
+        if path == STDOUT:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            path.write_text(text)
+    except OSError as error:
+        raise _not_written("standard output" if path == STDOUT else str(path), error) from None
+
+
+def _not_written(where: str, error: OSError) -> NotWritten:
+    if where == "standard output":
+        # What is still in its buffer must not fail again at the end, with a traceback.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), STDOUT_DESCRIPTOR)
+    return NotWritten(f"{where}: {error.strerror}")

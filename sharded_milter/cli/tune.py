@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from sharded_milter.cli.load_options import (
     plan,
     save,
     with_load_options,
+    write,
 )
 from sharded_milter.errors import UsageError
 from sharded_milter.ops.cpus import usable_cpus
-from sharded_milter.sizing.bottleneck import NOTEWORTHY, bottleneck, some
+from sharded_milter.sizing.bottleneck import NOTEWORTHY, Limit, bottleneck, some
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.plot import curve
-from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, sweep
+from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, rising, sweep
 from sharded_milter.sizing.runs import Plan, measure, middle
 from sharded_milter.sizing.svg import Chart, Line
 from sharded_milter.sizing.tables import tables
@@ -65,7 +66,7 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     """
     if values["in_master"] and not values["milters"] and not values["pymilter"]:
         raise UsageError("a milter in the master has no workers whose number could be tuned")
-    screen = Screen.make()
+    screen = Screen.make(values["json_path"])
     counts = tuple(sorted(workers))
     made = plan(values, counts, SECONDS, screen)
     runs = _sweep(screen, made, counts, rounds)
@@ -73,13 +74,16 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     best = recommended(rates)
     limit = MasterLimit.of(runs[best].master_cpu, runs[best].workers_cpu)
     for each in tables(list(runs.values())):
-        screen.out.print(each)
+        screen.show(each)
     _plot(screen, rates, best)
     _advise(screen, runs[best], best, limit)
+    if rising(rates):
+        further = f"{2 * best},{4 * best}"
+        screen.say(f"still rising at the largest number tried; try --workers {further}")
     warn(screen, list(runs.values()))
-    _warn_of_others(screen, max(run.use.others for run in runs.values()), made.cores)
+    _warn_of_others(screen, _others(runs.values()), made.cores)
     if svg is not None:
-        svg.write_text(chart(rates, made).svg())
+        write(svg.absolute(), chart(rates, made).svg())
     more = {
         "recommended_workers": best,
         "master_limit_messages_per_second": limit and limit.rate,
@@ -120,6 +124,14 @@ def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | No
         f" ({1000 * run.master_cpu:.2f} ms of one core each; its workers then compute on"
         f" {limit.cores:.1f} cores). For more, run a second service with a socket of its own and"
         " give it a part of the MTAs."
+    )
+
+
+def _others(runs: Iterable[Measurement]) -> float:
+    """Cores that the milter would have used; scans that wait for something else use none."""
+    return max(
+        (run.use.others for run in runs if bottleneck(run.use).limit is not Limit.QUEUE),
+        default=0.0,
     )
 
 

@@ -6,9 +6,13 @@ What can be concluded from averages over a run:
   core each at most, W workers have W.
 - Where the cores of the machine are used up, whoever has most of them is what there is too much
   of; who else wants a core waits for it, though it never seems busy all the time.
+- Other programs that use up the cores slow a scan down, but whoever is ready to compute gets its
+  share now and then. Workers that have messages and hardly compute do not want to.
 - Where neither is so, somebody waits for something that is no CPU. If messages wait while all
   workers have one, the scans do: for the network, a disk, a lock. If no message waits for a
   worker, there were too few of them at a time to say anything.
+- A worker that dies is missed until there is another, and one that never answers is missed for
+  good. Messages wait for them then, and the averages do not show it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,14 @@ NOTEWORTHY = 0.1
 # So many messages must wait on average for one to be sure that they do.
 WAITING = 0.5
 
+# A worker that has a message and uses less than this of a core waits for something that is no CPU.
+# One that is ready gets more even at a niceness of 10 beside two busy programs for each core.
+HARDLY = 0.05
+
+
+# Clocks of CPU time tick every 10 ms: in less than this a few ticks more or less look like a share.
+SHORT = 0.5
+
 
 class Limit(Enum):
     """What there is too little of."""
@@ -33,6 +45,8 @@ class Limit(Enum):
     MASTER = "master"
     WORKERS = "workers"
     QUEUE = "queue"
+    LOST = "workers died"
+    STUCK = "no answer"
     CLIENT = "load client"
     OTHERS = "other programs"
     NONE = "none"
@@ -42,14 +56,18 @@ class Limit(Enum):
 class Use:
     """Averages over a run: cores that were used, and messages that were somewhere."""
 
+    seconds: float
     cores: int
     workers: int
+    connections: int  # each has one message at a time
     master: float  # cores
     computing: float  # cores: all workers together
     client: float  # cores
     others: float  # cores: everything else on the machine
     queued: float  # messages that waited for a worker
     asked: float  # messages that the milter had, at whatever stage
+    lost: int = 0  # workers that died
+    unanswered: int = 0  # messages that the run has given up
 
     @property
     def total(self) -> float:
@@ -57,9 +75,35 @@ class Use:
         return self.master + self.computing + self.client + self.others
 
     @property
+    def short(self) -> bool:
+        """Whether it took too little time to tell who computed."""
+        return self.seconds < SHORT
+
+    @property
     def full(self) -> bool:
         """Whether the machine's cores are used up."""
         return self.total >= ALL_THE_TIME * self.cores
+
+    @property
+    def taken(self) -> float:
+        """Messages that a worker had."""
+        return min(self.asked, self.workers)
+
+    @property
+    def waiting(self) -> float:
+        """Messages that no worker had yet."""
+        return self.queued + max(0.0, self.asked - self.workers)
+
+    @property
+    def short_of_workers(self) -> bool:
+        """Whether messages waited because all workers had one."""
+        taken = self.taken >= ALL_THE_TIME * self.workers
+        return self.workers > 0 and taken and self.waiting >= WAITING
+
+    @property
+    def computes(self) -> bool:
+        """Whether the workers want a core for what they do."""
+        return self.computing >= HARDLY * self.taken
 
 
 @dataclass(frozen=True)
@@ -75,26 +119,34 @@ class Bottleneck:
 
 def bottleneck(use: Use) -> Bottleneck:
     """What limits a run that was like that."""
-    limit = _busiest(use) or (_largest(use) if use.full else None)
-    if limit is not None:
-        return Bottleneck(limit, _COMPUTING[limit](use))
-    taken = min(use.asked, use.workers)
-    if not use.workers:
-        why = f"{_used_up(use)}; the milter in the master waits; more --connections would show more"
-        return Bottleneck(Limit.NONE, why)
-    waiting = use.queued + max(0.0, use.asked - use.workers)
-    if taken < ALL_THE_TIME * use.workers or waiting < WAITING:
-        why = (
-            f"{_used_up(use)}, and of {some(use.workers)} {taken:.1f} had a message: the load"
-            " was too light to find a limit; more --connections would show more"
-        )
-        return Bottleneck(Limit.NONE, why)
-    why = (
-        f"{waiting:.1f} messages waited for a worker, though {some(use.workers)} computed on only"
-        f" {use.computing:.2f} cores: scans wait for something else (network, disk, locks); more"
-        " workers help"
-    )
-    return Bottleneck(Limit.QUEUE, why)
+    limit = _limit(use)
+    return Bottleneck(limit, _WHY[limit](use))
+
+
+def _limit(use: Use) -> Limit:
+    limit = Limit.NONE
+    if not use.short:
+        limit = _busiest(use) or (_largest(use) if use.full else Limit.NONE)
+    if limit not in (Limit.NONE, Limit.OTHERS):
+        return limit
+    if use.lost:
+        return Limit.LOST
+    if use.unanswered:
+        return Limit.STUCK
+    if limit is Limit.OTHERS and _others_matter(use):
+        return limit
+    return Limit.QUEUE if use.short_of_workers and not use.short else Limit.NONE
+
+
+def _others_matter(use: Use) -> bool:
+    """Whether the milter would be faster with the cores that other programs have.
+
+    With no more connections than workers there is nothing to be faster with, and scans that wait
+    for something else do so anyway.
+    """
+    if use.connections <= max(1, use.workers):
+        return False
+    return use.computes or not use.short_of_workers
 
 
 def _busiest(use: Use) -> Limit | None:
@@ -154,14 +206,58 @@ def _others(use: Use) -> str:
     return f"{_used_up(use)}: measure again when the machine is idle"
 
 
-_COMPUTING = {
+def _queue(use: Use) -> str:
+    return (
+        f"{use.waiting:.1f} messages waited for a worker, though {some(use.workers)} computed on"
+        f" only {use.computing:.2f} cores: scans wait for something else (network, disk, locks);"
+        " more workers help"
+    )
+
+
+def _lost(use: Use) -> str:
+    return (
+        f"{some(use.lost)} died and messages waited for replacements, {_used_up(use)}: find out"
+        " why they die"
+    )
+
+
+def _stuck(use: Use) -> str:
+    return (
+        f"{counted(use.unanswered, 'message')} never got one, and whoever has them does nothing"
+        " else: find out where the scan hangs"
+    )
+
+
+def _none(use: Use) -> str:
+    if use.short:
+        return f"{use.seconds:.2g} s are too short to find a limit; a longer run would show more"
+    if not use.workers:
+        return (
+            f"{_used_up(use)}; the milter in the master waits; more --connections would show more"
+        )
+    return (
+        f"{_used_up(use)}, and of {some(use.workers)} {use.taken:.1f} had a message: the load was"
+        " too light to find a limit; more --connections would show more"
+    )
+
+
+_WHY = {
     Limit.MASTER: _master,
     Limit.WORKERS: _workers,
     Limit.CLIENT: _client,
     Limit.OTHERS: _others,
+    Limit.QUEUE: _queue,
+    Limit.LOST: _lost,
+    Limit.STUCK: _stuck,
+    Limit.NONE: _none,
 }
 
 
 def some(workers: int) -> str:
     """`1 worker`, `2 workers`."""
-    return f"{workers} worker" + "s" * (workers != 1)
+    return counted(workers, "worker")
+
+
+def counted(number: int, word: str) -> str:
+    """`1 message`, `2,000 messages`."""
+    return f"{number:,} {word}" + "s" * (number != 1)

@@ -23,13 +23,16 @@ class Measurement:
 
     workers: int
     cores: int
+    connections: int
     load: Result
+    window: float  # in which the CPU times were used; a little more than that of the load
     cpu: Cpu
     others: float  # CPU time of everything else on the machine
     memory: Memory
     queued: float  # all messages together, at their end
     scanned: float
     failed: tuple[str, ...] = ()  # why the policy had to answer, for each message
+    lost: tuple[str, ...] = ()  # why, for each worker that died
 
     @property
     def master_cpu(self) -> float:
@@ -44,17 +47,21 @@ class Measurement:
     @property
     def use(self) -> Use:
         """The averages that tell what limits it."""
-        seconds, load = self.load.seconds, self.load
+        seconds, load = self.window, self.load
         early = sum(wait for stage, wait in load.waits.items() if stage is not Stage.EOM)
         return Use(
+            seconds=seconds,
             cores=self.cores,
             workers=self.workers,
+            connections=self.connections,
             master=self.cpu.master / seconds,
             computing=self.cpu.workers / seconds,
             client=load.client_cpu / seconds,
             others=self.others / seconds,
             queued=self.queued / seconds,
             asked=(self.scanned + early) / seconds,
+            lost=len(self.lost),
+            unanswered=load.unanswered,
         )
 
     def shares(self) -> dict[str, float]:
@@ -75,6 +82,7 @@ class Measurement:
         return {
             "workers": self.workers,
             "messages": load.messages,
+            "connections": self.connections,
             "seconds": load.seconds,
             "messages_per_second": load.rate,
             "latency_ms": {
@@ -82,6 +90,8 @@ class Measurement:
             },
             "verdicts": load.verdicts,
             "answered_by_policy": len(self.failed),
+            "unanswered": load.unanswered,
+            "workers_died": len(self.lost),
             "cpu_ms_per_message": {
                 "master": 1000 * self.master_cpu,
                 "workers": 1000 * self.workers_cpu,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -58,3 +60,36 @@ def machine_cpu() -> float:
         return 0.0
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
+
+
+class Meter:
+    """What a server and the machine have used within a block, and how long that took.
+
+    Looking at all processes takes some milliseconds, so the time is that between the two looks.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.seconds = 0.0
+        self.cpu = Cpu(0.0, 0.0)
+        self.machine = 0.0
+        self._pid = pid
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measures the block, if it is left without an exception."""
+        clock, machine, used = time.perf_counter(), machine_cpu(), cpu(self._pid)
+        yield
+        self.seconds = time.perf_counter() - clock
+        self.machine = machine_cpu() - machine
+        self.cpu = cpu(self._pid) - used
+
+    def others(self, client: float, cores: int) -> float:
+        """Seconds of CPU of everything else; of no more than is left of the cores.
+
+        The clocks of processes tick every 10 ms, so that the sum of many is not exact. 0 where
+        the machine has cores that this process may not use: what they do says nothing about ours.
+        """
+        if cores != os.cpu_count():
+            return 0.0
+        ours = self.cpu.master + self.cpu.workers + client
+        return max(0.0, min(self.machine, cores * self.seconds) - ours)

@@ -16,6 +16,11 @@ def recommended(rates: Mapping[int, float]) -> int:
     return min(workers for workers, rate in rates.items() if rate >= (1 - TOLERANCE) * best)
 
 
+def rising(rates: Mapping[int, float]) -> bool:
+    """Whether the best of several numbers is the largest, so that a larger one may be better."""
+    return len(rates) > 1 and recommended(rates) == max(rates)
+
+
 def sweep(cpus: int) -> list[int]:
     """The numbers of workers worth trying: two to each doubling, up to twice the CPUs."""
     most = 2 * cpus

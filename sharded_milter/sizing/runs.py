@@ -7,12 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median_low
 
-from sharded_milter.errors import StartError
+from sharded_milter.errors import ConfigError, StartError
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.sizing.measurement import Measurement
-from sharded_milter.sizing.processes import cpu, machine_cpu, memory
+from sharded_milter.sizing.processes import Meter, memory
 from sharded_milter.testing import load
-from sharded_milter.testing.server import Server, answered_by_policy, running, summaries
+from sharded_milter.testing.dialogue import OFFER
+from sharded_milter.testing.load import Result
+from sharded_milter.testing.server import (
+    Server,
+    answered_by_policy,
+    lost_workers,
+    running,
+    summaries,
+    workers,
+)
 
 # Before each measurement: every connection sends a message at least, interpreters and caches warm
 # up.
@@ -40,15 +49,15 @@ class Plan:
         return min(1.0, max(seconds / self.seconds, answered / self.messages))
 
 
-def measure(plan: Plan, workers: int, heard: Callable[[float, int], object]) -> Measurement:
-    """One run; `heard` is told how far it is, as by `load.run`.
+def measure(plan: Plan, count: int, heard: Callable[[float, int], object]) -> Measurement:
+    """One run with so many workers; `heard` is told how far it is, as by `load.run`.
 
-    Raises StartError where the daemon does not start, or fails.
+    Raises StartError where the daemon does not start, or fails, or nothing is answered.
     """
-    with running(f"--workers={workers}", *plan.arguments) as server, _failures(server):
-        load.run_for(server.path, plan.connections, WARM_SECONDS, plan.content)
+    with running(f"--workers={count}", *plan.arguments) as server, _failures(server):
+        _warm_up(plan, server)
         said = len(server.log.read_bytes())
-        used, machine = cpu(server.pid), machine_cpu()
+        meter = Meter(server.pid)
         result = load.run(
             server.path,
             plan.connections,
@@ -56,22 +65,51 @@ def measure(plan: Plan, workers: int, heard: Callable[[float, int], object]) -> 
             seconds=plan.seconds,
             content=plan.content,
             heard=heard,
+            during=meter.running,
         )
-        used, machine = cpu(server.pid) - used, machine_cpu() - machine
+        _check_answered(result, server)
         resident = memory(server.pid)
-        log = server.said(said)
+        _settle(server)
+        everything, log = server.said(), server.said(said)
     messages = summaries(log)
     return Measurement(
-        workers=workers if resident.worker else 0,
+        workers=workers(everything),
         cores=plan.cores,
+        connections=min(plan.connections, plan.messages),
         load=result,
-        cpu=used,
-        others=max(0.0, machine - used.master - used.workers - result.client_cpu),
+        window=meter.seconds,
+        cpu=meter.cpu,
+        others=meter.others(result.client_cpu, plan.cores),
         memory=resident,
         queued=sum(message.queue_ms for message in messages) / _MS,
         scanned=sum(message.scan_ms for message in messages) / _MS,
         failed=tuple(answered_by_policy(log)),
+        lost=tuple(lost_workers(everything)),  # who died in the warm-up may be missed for long
     )
+
+
+def _warm_up(plan: Plan, server: Server) -> None:
+    """Waits for answers as long as the run would: a milter that is so slow can be measured."""
+    grace = max(load.GRACE, min(plan.seconds, load.PATIENCE))
+    _check_answered(
+        load.run_for(server.path, plan.connections, WARM_SECONDS, plan.content, grace), server
+    )
+
+
+def _settle(server: Server) -> None:
+    """Waits for the last line of the log: the MTA has its answer before, in the same turn."""
+    with load.connect(server.path) as sock:
+        sock.sendall(OFFER.encode())
+        sock.recv(1)
+
+
+def _check_answered(result: Result, server: Server) -> None:
+    if not result.messages:
+        lost = lost_workers(server.said())
+        raise ConfigError(
+            f"the milter cannot be measured: {result.unanswered:,} messages were sent and none was"
+            " answered" + f"; {len(lost)} workers died, the last: {''.join(lost[-1:])}" * bool(lost)
+        )
 
 
 @contextmanager

@@ -62,8 +62,7 @@ def _speed(run: Measurement) -> Row:
 
 def _cost(run: Measurement) -> Row:
     use = run.use
-    return {
-        "workers": run.workers,
+    row = {
         "master ms": 1000 * run.master_cpu,
         "workers ms": 1000 * run.workers_cpu,
         "master": f"{use.master:.2f}",
@@ -71,6 +70,7 @@ def _cost(run: Measurement) -> Row:
         "client": f"{use.client:.2f}",
         "others": f"{use.others:.2f}",
     }
+    return {"workers": run.workers, **(dict.fromkeys(row) if use.short else row)}
 
 
 def _waits(runs: Sequence[Measurement]) -> list[Row]:

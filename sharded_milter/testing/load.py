@@ -13,7 +13,7 @@ import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 from sharded_milter.errors import ConfigError
@@ -37,6 +37,15 @@ UNLIMITED = 10**9
 # Longer than any answer in any bench takes; a milter that is stuck ends the bench.
 PATIENCE = 120.0
 
+# After its time a run waits so long for what is under way, or this many times the longest latency
+# so far if that is more: what has not come by then most likely never does.
+GRACE = 10.0
+GRACE_BY_LATENCY = 2.0
+
+# A run that ends by its number of messages has no time to begin with: it ends when nothing has been
+# answered for so long.
+SILENCE = PATIENCE
+
 # How often at least `heard` is called, for a progress bar.
 TICK = 0.1
 
@@ -53,6 +62,8 @@ class Result:
     client_cpu: float = 0.0
     #: How long all connections together have waited for answers, by stage.
     waits: dict[Stage, float] = field(default_factory=dict)
+    #: Messages that had no verdict when the run stopped to wait for it.
+    unanswered: int = 0
 
     @property
     def messages(self) -> int:
@@ -242,12 +253,18 @@ def run(
     seconds: float = float("inf"),
     content: Sequence[Sequence[Packet]] = (),
     glued: bool = True,
+    grace: float | None = None,
     heard: Callable[[float, int], object] = lambda seconds, answered: None,
+    during: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Result:
     """So many messages over so many connections at the same time; none begins after `seconds`.
 
+    What is under way then is waited for as GRACE says, or with `grace` in its place; without
+    `seconds`, until nothing has been answered for SILENCE.
+
     `content` is what is said of each message; they are sent in turn, again and again. `heard` is
-    told now and then how long it has taken so far and how many have been answered.
+    told now and then how long it has taken so far and how many have been answered. `during` is
+    entered when all are connected, for as long as messages are sent.
     """
     connections = min(connections, messages)
     content = content or [transaction(generated(number)) for number in range(connections)]
@@ -258,49 +275,81 @@ def run(
             everyone.append(_Connection(address, traffic))
             stack.callback(everyone[-1].socket.close)
             everyone[-1].open()
-        cpu = time.process_time()
-        result = _drive(everyone, traffic, seconds, heard)
-        result.client_cpu = time.process_time() - cpu
+        with during():
+            cpu = time.process_time()
+            wait = GRACE if grace is None else grace
+            result = _Drive(everyone, traffic, seconds, wait).run(heard)
+            result.client_cpu = time.process_time() - cpu
         return result
 
 
 def run_for(
-    address: str, connections: int, seconds: float, content: Sequence[Sequence[Packet]] = ()
+    address: str,
+    connections: int,
+    seconds: float,
+    content: Sequence[Sequence[Packet]] = (),
+    grace: float | None = None,
 ) -> Result:
     """As many messages as so many connections can send in that time, and one at least on each."""
-    return run(address, connections, UNLIMITED, seconds=seconds, content=content)
+    return run(address, connections, UNLIMITED, seconds=seconds, content=content, grace=grace)
 
 
-def _drive(
-    everyone: Sequence[_Connection],
-    traffic: _Traffic,
-    seconds: float,
-    heard: Callable[[float, int], object],
-) -> Result:
-    busy = {connection.socket.fileno(): connection for connection in everyone}
-    latencies: list[float] = []
-    verdicts: Counter[str] = Counter()
-    with select.epoll() as poll:
-        started = told = time.perf_counter()
-        for descriptor, connection in busy.items():
-            poll.register(descriptor, select.EPOLLIN)
-            connection.begin()
-        while busy:
-            for descriptor, _ in poll.poll(TICK):
-                connection = busy[descriptor]
-                word = connection.receive()
-                if not word:
-                    continue
-                now = time.perf_counter()
-                latencies.append(now - connection.began)
-                verdicts[word] += 1
-                if traffic.left and now - started < seconds:
-                    connection.begin()
-                else:
-                    poll.unregister(descriptor)
-                    del busy[descriptor]
-            if (now := time.perf_counter()) - told >= TICK:
-                told = now
-                heard(now - started, len(latencies))
-        spent = time.perf_counter() - started
-    return Result(spent, latencies, dict(verdicts), waits=dict(traffic.waits))
+class _Drive:
+    """The part of a run that counts: from the first message to the last answer."""
+
+    def __init__(
+        self, everyone: Sequence[_Connection], traffic: _Traffic, seconds: float, grace: float
+    ) -> None:
+        self._busy = {connection.socket.fileno(): connection for connection in everyone}
+        self._traffic = traffic
+        self._seconds = seconds
+        self._grace = grace
+        self._latencies: list[float] = []
+        self._longest = 0.0
+        self._verdicts: Counter[str] = Counter()
+
+    def run(self, heard: Callable[[float, int], object]) -> Result:
+        with select.epoll() as poll:
+            self._started = self._last = told = now = time.perf_counter()
+            for descriptor, connection in self._busy.items():
+                poll.register(descriptor, select.EPOLLIN)
+                connection.begin()
+            while self._busy and now < self._patient_until():
+                for descriptor, _ in poll.poll(TICK):
+                    if not self._goes_on(self._busy[descriptor]):
+                        poll.unregister(descriptor)
+                        del self._busy[descriptor]
+                if (now := time.perf_counter()) - told >= TICK:
+                    told = now
+                    heard(now - self._started, len(self._latencies))
+        spent = self._last - self._started
+        if self._busy and self._seconds != float("inf"):
+            spent = max(spent, self._seconds)  # but not the grace in which nothing came any more
+        return Result(
+            spent,
+            self._latencies,
+            dict(self._verdicts),
+            waits=dict(self._traffic.waits),
+            unanswered=len(self._busy),
+        )
+
+    def _goes_on(self, connection: _Connection) -> bool:
+        """Takes what was answered; False when the connection is to send nothing more."""
+        word = connection.receive()
+        if not word:
+            return True
+        self._last = now = time.perf_counter()
+        latency = now - connection.began
+        self._latencies.append(latency)
+        self._longest = max(self._longest, latency)
+        self._verdicts[word] += 1
+        if not self._traffic.left or now - self._started >= self._seconds:
+            return False
+        connection.begin()
+        return True
+
+    def _patient_until(self) -> float:
+        if self._seconds == float("inf"):
+            return self._last + SILENCE
+        grace = max(self._grace, min(PATIENCE, GRACE_BY_LATENCY * self._longest))
+        return self._started + self._seconds + grace

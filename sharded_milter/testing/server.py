@@ -39,6 +39,8 @@ _SUMMARY = re.compile(
     r" qid=(?P<queue_id>\S+) size=\d+ verdict=\S+ actions=\d+ shard=(?P<shard>\S*)"
     r" queue_ms=(?P<queue_ms>[\d.]+) scan_ms=(?P<scan_ms>[\d.]+)"
 )
+_LOST = re.compile(r"^\S+ error shard \d+ is gone: (?P<why>.*)$", re.MULTILINE)
+_WORKERS = re.compile(r" ready with (\d+) workers")
 _BY_POLICY = re.compile(r" error (?P<what>.*); answered by policy$", re.MULTILINE)
 
 
@@ -85,6 +87,17 @@ def summaries(log: str) -> list[Summary]:
 def answered_by_policy(log: str) -> list[str]:
     """Why the daemon had to answer in the milter's place, each time that it had to."""
     return [found["what"] for found in _BY_POLICY.finditer(log)]
+
+
+def lost_workers(log: str) -> list[str]:
+    """Why workers died that served, for each of them."""
+    return [found["why"] for found in _LOST.finditer(log)]
+
+
+def workers(log: str) -> int:
+    """How many the daemon was to have when it began to serve; 0 where it needs none."""
+    found = _WORKERS.search(log)
+    return int(found[1]) if found else 0
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
+from sharded_milter.testing import load
+
 MILTER = """
 import time
 from sharded_milter import Accept, AddHeader, Message, Milter, Verdict
@@ -33,19 +35,33 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: str) -> list[str]:
+def command(
+    *arguments: str, grace: float = load.GRACE, limits: tuple[int, int] | None = None
+) -> list[str]:
     # Whoever runs the tests in the background may have made it deaf to Ctrl-C.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"import resource; {limits} and resource.setrlimit(resource.RLIMIT_NOFILE, {limits});"
+        f"from sharded_milter.testing import load; load.GRACE = {grace};"
         "from sharded_milter.cli.ctl import main; main()"
     )
     return [sys.executable, "-W", "error", "-c", program, *arguments]
 
 
-def ctl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def ctl(
+    *arguments: str,
+    cwd: Path,
+    grace: float = load.GRACE,
+    limits: tuple[int, int] | None = None,
+) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if "SHARDED_MILTER" not in name}
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, cwd=cwd, env=env, check=False
+        command(*arguments, grace=grace, limits=limits),
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        check=False,
     )
 
 
@@ -60,7 +76,8 @@ def test_a_directory_is_sent_with_each_number_of_workers(own: Path, tmp_path: Pa
         "--json", "figures", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "mails/bad.eml: empty; skipped\n"
+    assert done.stderr.startswith("mails/bad.eml: empty; skipped\n")
+    assert "milter failed" not in done.stderr
     for words in ("3 different messages", "accept 12", "eom queue", "bottleneck with 1 worker: ",
                   "bottleneck with 2 workers: "):  # fmt: skip
         assert words in done.stdout
@@ -81,24 +98,51 @@ def test_an_mbox_is_sent_to_a_milter_that_fails(own: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tempfail 5" in done.stdout
-    assert done.stderr == (
+    assert (
         "warning: with 1 worker the milter failed on 5 of 5 messages (5 times: at eom: ValueError:"
         " no table); their figures are those of failures\n"
+    ) in done.stderr
+
+
+def test_workers_that_die_are_told(own: Path, tmp_path: Path) -> None:
+    # Each worker dies with its third message.
+    line = "import os; scan.n = getattr(scan, 'n', 0) + 1; scan.n == 3 and os._exit(3)"
+    own.write_text(MILTER.format(line=line))
+    done = ctl(
+        "bench", "own.py:milter", "--workers", "1", "--connections", "1", "--count", "4",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "died during the run" in done.stderr
+    assert ": exited with code 3); messages waited for replacements" in done.stderr
+
+
+def test_a_milter_that_answers_nothing_cannot_be_measured(own: Path, tmp_path: Path) -> None:
+    own.write_text(MILTER.format(line="time.sleep(1000)"))
+    done = ctl(
+        "bench", "own.py:milter", "--workers", "1", "--seconds", "0.1", "--connections", "2",
+        cwd=tmp_path, grace=0.1,
+    )  # fmt: skip
+    assert done.returncode == os.EX_CONFIG
+    assert done.stderr.splitlines()[-1] == (
+        "sharded-milterctl: the milter cannot be measured: 2 messages were sent and none was"
+        " answered"
     )
+    assert (done.stderr.count("\n"), "Traceback" in done.stderr) == (1, False)
 
 
 def test_the_scanner_is_measured_where_no_milter_is_named(tmp_path: Path) -> None:
     done = ctl("bench", "--workers", "1", "--seconds", "0.1", "--connections", "1", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert "accept" in done.stdout
 
 
 def test_a_milter_in_the_master_has_no_workers(own: Path, tmp_path: Path) -> None:
     own.write_text(MILTER.format(line="pass").replace("def scan", "async def scan"))
     done = ctl(
-        "bench", "--in-master", "own.py:milter", "--workers", "1", "--count", "2", cwd=tmp_path
+        "bench", "--in-master", "own.py:milter", "--connections", "2", "--count", "2", cwd=tmp_path
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert "bottleneck with 0 workers: " in done.stdout
     done = ctl("tune", "--in-master", "own.py:milter", cwd=tmp_path)
     assert done.returncode == os.EX_USAGE
@@ -134,6 +178,9 @@ def test_tune_recommends_and_draws(own: Path, tmp_path: Path) -> None:
         (["--config", "nothing"], os.EX_CONFIG, "configuration file nothing"),
         (["--count", "1", "--seconds", "1"], os.EX_USAGE, "exclude each other"),
         (["--json", "nothing/x"], os.EX_USAGE, "'nothing/x' cannot be written"),
+        (["--connections", "99999999"], os.EX_USAGE, "--connections 99999999 is too many: "),
+        (["--workers", "1,99999999"], os.EX_USAGE, "--workers 99999999 is too many: "),
+        (["--in-master", "x:y", "--workers", "1,4"], os.EX_USAGE, "leave --workers out"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(
@@ -144,6 +191,47 @@ def test_a_mistake_is_one_line_and_a_code(
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(own: Path, tmp_path: Path) -> None:
+    done = ctl(
+        "bench", "own.py:milter", "--workers", "1", "--connections", "150", "--count", "150",
+        cwd=tmp_path, limits=(100, 400),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = ctl("bench", "own.py:milter", "--connections", "400", cwd=tmp_path, limits=(100, 400))
+    assert done.returncode == os.EX_USAGE
+    assert done.stderr == (
+        "sharded-milterctl: --connections 400 is too many: that takes 464 file descriptors, and the"
+        " limit (ulimit -Hn) is 400\n"
+    )
+    assert done.stdout == ""
+
+
+def test_figures_on_standard_output_have_it_for_themselves(own: Path, tmp_path: Path) -> None:
+    done = ctl(
+        "bench", "own.py:milter", "--workers", "1", "--count", "5", "--json", "-", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["runs"][0]["messages"] == 5
+    assert "bottleneck with 1 worker: " in done.stderr
+    assert not (tmp_path / "-").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json", "-"], ["--json", "/dev/full"]])
+def test_what_cannot_be_written_is_one_line(
+    own: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command("bench", "own.py:milter", "--workers", "1", "--count", "2", *arguments),
+            stdout=subprocess.DEVNULL if "/dev/full" in arguments else full,
+            stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+    assert done.returncode == os.EX_IOERR, done.stderr
+    where = "/dev/full" if "/dev/full" in arguments else "standard output"
+    assert done.stderr.splitlines()[-1] == f"sharded-milterctl: {where}: No space left on device"
+    assert "Traceback" not in done.stderr
 
 
 def test_the_authors_traceback_is_above_the_line(own: Path, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from sharded_milter.cli.load_options import (
     save,
     with_load_options,
 )
-from sharded_milter.cli.tune import _warn_of_others
+from sharded_milter.cli.tune import _others, _warn_of_others
 from sharded_milter.errors import UsageError
+from sharded_milter.sizing.processes import Cpu
 from sharded_milter.sizing.runs import Plan
 from sharded_milter.testing.load import UNLIMITED, Result
 
@@ -88,7 +89,10 @@ def test_what_is_no_message_is_said(tmp_path: Path) -> None:
     (tmp_path / "b.eml").write_bytes(b"")
     made, said, warned = planned("--messages", str(tmp_path))
     assert len(made.content) == 1
-    assert said.startswith("1 different messages of 0.0 KB")
+    assert said.startswith("1 different message of 0.0 KB on average over 8 connections,")
+    (tmp_path / "a.eml").write_bytes(b"A: b\n\n" + 40_000 * (b"c" * 70 + b"\n"))
+    _, said, _ = planned("--messages", str(tmp_path), "--connections", "1")
+    assert said.startswith("1 different message of 2.9 MB on average over 1 connection, 7 s each;")
     assert warned == f"{tmp_path}/b.eml: empty; skipped\n"
 
 
@@ -153,10 +157,25 @@ def test_failures_are_no_speed() -> None:
         "warning: with 2 workers the milter failed on 3 of 100 messages (2 times: at eom:"
         " ValueError: x); their figures are those of failures\n"
     )
-    assert "(1 times: odd)" in warnings(failed=("odd",))
+    assert "(1 time: odd)" in warnings(failed=("odd",))
     load = Result(1.0, [0.1] * 2, {"tempfail": 1, "accept": 1})
     assert warnings(load=load) == (
         "warning: with 2 workers 1 of 2 messages were tempfailed by the milter\n"
+    )
+
+
+def test_what_spoils_a_run_is_said() -> None:
+    assert warnings(lost=("killed by SIGKILL", "exited with code 3", "exited with code 3")) == (
+        "warning: with 2 workers 3 workers died during the run (2 times: exited with code 3);"
+        " messages waited for replacements\n"
+    )
+    load = Result(10.0, [0.1] * 4, {"accept": 4}, unanswered=3)
+    assert warnings(load=load, window=20.0) == (
+        "warning: with 2 workers 3 messages had no answer after 20.0 s; the figures are those of"
+        " the others\n"
+    )
+    assert warnings(load=Result(0.25, [0.1], {"accept": 1})) == (
+        "warning: with 2 workers only 0.25 s were measured: figures of so short a run mean little\n"
     )
 
 
@@ -166,6 +185,13 @@ def test_who_else_computes_spoils_a_recommendation() -> None:
     _warn_of_others(busy, 1.0, 4)
     assert quiet.read()[1] == ""
     assert busy.read()[1].startswith("warning: other programs used up to 1.0 of 4 cores;")
+
+
+def test_who_else_computes_does_not_matter_to_scans_that_wait() -> None:
+    waits = measurement(others=30.0, queued=60.0, scanned=20.0, cpu=Cpu(1.0, 0.5))
+    computes = measurement(others=26.0, queued=60.0, scanned=20.0, cpu=Cpu(1.0, 12.0))
+    assert _others([waits]) == 0.0
+    assert _others([waits, computes]) == 2.6
 
 
 def test_lines_are_wrapped_for_eyes_only() -> None:

@@ -41,3 +41,29 @@ def test_the_whole_machine_is_only_counted_where_all_of_it_is_ours(
     assert processes.machine_cpu() > 0
     monkeypatch.setattr(os, "cpu_count", lambda: len(os.sched_getaffinity(0)) + 1)
     assert processes.machine_cpu() == 0
+
+
+def test_a_meter_has_what_was_used_within_its_block() -> None:
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+    meter = processes.Meter(os.getpid())
+    with meter.running():
+        pass
+    assert meter.seconds > 0
+    assert meter.cpu.workers < 0.2
+    with meter.running():
+        subprocess.run([sys.executable, "-c", BURN], check=True)
+    assert meter.cpu.workers >= 0.1
+
+
+def test_others_have_no_more_than_the_cores_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    meter = processes.Meter(os.getpid())
+    meter.seconds, meter.machine, meter.cpu = 1.0, 1.5, processes.Cpu(0.2, 0.3)
+    assert meter.others(0.1, 2) == pytest.approx(0.9)
+    meter.machine = 7.0
+    assert meter.others(0.1, 2) == pytest.approx(1.4)
+    meter.machine = 0.0
+    assert meter.others(0.1, 2) == 0.0
+    # What the machine does on cores that are not ours is no use of ours.
+    meter.machine = 7.0
+    assert meter.others(0.1, 1) == 0.0

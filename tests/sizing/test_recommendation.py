@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, sweep
+from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, rising, sweep
 
 RATES = st.dictionaries(st.integers(1, 128), st.floats(0, 1e6), min_size=1)
 
@@ -58,3 +58,16 @@ def test_a_sweep_has_the_cpus_and_their_double_and_no_large_steps(cpus: int) -> 
 def test_a_master_carries_what_its_core_does() -> None:
     assert MasterLimit.of(0.0005, 0.01) == MasterLimit(2000.0, 20.0)
     assert MasterLimit.of(0.0, 0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "rises"),
+    [
+        ({1: 50.0, 2: 100.0, 4: 190.0}, True),
+        ({1: 50.0, 2: 100.0, 4: 103.0}, False),
+        ({1: 50.0, 2: 100.0, 4: 90.0}, False),
+        ({4: 100.0}, False),
+    ],
+)
+def test_a_curve_that_rises_to_its_end(rates: dict[int, float], rises: bool) -> None:
+    assert rising(rates) is rises

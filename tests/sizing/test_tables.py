@@ -32,3 +32,10 @@ def test_three_tables_of_all_runs() -> None:
 )
 def test_digits_that_mean_nothing_are_left_out(value: object, text: str) -> None:
     assert cell(value) == text
+
+
+def test_what_a_short_run_has_computed_is_not_known() -> None:
+    console = Console(file=StringIO(), width=80)
+    console.print(tables([measurement(window=0.1)])[1])
+    (row,) = console.file.getvalue().splitlines()[4:5]  # type: ignore[attr-defined]
+    assert row.split() == ["2", *"------"]

@@ -30,6 +30,7 @@ class Scripted:
         protocol: Protocol,
         verdict: Sequence[bytes] = (VERDICT,),
         early: Mapping[str, Sequence[Packet]] = MappingProxyType({}),
+        silent_after: int | None = None,  # so many verdicts
     ) -> None:
         self.path = path
         self.letters: list[str] = []  # of all packets, in order
@@ -37,6 +38,7 @@ class Scripted:
         self.hang_up = False  # instead of a verdict
         self._protocol = protocol
         self._verdict = verdict
+        self._silent_after = silent_after
         #: By the command's letter, what each of them hears in turn.
         self._early = {letter: itertools.cycle(replies) for letter, replies in early.items()}
         self._listener = socket.socket(socket.AF_UNIX)
@@ -98,6 +100,8 @@ class Scripted:
         if self._protocol & stage.suppress:
             raise AssertionError(f"{stage.name} was not to be sent")
         if packet[LETTER : LETTER + 1] == commands.Eom.letter:
+            if self._silent_after is not None and self.letters.count("E") > self._silent_after:
+                return
             for piece in self._verdict:
                 sock.sendall(piece)
         elif not self._protocol & stage.no_reply:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -143,6 +144,43 @@ def test_a_milter_that_leaves_is_an_error(scripted: Start) -> None:
     milter.hang_up = True
     with pytest.raises(ConnectionError, match="closed the connection"):
         load.run(milter.path, 1, 1)
+
+
+def test_what_is_never_answered_is_given_up_and_counted(scripted: Start) -> None:
+    silent, slow = scripted(NOTHING_EARLY, verdict=[]), scripted(NOTHING_EARLY)
+    result = load.run_for(silent.path, 2, 0.0, grace=0.0)
+    assert (result.messages, result.unanswered) == (0, 2)
+    assert load.run_for(slow.path, 2, 0.0).unanswered == 0
+
+
+def test_without_a_time_it_is_silence_that_ends_a_run(
+    scripted: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "SILENCE", 0.001)
+    result = load.run(scripted(NOTHING_EARLY, verdict=[]).path, 1, 5)
+    assert (result.messages, result.unanswered) == (0, 1)
+
+
+def test_the_rate_is_over_the_time_in_which_there_could_be_answers(scripted: Start) -> None:
+    milter = scripted(NOTHING_EARLY, silent_after=3)
+    result = load.run(milter.path, 1, 10, seconds=0.05, grace=0.0)
+    assert result.messages <= 3
+    assert result.seconds >= 0.05
+
+
+def test_the_block_around_the_traffic_has_no_greeting(scripted: Start) -> None:
+    milter = scripted(NO_PROTOCOL)
+    seen: list[list[str]] = []
+
+    @contextmanager
+    def during() -> Iterator[None]:
+        seen.append(list(milter.letters))
+        yield
+        seen.append(list(milter.letters))
+
+    load.run(milter.path, 1, 2, during=during)
+    assert "H" in seen[0]
+    assert (seen[0].count("E"), seen[1].count("E")) == (0, 2)
 
 
 def test_percentiles_and_rate() -> None:

@@ -12,7 +12,15 @@ import pytest
 
 from sharded_milter.errors import MilterLoadError, StartError, UsageError
 from sharded_milter.testing.mta import Mail, MtaClient
-from sharded_milter.testing.server import Server, Summary, answered_by_policy, running, summaries
+from sharded_milter.testing.server import (
+    Server,
+    Summary,
+    answered_by_policy,
+    lost_workers,
+    running,
+    summaries,
+    workers,
+)
 
 MILTER = """
 from sharded_milter import Message, Milter, Reject
@@ -45,6 +53,8 @@ def test_it_serves_and_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.Mo
         before = len(server.said())
         with MtaClient.to_path(server.path) as mta:
             mta.deliver(Mail(b"A: b\r\n\r\n", queue_id="Q1"))
+        with MtaClient.to_path(server.path):  # the answer comes before the line, in the same turn
+            pass
         (summary,) = summaries(server.said(before))
         assert (summary.queue_id, summary.shard) == ("Q1", "1")
     assert len(pids) == 2
@@ -56,6 +66,16 @@ def test_why_the_policy_answered(tmp_path: Path) -> None:
         with MtaClient.to_path(server.path) as mta:
             mta.deliver(Mail(b"A: b\r\n\r\n", queue_id="Q1"))
         assert answered_by_policy(server.said()) == ["qid=Q1 at eom: ValueError: x"]
+        assert lost_workers(server.said()) == []
+
+
+def test_who_died_is_counted_and_is_no_worker_less_that_was_asked_for(tmp_path: Path) -> None:
+    with running("--workers=2", milter(tmp_path, "import os; os._exit(3)")) as server:
+        with MtaClient.to_path(server.path) as mta:
+            mta.deliver(Mail(b"A: b\r\n\r\n", queue_id="Q1"))
+        log = server.said()
+    assert lost_workers(log) == ["exited with code 3"] * len(lost_workers(log)) != []
+    assert workers(log) == 2
 
 
 def test_log_lines_are_read() -> None:
@@ -66,6 +86,8 @@ def test_log_lines_are_read() -> None:
     )
     assert summaries(log) == [Summary("4F", "1,2", 0.1, 12.7)]
     assert answered_by_policy(log) == []
+    assert workers(log) == 1
+    assert workers(log.partition("\n")[2]) == 0
 
 
 @pytest.mark.parametrize(
