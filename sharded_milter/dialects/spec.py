@@ -8,7 +8,8 @@ from sharded_milter.errors import UsageError
 def split_spec(spec: str) -> tuple[str, str]:
     """The module or file, and the name in it; UsageError when `spec` is not of that form."""
     where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name.isidentifier():
+    is_place = where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
+    if not colon or not is_place or not name.isidentifier():
         raise UsageError(f"milter {spec!r} is neither MODULE:NAME nor FILE.py:NAME")
     return where, name
 

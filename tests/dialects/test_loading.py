@@ -46,7 +46,7 @@ def refusal(spec: str) -> MilterLoadError:
         ("a:b", "a", "b"),
         ("a.b.c:milter", "a.b.c", "milter"),
         ("/etc/x.py:milter", "/etc/x.py", "milter"),
-        ("a:b:c", "a:b", "c"),
+        ("/a:b/c.py:d", "/a:b/c.py", "d"),
     ],
 )
 def test_a_spec_is_a_place_and_a_name(spec: str, where: str, name: str) -> None:
@@ -54,7 +54,24 @@ def test_a_spec_is_a_place_and_a_name(spec: str, where: str, name: str) -> None:
     assert checked_spec(spec) == spec
 
 
-@pytest.mark.parametrize("spec", ["", "a", ":", ":b", "a:", "a:b.c", "a:1", "x.py", "a:b c"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "a",
+        ":",
+        ":b",
+        "a:",
+        "a:b.c",
+        "a:1",
+        "x.py",
+        "a:b c",
+        "a:b:c",
+        "./a.md:b",
+        "a/b:c",
+        "a..b:c",
+    ],
+)
 def test_any_other_spec_is_a_usage_error(spec: str) -> None:
     with pytest.raises(UsageError, match="is neither MODULE:NAME nor FILE"):
         checked_spec(spec)
