@@ -245,6 +245,7 @@ class Shard:
         self.exit_reason = self.killed_for or _exit_reason(status)
         self.state = State.GONE
         self._end_family()
+        self._events.shard_deaf(self)  # nothing more is for it, whatever it has answered
         self._amp.catch_up()
         self._amp.process_gone(Failure(WorkerLost(self.exit_reason)))
         self._events.shard_gone(self)

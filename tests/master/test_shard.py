@@ -278,7 +278,7 @@ def test_a_milter_that_cannot_be_loaded_is_told_and_the_worker_ends() -> None:
     )
     assert room.ours.lost
     room.exit()
-    assert room.told == ["gone"]
+    assert room.told == ["deaf", "gone"]
 
 
 def test_who_is_killed_meanwhile_is_not_ready_any_more() -> None:
@@ -372,7 +372,7 @@ def test_the_exit_says_why_and_the_job_hears_it(
     assert [str(each) for each in ended] == [reason]
     assert isinstance(ended[0], WorkerLost)
     assert room.shard.state is State.GONE
-    assert room.told == ["deaf", "gone"]
+    assert room.told == ["deaf", "deaf", "gone"]
     room.advance(60.0)
     assert room.process.signals == []
 
@@ -383,7 +383,7 @@ def test_an_exit_that_is_seen_before_the_closed_socket_counts_once() -> None:
     room.exit(1)
     room.hang_up()
     assert len(ended) == 1
-    assert room.told == ["gone"]
+    assert room.told == ["deaf", "gone"]
     room.advance(60.0)
 
 
@@ -474,7 +474,7 @@ def test_an_idle_worker_is_shut_down_at_once() -> None:
     room.deliver()
     assert room.ours.lost
     room.exit()
-    assert room.told == ["gone"]
+    assert room.told == ["deaf", "gone"]
 
 
 def test_a_busy_worker_may_finish_first() -> None:
@@ -510,7 +510,7 @@ def test_a_worker_that_dies_while_it_is_shut_down_is_just_gone() -> None:
     room = ready_room()
     room.shard.drain()
     room.exit(1)
-    assert room.told == ["gone"]
+    assert room.told == ["deaf", "gone"]
     room.advance(60.0)
     assert room.process.signals == []
 
@@ -577,7 +577,7 @@ def test_output_that_descendants_hold_open_is_read_for_a_while() -> None:
     room.advance(OUTPUT_GRACE)
     assert room.process.closed == ["stdin", "all"]
     room.process.protocol.processEnded(Failure(error.ProcessDone(0)))
-    assert room.told == ["gone"]
+    assert room.told == ["deaf", "gone"]
 
 
 # What the pool wants to know
