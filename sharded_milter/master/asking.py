@@ -90,6 +90,7 @@ class Asking(QuickBoxes, amp.AMP):
     def hopeless(self, reason: Failure) -> None:
         """Nobody is there any more: what was asked, and what will be, fails with the reason."""
         self._over = reason
+        self._held.clear()
         asked, self._asked = self._asked, {}
         for answer in asked.values():
             answer.errback(reason)

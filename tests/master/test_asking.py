@@ -244,3 +244,13 @@ def test_a_question_arrives_as_it_was_asked(
     assert asked.pop("head")[:1] == letter
     expected = {"connection": b"connection", "message": bytes(size), "unknown": command}
     assert asked == {name: value for name, value in expected.items() if value}
+
+
+def test_what_is_held_for_a_worker_that_is_gone_is_not_sent() -> None:
+    room = Room()
+    ended = [room.ask(b"1"), room.ask(b"2")]
+    room.master.hopeless(Failure(WorkerLost("gone")))
+    room.master.connectionLost(Failure(WorkerLost("gone")))  # type: ignore[no-untyped-call]
+    room.clock.advance(0)
+    assert len(room.ours.sent) == 1
+    assert [str(error) for (error,) in ended] == ["gone"] * 2
