@@ -17,18 +17,22 @@ class Alarm(Generic[T]):
     """Calls `ring` with each item that was set `delay` seconds ago and not stopped since."""
 
     def __init__(self, reactor: Any, delay: float, ring: Callable[[T], object]) -> None:
-        self.delay = delay
+        self._delay = delay
         self._reactor = reactor
         self._ring = ring
         self._due: dict[T, float] = {}  # in the order in which they ring
         self._call: Any = None  # stays when nothing is set any more, and then does nothing
 
+    def __contains__(self, item: T) -> bool:
+        """Whether it is to ring for the item."""
+        return item in self._due
+
     def set(self, item: T) -> None:
         """It rings for the item, once; if it is set already, later than it would have."""
         self._due.pop(item, None)
-        self._due[item] = self._reactor.seconds() + self.delay
+        self._due[item] = self._reactor.seconds() + self._delay
         if self._call is None:
-            self._call = self._reactor.callLater(self.delay, self._check)
+            self._call = self._reactor.callLater(self._delay, self._check)
 
     def stop(self, item: T) -> None:
         """It does not ring for the item."""

@@ -62,7 +62,6 @@ class MilterConnection(TwistedProtocol):
         self._looked = 0  # up to here in the framer's buffer nobody leaves
         self._congested = False  # the MTA does not read what it was answered
         self._paused = False
-        self._shows_life = False
         self._quick_ack: Callable[[], None] | None = None
 
     # What Twisted calls
@@ -104,7 +103,7 @@ class MilterConnection(TwistedProtocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._home.idle.stop(self)
         self._framer = Framer()
-        self._stop_progress()
+        self._home.progress.stop(self)
         self._conversation.end()
         self._home.disconnected(self)
 
@@ -136,7 +135,7 @@ class MilterConnection(TwistedProtocol):
 
     def _answered(self, answer: bytes) -> None:
         """The milter's answer has come."""
-        self._stop_progress()
+        self._home.progress.stop(self)
         self._advance(answer)
 
     def _give_up(self, error: RemoteProtocolError) -> None:
@@ -156,22 +155,16 @@ class MilterConnection(TwistedProtocol):
     def _watch_job(self) -> None:
         stage = self._conversation.asked
         if stage is None:
-            self._stop_progress()
-        elif not self._shows_life and (
+            self._home.progress.stop(self)
+        elif self not in self._home.progress and (
             stage is Stage.EOM or self._conversation.takes_early_progress
         ):
-            self._shows_life = True
             self._home.progress.set(self)
 
     def show_life(self) -> None:
         """A milter has been at work for an interval more."""
         self._write(_PROGRESS)
         self._home.progress.set(self)
-
-    def _stop_progress(self) -> None:
-        if self._shows_life:
-            self._shows_life = False
-            self._home.progress.stop(self)
 
     # The socket
 
@@ -216,7 +209,7 @@ class MilterConnection(TwistedProtocol):
 
     def _close(self) -> None:
         self._framer = Framer()
-        self._stop_progress()
+        self._home.progress.stop(self)
         self._conversation.end()
         transport: Any = self.transport
         if transport.disconnecting:

@@ -23,6 +23,7 @@ from sharded_milter.errors import (
     WorkerLost,
 )
 from sharded_milter.master.alarms import Alarm
+from sharded_milter.master.deadlines import Deadlines
 from sharded_milter.master.job import Job, Worker, view_of
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -68,15 +69,8 @@ class Dispatch:
         self._farewells: set[Job] = set()
         self._turns: dict[Worker, Turns] = {}
         self._overdue_call: Any = None
-        limits_of = {True: limits.eom_deadline, False: limits.command_deadline}  # at EOM or not
-        self._soft = {
-            at_end: Alarm(reactor, SOFT_LIMIT * limit, self._warn)
-            for at_end, limit in limits_of.items()
-        }
-        self._hard = {
-            at_end: Alarm(reactor, (1 - SOFT_LIMIT) * limit, self._expire)
-            for at_end, limit in limits_of.items()
-        }
+        self._soft = Deadlines(reactor, limits, self._warn, SOFT_LIMIT)
+        self._hard = Deadlines(reactor, limits, self._expire, 1 - SOFT_LIMIT)
         self._patience = Alarm(reactor, PATIENCE, self._give_elsewhere)
 
     def submit(self, job: Job) -> Deferred[bytes]:
@@ -86,8 +80,8 @@ class Dispatch:
         if job.stage is None:
             self._farewells.add(job)
             result.addBoth(self._parted, job)
-        if job.stage is not None:
-            self._arm(job)
+        else:
+            self._soft.set(job)
         if job.pin is not None and job.pin.broken:
             self._fail(job, Failure(WorkerLost(LOST)))
         elif self._is_poison(job):
@@ -96,17 +90,9 @@ class Dispatch:
             self._queue(job)
         return result
 
-    def _arm(self, job: Job) -> None:
-        self._soft[job.stage is Stage.EOM].set(job)
-
     def _disarm(self, job: Job) -> None:
-        at_end = job.stage is Stage.EOM
-        self._soft[at_end].stop(job)
-        self._hard[at_end].stop(job)
-
-    def _limit(self, job: Job) -> float:
-        limits = self._limits
-        return limits.eom_deadline if job.stage is Stage.EOM else limits.command_deadline
+        self._soft.stop(job)
+        self._hard.stop(job)
 
     def _queue(self, job: Job) -> None:
         if job.pin is not None and job.pin.place is None:
@@ -141,7 +127,7 @@ class Dispatch:
             self._fail(job, Failure(Overloaded(f"no memory for a job: {error.strerror}")))
             return
         if job.stage is None:  # nobody waits for it, so its time begins now
-            self._arm(job)
+            self._soft.set(job)
         job.shard = shard
         job.slot = shard.slot
         job.started = self._reactor.seconds()
@@ -330,7 +316,7 @@ class Dispatch:
 
     def _warn(self, job: Job) -> None:
         """The soft limit: while it still hangs, the worker shows where."""
-        self._hard[job.stage is Stage.EOM].set(job)
+        self._hard.set(job)
         if job.shard is not None:
             self.log.warn(
                 "{shard} has not answered {about} for {n:g} s; its stacks follow",
@@ -342,7 +328,7 @@ class Dispatch:
 
     def _expire(self, job: Job) -> None:
         """The deadline: whoever has it is killed, and the MTA hears at once."""
-        reason = f"{job.about()} was not answered within {self._limit(job):g} s"
+        reason = f"{job.about()} was not answered within {self._limits.deadline(job.stage):g} s"
         self.counters["deadlines"] += 1
         if job.shard is None:
             self.schedule.withdraw(job)
@@ -355,7 +341,7 @@ class Dispatch:
             return
         # One that has waited for most of that time is not to blame.
         ran = self._reactor.seconds() - job.started
-        poison = ran >= BLAMED_AFTER * self._limit(job) and self._remember(job, 1)
+        poison = ran >= BLAMED_AFTER * self._limits.deadline(job.stage) and self._remember(job, 1)
         job.shard.kill(reason)
         self._fail(job, Failure(Poisoned(reason) if poison else DeadlineExceeded(reason)))
 

@@ -21,7 +21,7 @@ from twisted.python.failure import Failure
 from sharded_milter.coroutines import driven
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded
 from sharded_milter.jobs import Memory, Question
-from sharded_milter.master.alarms import Alarm
+from sharded_milter.master.deadlines import Deadlines
 from sharded_milter.master.job import Job
 from sharded_milter.master.limits import Limits
 from sharded_milter.master.pin import Pin
@@ -59,10 +59,8 @@ class InMaster:
         self.manifest = dialect.manifest
         self.counters = counters
         self._dialect = dialect
-        self._deadlines = {
-            True: Alarm(reactor, limits.eom_deadline, self._expire),
-            False: Alarm(reactor, limits.command_deadline, self._expire),
-        }
+        self._limits = limits
+        self._deadlines = Deadlines(reactor, limits, self._expire)
         self._reactor = reactor
         self._stopwatch = stopwatch
         self._numbers = itertools.count(1)
@@ -75,7 +73,7 @@ class InMaster:
         result = job.result
         job.submitted = self._reactor.seconds()
         if job.stage is not None:
-            self._arm(job)
+            self._deadlines.set(job)
         if job.pin is None:
             self._run(job)
         else:
@@ -85,15 +83,12 @@ class InMaster:
             self._locks[job.pin].run(self._run, job)
         return result
 
-    def _arm(self, job: Job) -> None:
-        self._deadlines[job.stage is Stage.EOM].set(job)
-
     def cancel(self, job: Job) -> None:
         """Nobody waits for the answer any more. An object is left to finish what it does."""
         job.abandoned = True
         running = self._running.get(job)
         if running is None:
-            self._disarm(job)
+            self._deadlines.stop(job)
         elif job.pin is None:
             running.cancel()
         job.result.addErrback(lambda _: None)
@@ -110,7 +105,7 @@ class InMaster:
             return succeed(None)
         job.started = self._reactor.seconds()
         if job.stage is None:  # nobody waits for it, so its time begins now
-            self._arm(job)
+            self._deadlines.set(job)
         answer = maybeDeferred(self._answer, job)
         self._running[job] = answer
         answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
@@ -148,11 +143,11 @@ class InMaster:
 
     def _over(self, job: Job) -> None:
         self._running.pop(job, None)
-        self._disarm(job)
+        self._deadlines.stop(job)
 
     def _expire(self, job: Job) -> None:
         """The deadline: the MTA hears now, and a coroutine is cancelled."""
-        limit = self._deadlines[job.stage is Stage.EOM].delay
+        limit = self._limits.deadline(job.stage)
         self.counters["deadlines"] += 1
         if not job.result.called:
             reason = f"{job.about()} was not answered within {limit:g} s by {self.manifest.name}"
@@ -164,9 +159,6 @@ class InMaster:
             # It will not be stopped: the connection goes on with another object.
             self._locks.pop(job.pin, None)
             job.pin.lose()
-
-    def _disarm(self, job: Job) -> None:
-        self._deadlines[job.stage is Stage.EOM].stop(job)
 
     # How long it holds everybody up
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sharded_milter.protocol.stages import Stage
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,3 +55,7 @@ class Limits:
     max_data_size: str = "64K"
     # The largest message that is kept; Postfix's message_size_limit is 10,240,000 by default.
     max_message_size: int = 100 * 1024 * 1024
+
+    def deadline(self, stage: Stage | None) -> float:
+        """How long the answer at a stage may take."""
+        return self.eom_deadline if stage is Stage.EOM else self.command_deadline
