@@ -10,14 +10,13 @@ scan itself, and the account of all messages.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
-from bench.server import Server, serving
+from bench.server import Server, cores, serving
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol import replies
 from sharded_milter.testing.mta import Mail, MtaClient, Outcome
@@ -119,8 +118,7 @@ def main() -> None:
                 for thread in others:
                     thread.join()
     waits.sort()
-    cores = len(os.sched_getaffinity(0))
-    print(f"Python {platform.python_version()}, {cores} cores, {options.workers} workers")
+    print(f"Python {platform.python_version()}, {cores()} cores, {options.workers} workers")
     print(f"{len(waits)} deaths; from the death to the verdict, without the scan:")
     print(f"p50 {1000 * waits[len(waits) // 2]:.1f} ms, max {1000 * waits[-1]:.1f} ms")
     print(f"{account.sent} messages, {dict(account.verdicts)}")

@@ -8,12 +8,11 @@ Needs as many descriptors (ulimit -Hn), here and in the server.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import resource
 import socket
 
-from bench.server import serving
+from bench.server import cores, serving
 from sharded_milter.testing import load
 from sharded_milter.testing.dialogue import OFFER, greeting
 
@@ -57,8 +56,7 @@ def main() -> None:
         among = load.run(server.path, 1, options.messages)
         for sock in sockets:
             sock.close()
-    cores = len(os.sched_getaffinity(0))
-    print(f"Python {platform.python_version()}, {cores} cores, 2 workers")
+    print(f"Python {platform.python_version()}, {cores()} cores, 2 workers")
     print(f"{options.connections} idle connections: {each / 1024:.2f} KB of the master's each")
     for name, result in (("alone", alone), ("among them", among)):
         print(

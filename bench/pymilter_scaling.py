@@ -11,7 +11,6 @@ which others use is equally unkind to all; the best of each counts.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.server import cores
 from sharded_milter.testing import load
 
 SCRIPT = """
@@ -57,8 +57,7 @@ def main() -> None:
     parser.add_argument("--ms", type=float, default=100.0, help="CPU time of a message")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    print(f"Python {platform.python_version()}, {cores} cores; {options.ms:g} ms a message,")
+    print(f"Python {platform.python_version()}, {cores()} cores; {options.ms:g} ms a message,")
     print(f"{options.connections} connections, {options.messages} messages, UNIX socket")
     ways = {"plain pymilter": 0, "1 worker": 1, "2 workers": 2}
     best: dict[str, load.Result] = {}

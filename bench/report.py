@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.server import cores
 from sharded_milter.sizing import tables
 from sharded_milter.testing.load import Result
 
@@ -39,7 +40,7 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load": round(os.getloadavg()[0], 2),
         "commit": _commit(),
     }

@@ -8,11 +8,10 @@ Prints the master's memory and descriptors after the first tenth of the messages
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import time
 
-from bench.server import Server, serving
+from bench.server import Server, cores, serving
 from sharded_milter.testing import load
 
 MILTER = """
@@ -51,8 +50,7 @@ def main() -> None:
         memory, descriptors = settled(server, options.workers)
         rest = load.run(server.path, options.connections, options.messages - tenth)
         memory_after, descriptors_after = settled(server, options.workers)
-    cores = len(os.sched_getaffinity(0))
-    print(f"Python {platform.python_version()}, {cores} cores, {options.workers} workers,")
+    print(f"Python {platform.python_version()}, {cores()} cores, {options.workers} workers,")
     print(f"each replaced after {options.max_messages} messages and more")
     print(f"after {first.messages} messages: {memory:.1f} MB, {descriptors} descriptors")
     total = first.messages + rest.messages

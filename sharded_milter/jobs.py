@@ -94,12 +94,19 @@ class Blob(amp.Argument):
 
 
 def _to_value(part: bytes | Memory, proto: Any) -> bytes:
-    return _DESCRIPTOR + _place(part, proto) if isinstance(part, Memory) else _INLINE + part
+    return b"".join(_pieces(part, proto)[1:])
 
 
-def _place(memory: Memory, proto: Any) -> bytes:
-    """Sends the descriptor; where the other side finds it, and how much it is."""
-    return b"%d %d" % (proto._sendFileDescriptor(memory.fd), memory.size)
+def _pieces(part: bytes | Memory, proto: Any) -> tuple[bytes, bytes, bytes]:
+    """The length of a `Blob`'s value, its kind, and the rest, not copied before it is joined.
+
+    Sends the descriptor of memory; the rest says where the other side finds it, and its size.
+    """
+    if isinstance(part, Memory):
+        kind, rest = _DESCRIPTOR, b"%d %d" % (proto._sendFileDescriptor(part.fd), part.size)
+    else:
+        kind, rest = _INLINE, part
+    return (len(kind) + len(rest)).to_bytes(_LENGTH, "big"), kind, rest
 
 
 def _from_value(value: bytes, proto: Any) -> bytes | memoryview:
@@ -206,15 +213,6 @@ def question_box(question: Question, tag: bytes, proto: Any) -> bytes:
     if question.command:
         pieces += _UNKNOWN, *_pieces(question.command, proto)
     return b"".join([*pieces, _END])
-
-
-def _pieces(part: bytes | Memory, proto: Any) -> tuple[bytes, bytes, bytes]:
-    """A `Blob` as a box has it; the part itself is not copied before it is joined."""
-    if isinstance(part, Memory):
-        kind, rest = _DESCRIPTOR, _place(part, proto)
-    else:
-        kind, rest = _INLINE, part
-    return (len(kind) + len(rest)).to_bytes(_LENGTH, "big"), kind, rest
 
 
 def read_question(box: Mapping[bytes, bytes], proto: Any) -> Asked:

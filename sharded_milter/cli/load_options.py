@@ -22,6 +22,7 @@ from sharded_milter.errors import NotWritten, UsageError
 from sharded_milter.ops.config import Seconds
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.protocol.packets import Packet
+from sharded_milter.sizing.bottleneck import counted
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.runs import Plan
 from sharded_milter.testing.dialogue import Mail, transaction
@@ -156,7 +157,7 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     """What is to be run, and a line about it; raises UsageError."""
     if values["count"] and values["seconds"]:
         raise UsageError("--count and --seconds exclude each other")
-    if _in_master_only(values) and _said("workers"):
+    if in_master_only(values) and _said("workers"):
         raise UsageError("a milter in the master has no workers; leave --workers out")
     connections = values["connections"] or CONNECTIONS_PER_WORKER * max(counts)
     descriptors.check(connections, max(counts))
@@ -164,10 +165,10 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     cores = usable_cpus()
     until = values["seconds"] or seconds
     size = sum(len(mail.raw) for mail in mails) / len(mails)
-    what = f"{_counted(len(mails), 'different' if values['messages'] else 'made-up', 'message')}"
+    what = counted(len(mails), f"{'different' if values['messages'] else 'made-up'} message")
     screen.say(
-        f"{what} of {_size(size)} on average over {_counted(connections, 'connection')},"
-        f" {values['count'] or f'{until:g} s'} each; {_counted(cores, 'core')}"
+        f"{what} of {_size(size)} on average over {counted(connections, 'connection')},"
+        f" {values['count'] or f'{until:g} s'} each; {counted(cores, 'core')}"
     )
     content: list[list[Packet]] = [transaction(mail) for mail in mails]
     if values["count"]:
@@ -175,7 +176,8 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     return Plan(_arguments(values), content, connections, cores, until, UNLIMITED)
 
 
-def _in_master_only(values: dict[str, Any]) -> bool:
+def in_master_only(values: dict[str, Any]) -> bool:
+    """Whether no milter is for workers."""
     return bool(values["in_master"]) and not values["milters"] and not values["pymilter"]
 
 
@@ -185,10 +187,6 @@ def _said(option: str) -> bool:
         ParameterSource.DEFAULT,
         None,
     )
-
-
-def _counted(number: int, *words: str) -> str:
-    return f"{number:,} {' '.join(words)}" + "s" * (number != 1)
 
 
 def _size(size: float) -> str:

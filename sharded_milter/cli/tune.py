@@ -13,6 +13,7 @@ from sharded_milter.cli.load_options import (
     Counts,
     OutputFile,
     Screen,
+    in_master_only,
     plan,
     save,
     with_load_options,
@@ -64,7 +65,7 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     Prints the scaling curve, what limits the recommended number, and the message rate above
     which one master is not enough. MILTER is named as for sharded-milter.
     """
-    if values["in_master"] and not values["milters"] and not values["pymilter"]:
+    if in_master_only(values):
         raise UsageError("a milter in the master has no workers whose number could be tuned")
     screen = Screen.make(values["json_path"])
     counts = tuple(sorted(workers))
