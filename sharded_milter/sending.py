@@ -1,4 +1,4 @@
-"""Sending at once and reading AMP's boxes quickly.
+"""Sending and reading at once, and reading AMP's boxes quickly.
 
 A Twisted transport writes in the reactor's next turn, which costs two calls of epoll_ctl and that
 turn; what can leave now leaves now.
@@ -6,6 +6,8 @@ turn; what can leave now leaves now.
 
 from __future__ import annotations
 
+import select
+from collections.abc import Iterable
 from typing import Any
 
 from twisted.protocols.amp import AmpBox
@@ -30,6 +32,21 @@ def is_still(transport: Any) -> bool:
         and not getattr(transport, "dataBuffer", True)
         and not getattr(transport, "_tempDataBuffer", True)
     )
+
+
+def read_now(readers: Iterable[Any], most: int) -> None:
+    """Has Twisted's readers take what has arrived for them, in so many reads of each at most."""
+    by_descriptor = {reader.fileno(): reader for reader in readers}
+    poll = select.poll()  # one call says that there is nothing, as there is most of the time
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    for _ in range(most):
+        said = poll.poll(0)
+        if not said:
+            break
+        for descriptor, _ in said:
+            if by_descriptor[descriptor].doRead() is not None:  # that was its end
+                poll.unregister(descriptor)
 
 
 # AMP's own limit on the length of a key; a longer one is no AMP.

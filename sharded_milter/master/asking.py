@@ -7,7 +7,6 @@ than all the rest of a short message. Everything else is AMP's own business.
 from __future__ import annotations
 
 import itertools
-import select
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
@@ -16,7 +15,7 @@ from twisted.python.failure import Failure
 
 from sharded_milter.jobs import Question, question_box, read_answer
 from sharded_milter.protocol.text import to_text
-from sharded_milter.sending import QuickBoxes, send_now
+from sharded_milter.sending import QuickBoxes, read_now, send_now
 
 # Reads of 64 KB from a dead worker's socket: it holds a few of them.
 MAX_CATCH_UP = 16
@@ -78,14 +77,8 @@ class Asking(QuickBoxes, amp.AMP):
 
     def catch_up(self) -> None:
         """Takes the answers that the worker has sent before it died."""
-        transport: Any = self.transport
-        poll = select.poll()
-        for _ in range(MAX_CATCH_UP):
-            if not getattr(transport, "connected", False):
-                break
-            poll.register(transport.fileno(), select.POLLIN)
-            if not poll.poll(0) or transport.doRead() is not None:
-                break
+        if getattr(self.transport, "connected", False):
+            read_now([self.transport], MAX_CATCH_UP)
 
     def hopeless(self, reason: Failure) -> None:
         """Nobody is there any more: what was asked, and what will be, fails with the reason."""

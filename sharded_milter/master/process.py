@@ -7,7 +7,6 @@ pair instead of two pipes, so that descriptors can be passed.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -18,6 +17,8 @@ from typing import Any, Protocol
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
+
+from sharded_milter.sending import read_now
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
 PASSED_ENVIRONMENT = (
@@ -129,16 +130,7 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
     def catch_up(self) -> None:
         """Takes what was written so far: it belongs to the job that was answered just now."""
         pipes = getattr(self.transport, "pipes", {})  # Twisted's own, by the child's number
-        outputs = {pipes[fd].fileno(): pipes[fd] for fd in _OUTPUTS if fd in pipes}
-        poll = select.poll()  # one call says that there is nothing, as there is most of the time
-        for fd in outputs:
-            poll.register(fd, select.POLLIN)
-        for _ in range(MAX_CATCH_UP):
-            said = poll.poll(0)
-            if not said:
-                break
-            for fd, _ in said:
-                outputs[fd].doRead()
+        read_now([pipes[fd] for fd in _OUTPUTS if fd in pipes], MAX_CATCH_UP)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         *lines, rest = (self._pieces.get(childFD, b"") + data).split(b"\n")
