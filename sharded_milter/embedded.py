@@ -15,20 +15,20 @@ from typing import Any
 
 from twisted.internet.protocol import ServerFactory
 
-from sharded_milter.dialects.classic import (
+from sharded_milter.context import Home
+from sharded_milter.dialects.libmilter.classes import (
     MacroStages,
     Milter,
     MilterFactory,
     NetworkTypes,
 )
-from sharded_milter.dialects.context import ReturnCodes
+from sharded_milter.dialects.libmilter.context import ReturnCodes
 from sharded_milter.dialects.loader import Dialect, as_dialect
-from sharded_milter.master.chain import Member
-from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.home import Home
-from sharded_milter.master.in_master import InMaster
-from sharded_milter.master.limits import Limits
-from sharded_milter.master.policy import Policy
+from sharded_milter.dispatch.policy import Policy
+from sharded_milter.in_master import InMaster
+from sharded_milter.limits import Limits
+from sharded_milter.mta.connection import MilterConnection
+from sharded_milter.mta.milters import Member
 
 __all__ = [
     "Limits",

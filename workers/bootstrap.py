@@ -81,7 +81,7 @@ def main(
     if not script:
         serve(Child(specs))
         return
-    from .script import Script
+    from .pymilter_script import Script
 
     def halt(child: Child) -> None:
         reactor.callFromThread(child.stop)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from ..coroutines import driven
 from ..dialects.loader import Dialect, load
 from ..errors import MilterError, MilterLoadError
-from ..jobs import (
+from ..ipc.messages import (
     MAX_TEXT,
     Ask,
     LoadFailed,
@@ -31,11 +31,11 @@ from ..jobs import (
     read_question,
     release,
 )
+from ..ipc.sending import QuickBoxes, is_still
 from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
-from ..sending import QuickBoxes, is_still
 
 # What a `Blob` arrives as.
 Bytes = bytes | memoryview

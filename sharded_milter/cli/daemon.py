@@ -18,11 +18,11 @@ from sharded_milter import __version__
 from sharded_milter.cli import descriptors
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, UsageError
-from sharded_milter.master.sockets import Address, Listener, parse_listen
+from sharded_milter.mta.listener import Address, Listener, parse_listen
 from sharded_milter.ops import config, logs
 
 NAME = "sharded-milter"
-SCANNER = "sharded_milter.workers.scanner.milter:milter"
+SCANNER = "sharded_milter.scanner.milter:milter"
 SCANNER_RULES = "SHARDED_MILTER_SCANNER_RULES"
 
 
@@ -98,8 +98,8 @@ def worker_specs(settings: config.Settings) -> tuple[str, ...]:
 
 def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: Any) -> Any:
     """What the pool calls for a new worker process."""
-    from sharded_milter.master.process import Workplace, worker_environment
-    from sharded_milter.master.shard import Shard
+    from sharded_milter.pool.shard import Shard
+    from sharded_milter.pool.spawned import Workplace, worker_environment
 
     extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
     workplace = Workplace(
@@ -122,8 +122,8 @@ def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: An
 def in_master_members(settings: config.Settings, reactor: Any, counters: Any) -> list[Any]:
     """The milters that run in this process; raises MilterLoadError."""
     from sharded_milter.dialects.loader import load
-    from sharded_milter.master.chain import Member
-    from sharded_milter.master.in_master import InMaster
+    from sharded_milter.in_master import InMaster
+    from sharded_milter.mta.milters import Member
 
     hosts = [
         InMaster(load(spec), settings.limits, reactor, counters) for spec in settings.in_master
@@ -162,11 +162,11 @@ class _Run:
         reactor = chosen_reactor(asyncio=bool(settings.in_master))
         from twisted.logger import Logger
 
-        from sharded_milter.master.dispatch import Dispatch
-        from sharded_milter.master.poison import Keep
-        from sharded_milter.master.policy import Policy
-        from sharded_milter.master.pool import Pool
-        from sharded_milter.master.service import Service
+        from sharded_milter.dispatch.dispatcher import Dispatch
+        from sharded_milter.dispatch.poison import Keep
+        from sharded_milter.dispatch.policy import Policy
+        from sharded_milter.pool.pool import Pool
+        from sharded_milter.server import Service
 
         # Twisted's own clock is the wall clock, which may be set by hours while a deadline runs.
         clock: Any = reactor

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from sharded_milter.api.milter import Milter
-from sharded_milter.dialects import classic
-from sharded_milter.dialects.context import Call
-from sharded_milter.dialects.functions import FunctionDialect
-from sharded_milter.dialects.objects import ClassDialect
+from sharded_milter.dialects.functions.dialect import FunctionDialect
+from sharded_milter.dialects.libmilter import classes
+from sharded_milter.dialects.libmilter.context import Call
+from sharded_milter.dialects.libmilter.dialect import ClassDialect
 from sharded_milter.dialects.spec import split_spec
 from sharded_milter.errors import MilterLoadError, StartError
 from sharded_milter.protocol.negotiation import Manifest
@@ -81,8 +81,8 @@ def as_dialect(found: Any) -> Dialect:
         if not found.callbacks:
             raise NotAMilter("has no callback")
         return FunctionDialect(found)
-    if isinstance(found, type) and issubclass(found, classic.Milter):
-        factory = classic.MilterFactory()
+    if isinstance(found, type) and issubclass(found, classes.Milter):
+        factory = classes.MilterFactory()
         factory.milter = found
         return ClassDialect(factory)
     if callable(getattr(found, "build_milter", None)):

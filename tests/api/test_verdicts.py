@@ -27,7 +27,7 @@ from sharded_milter import (
     TempFail,
 )
 from sharded_milter.api.verdicts import MAX_TEXT, Action
-from sharded_milter.dialects.translate import action_packets
+from sharded_milter.dialects.functions.replies import action_packets
 from sharded_milter.protocol.stages import Protocol
 from sharded_milter.protocol.wire import MAX_CHUNK, PAYLOAD
 

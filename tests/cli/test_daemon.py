@@ -24,7 +24,7 @@ from sharded_milter.cli.daemon import (
     worker_specs,
 )
 from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
-from sharded_milter.master.sockets import parse_listen
+from sharded_milter.mta.listener import parse_listen
 from sharded_milter.ops.config import DEFAULT_LISTEN, Settings
 
 
@@ -156,7 +156,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(script: Any, *arguments: str) -> int:
         chosen = settings(monkeypatch, *arguments)
         monkeypatch.setattr("twisted.internet.reactor", FakeReactor(script), raising=False)
-        monkeypatch.setattr("sharded_milter.master.service.Service", FakeService)
+        monkeypatch.setattr("sharded_milter.server.Service", FakeService)
         monkeypatch.setattr("sharded_milter.ops.logs.begin", lambda level: None)
         return serve(chosen)
 
@@ -282,7 +282,7 @@ def test_as_many_connections_are_allowed_as_the_system_lets_us_have(
 def test_workers_are_started_as_the_operator_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from sharded_milter.master.shard import Shard
+    from sharded_milter.pool.shard import Shard
 
     started: list[Shard] = []
     monkeypatch.setattr(Shard, "start", lambda shard: started.append(shard))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from watched import Turn, awaited
 
-from sharded_milter.dialects.steps import Steps, run
+from sharded_milter.dialects.libmilter.steps import Steps, run
 
 
 class Fails:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_milter.dialects.changes import Changes
+from sharded_milter.dialects.libmilter.changes import Changes
 from sharded_milter.errors import CallRefused
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.answers import check_replies

@@ -10,11 +10,11 @@ from watched import ALL_ACTIONS, ALL_PROTOCOL, CALLBACKS, ENDS, PACKETS, Watched
 
 from sharded_milter import Message
 from sharded_milter import Milter as Functions
-from sharded_milter.dialects.classic import MacroStages, Milter, MilterFactory
-from sharded_milter.dialects.context import ReturnCodes
-from sharded_milter.dialects.functions import FunctionDialect
+from sharded_milter.dialects.functions.dialect import FunctionDialect
+from sharded_milter.dialects.libmilter.classes import MacroStages, Milter, MilterFactory
+from sharded_milter.dialects.libmilter.context import ReturnCodes
+from sharded_milter.dialects.libmilter.dialect import ClassDialect
 from sharded_milter.dialects.loader import NotAMilter, as_dialect
-from sharded_milter.dialects.objects import ClassDialect
 from sharded_milter.errors import CallbackFailed, CallRefused, InvalidValue, MilterLoadError
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.negotiation import Manifest, Pinning

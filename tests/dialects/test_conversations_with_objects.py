@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from watched import CALLBACKS, EVERY_CALLBACK, PACKETS, Watched, agreed, packed
 
-from sharded_milter.dialects.classic import Milter
-from sharded_milter.dialects.context import ReturnCodes
+from sharded_milter.dialects.libmilter.classes import Milter
+from sharded_milter.dialects.libmilter.context import ReturnCodes
 from sharded_milter.dialects.loader import as_dialect
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.packets import Packet

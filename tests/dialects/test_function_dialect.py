@@ -24,7 +24,12 @@ from sharded_milter import (
     Reject,
     TempFail,
 )
-from sharded_milter.dialects.functions import ALL_ACTIONS, NEEDS, FunctionDialect, manifest_of
+from sharded_milter.dialects.functions.dialect import (
+    ALL_ACTIONS,
+    NEEDS,
+    FunctionDialect,
+    manifest_of,
+)
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.packets import Packet

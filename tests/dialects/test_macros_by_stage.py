@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_milter.dialects.symbols import Symbols
+from sharded_milter.dialects.libmilter.symbols import Symbols
 from sharded_milter.protocol.commands import Macro
 
 # libmilter's numbers of the stages, in the order of a conversation: CI_CONN to CI_EOH. Only these

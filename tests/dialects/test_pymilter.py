@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sharded_milter.dialects.pymilter import CONSTANTS, Registration
-from sharded_milter.dialects.pymilter_context import ContextObject, error
-from sharded_milter.dialects.pymilter_dialect import PymilterDialect
+from sharded_milter.dialects.pymilter.context import ContextObject, error
+from sharded_milter.dialects.pymilter.dialect import PymilterDialect
+from sharded_milter.dialects.pymilter.module import CONSTANTS, Registration
 from sharded_milter.errors import MilterLoadError
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Pinning

@@ -27,8 +27,8 @@ from sharded_milter import (
     Verdict,
 )
 from sharded_milter.api.verdicts import Action
-from sharded_milter.dialects.functions import ALL_ACTIONS
-from sharded_milter.dialects.translate import LAST, action_packets, to_replies
+from sharded_milter.dialects.functions.dialect import ALL_ACTIONS
+from sharded_milter.dialects.functions.replies import LAST, action_packets, to_replies
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.answers import check_replies
 from sharded_milter.protocol.commands import Negotiate

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from watched import CALLBACKS, EVERY_CALLBACK, PACKETS, Watched, agreed
 
-from sharded_milter.dialects.classic import Milter
-from sharded_milter.dialects.context import ReturnCodes
+from sharded_milter.dialects.libmilter.classes import Milter
+from sharded_milter.dialects.libmilter.context import ReturnCodes
 from sharded_milter.errors import CallRefused, InvalidVerdict
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.stages import Protocol, Stage

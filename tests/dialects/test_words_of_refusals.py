@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sharded_milter.dialects.reply import MAX_LINE, reply_lines
+from sharded_milter.dialects.libmilter.reply import MAX_LINE, reply_lines
 from sharded_milter.errors import CallRefused
 from sharded_milter.protocol.answers import check_replies
 from sharded_milter.protocol.commands import Negotiate

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from typing import Any
 
-from sharded_milter.dialects.classic import Milter
-from sharded_milter.dialects.context import ReturnCodes
+from sharded_milter.dialects.libmilter.classes import Milter
+from sharded_milter.dialects.libmilter.context import ReturnCodes
 from sharded_milter.dialects.loader import as_dialect
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.packets import Packet

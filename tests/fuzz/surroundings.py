@@ -12,13 +12,13 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from sharded_milter.jobs import Memory
-from sharded_milter.master.chain import workers_members
-from sharded_milter.master.home import Home
-from sharded_milter.master.job import Job
-from sharded_milter.master.limits import Limits
-from sharded_milter.master.pin import Pin
-from sharded_milter.master.policy import Policy
+from sharded_milter.context import Home
+from sharded_milter.dispatch.affinity import Pin
+from sharded_milter.dispatch.job import Job
+from sharded_milter.dispatch.policy import Policy
+from sharded_milter.ipc.messages import Memory
+from sharded_milter.limits import Limits
+from sharded_milter.mta.milters import workers_members
 from sharded_milter.protocol.negotiation import Manifest
 
 from . import packets

@@ -30,10 +30,10 @@ from hypothesis.stateful import (
 from twisted.internet.testing import StringTransport
 from twisted.logger import globalLogPublisher
 
+from sharded_milter.dispatch.job import Job
+from sharded_milter.dispatch.policy import CHOICES
 from sharded_milter.errors import CallbackFailed, Overloaded, WorkerLost
-from sharded_milter.master.connection import MilterConnection
-from sharded_milter.master.job import Job
-from sharded_milter.master.policy import CHOICES
+from sharded_milter.mta.connection import MilterConnection
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Actions, Protocol
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from twisted.internet.task import Clock
 
-from sharded_milter.jobs import LoadFailed, Question, Ready
-from sharded_milter.master.asking import Asking
+from sharded_milter.ipc.channel import Asking
+from sharded_milter.ipc.messages import LoadFailed, Question, Ready
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.stages import Stage
 

@@ -17,8 +17,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.protocols import amp
 
-from sharded_milter.jobs import MAX_INLINE, LoadFailed, Memory, Question, Ready, blob
-from sharded_milter.master.asking import Asking
+from sharded_milter.ipc.channel import Asking
+from sharded_milter.ipc.messages import MAX_INLINE, LoadFailed, Memory, Question, Ready, blob
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage

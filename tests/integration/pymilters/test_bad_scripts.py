@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharded_milter.workers.script import DEBIANS
+from sharded_milter.workers.pymilter_script import DEBIANS
 
 from ..daemon import Daemon, Refusal
 from ..milter_client import MilterClient

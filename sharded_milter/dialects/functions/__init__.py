@@ -1,0 +1,1 @@
+"""Milters made of functions."""

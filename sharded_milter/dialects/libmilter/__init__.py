@@ -1,0 +1,1 @@
+"""Milters made of classes with xxfi_ callbacks."""

@@ -1,0 +1,391 @@
+"""libmilter's context of one connection: an object's callbacks are called as libmilter would.
+
+It is fed the packets of a transcript, each once, in order, and answers the last one. What comes
+for a question before the answer of another callback would be due (header fields, the body) is
+kept by the master until the end of the message, so a verdict given there is the message's from
+then on, whatever is asked about it later.
+
+The law, from libmilter's documentation and its behaviour: `eom`, `abort` or a verdict of our own
+ends a message, one of them; `close` ends the connection, once; nothing is called in between.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any
+
+from sharded_milter.dialects.libmilter.changes import Changes
+from sharded_milter.dialects.libmilter.steps import Steps, run
+from sharded_milter.dialects.libmilter.symbols import Symbols
+from sharded_milter.dialects.transcript import client_of
+from sharded_milter.errors import CallRefused, InvalidVerdict
+from sharded_milter.protocol import commands, replies
+from sharded_milter.protocol.stages import STAGES, Actions, Protocol, Stage
+from sharded_milter.protocol.text import to_text
+from sharded_milter.protocol.wire import packets
+
+
+class ReturnCodes(IntEnum):
+    """What a callback answers (SMFIS_*)."""
+
+    CONTINUE = 0
+    REJECT = 1
+    DISCARD = 2
+    ACCEPT = 3
+    TEMPFAIL = 4
+    NOREPLY = 7
+    SKIP = 8
+    ALL_OPTS = 10  # of negotiate alone
+
+
+_CODES = {stage: stage.code for stage in Stage}
+EOM, BODY, RCPT = _CODES[Stage.EOM], _CODES[Stage.BODY], _CODES[Stage.RCPT]
+NEGOTIATE = commands.Negotiate.letter[0]
+MACRO = commands.Macro.letter[0]
+ABORT = commands.Abort.letter[0]
+CLOSE = commands.Quit.letter[0]
+_REFUSED = replies.Reject.letter[0]
+
+# The commands of a message; the first of them begins it.
+_MESSAGE = frozenset(b"MRTLNBE")
+# Its content, which is not answered by itself: verdicts are kept for the end.
+_CONTENT = frozenset(b"LNB")
+
+_ALWAYS = {ReturnCodes.CONTINUE, ReturnCodes.REJECT, ReturnCodes.TEMPFAIL}
+_IN_MESSAGE = {*_ALWAYS, ReturnCodes.ACCEPT, ReturnCodes.DISCARD}
+
+# What each callback may answer. DISCARD means nothing to the MTAs before there is a message, and
+# ACCEPT of an unknown command brings Postfix down.
+VERDICTS: Mapping[int, frozenset[ReturnCodes]] = {
+    **dict.fromkeys(b"CH", frozenset({*_ALWAYS, ReturnCodes.ACCEPT})),
+    **dict.fromkeys(b"MRTE", frozenset(_IN_MESSAGE)),
+    **dict.fromkeys(b"LN", frozenset({*_IN_MESSAGE, ReturnCodes.NOREPLY})),
+    **dict.fromkeys(b"B", frozenset({*_IN_MESSAGE, ReturnCodes.NOREPLY, ReturnCodes.SKIP})),
+    **dict.fromkeys(b"U", frozenset(_ALWAYS)),
+}
+
+# Where the milter itself has negotiated that it does not answer, as libmilter demands: any other
+# verdict would be heard by nobody.
+_UNANSWERED = frozenset({ReturnCodes.CONTINUE, ReturnCodes.NOREPLY})
+
+# Verdicts that leave the message open: of one recipient, of one DATA command.
+_OPEN = {
+    _CODES[Stage.RCPT]: {ReturnCodes.REJECT, ReturnCodes.TEMPFAIL},
+    _CODES[Stage.DATA]: {ReturnCodes.REJECT, ReturnCodes.TEMPFAIL},
+}
+
+_PLAIN = {
+    ReturnCodes.CONTINUE: replies.Continue().encode(),
+    ReturnCodes.REJECT: replies.Reject().encode(),
+    ReturnCodes.TEMPFAIL: replies.TempFail().encode(),
+    ReturnCodes.ACCEPT: replies.Accept().encode(),
+    ReturnCodes.DISCARD: replies.Discard().encode(),
+}
+_CONTINUE = _PLAIN[ReturnCodes.CONTINUE]
+_REPLY_CLASS = {ReturnCodes.REJECT: "5", ReturnCodes.TEMPFAIL: "4"}
+
+
+def _argv(payload: bytes) -> tuple[str, ...]:
+    return tuple(to_text(payload[:-1]).split("\0"))
+
+
+# The arguments of the callbacks, from the payload of the command.
+ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
+    **dict.fromkeys(b"TNEAQ", lambda _: ()),
+    **dict.fromkeys(b"MR", lambda payload: (_argv(payload),)),
+    **dict.fromkeys(b"HUL", _argv),
+    **dict.fromkeys(b"B", lambda payload: (payload,)),
+    **dict.fromkeys(b"C", lambda payload: client_of(commands.Connect.parse(payload))),
+}
+
+Call = Callable[..., Any]
+
+# What becomes of an exception, by the letter of the callback that it comes from.
+OnError = Callable[[int, Exception], ReturnCodes]
+
+
+def _code_of(result: object) -> ReturnCodes | None:
+    """The code that a callback returned, or None; a truth value is none, though it is a number."""
+    if isinstance(result, bool):
+        return None
+    try:
+        return ReturnCodes(result)  # type: ignore[arg-type]  # whatever the author returned
+    except ValueError:
+        return None
+
+
+def call_plainly(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Calls it; whoever wants to know how long that takes puts another function in its place."""
+    return function(*arguments)
+
+
+class Context:
+    """One connection and what a milter may say and ask about it.
+
+    `callbacks` are an object's, by the letter of the command (`Q` is close); those that are not
+    there answer CONTINUE. `names` is how messages call them. `actions` and `options` are what the
+    milter asked for when it was negotiated with: what it did not ask for it may not do.
+    `on_error` turns what callbacks raise, and what they may not return, into a verdict; without
+    it they are raised.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        actions: Actions,
+        options: Protocol,
+        call: Call,
+        on_error: OnError | None = None,
+    ) -> None:
+        self.callbacks: Mapping[int, Callable[..., Any]] = {}
+        self.milter: Any = None  # the object
+        self.symbols = Symbols()
+        self.symlists: dict[int, tuple[str, ...]] = {}  # what smfi_setsymlist has asked for
+        self.changes = Changes()
+        self.in_message = False
+        self._names = names
+        self._actions = actions
+        self._options = options
+        self._call = call
+        self._on_error = on_error
+        self._at = 0  # the letter of the callback that runs
+        self._reply = ""  # what smfi_setreply has set
+        self._verdict: bytes | None = None  # the message's, once it has one
+        self._failed = False  # the latest callback
+        self._skipping = False  # no more of the body is wanted
+        self._leading_space = False  # header values begin with the blank behind the colon
+        self.gone = False  # close was called
+        self._closed = False
+        self._offer: commands.Negotiate | None = None
+        self._agreed = commands.Negotiate(0, 0, 0)
+
+    # What a job needs
+
+    def answer(
+        self, stage: Stage | None, connection: bytes, message: bytes | memoryview
+    ) -> bytes | Awaitable[bytes]:
+        """The reply packets for the last of these packets, or an awaitable of them.
+
+        Without a stage the connection is over and nothing is returned. Raises what a callback
+        raises, and InvalidVerdict for what it may not return.
+        """
+        return run(self._play(stage, connection, message))
+
+    def _play(
+        self, stage: Stage | None, connection: bytes, message: bytes | memoryview
+    ) -> Steps[bytes]:
+        answer = _CONTINUE
+        for part in (connection, message):
+            for code, start, end in packets(part):
+                if code == MACRO:
+                    self.symbols.learn(bytes(part[start:end]))
+                elif code == NEGOTIATE:
+                    yield from self._negotiated(bytes(part[start:end]))
+                elif code == ABORT:
+                    yield from self._abort()
+                elif code != _REFUSED:
+                    answer = yield from self._command(code, bytes(part[start:end]))
+        if stage is None:
+            yield from self._close()
+            return b""
+        return answer
+
+    # Commands
+
+    def _command(self, code: int, payload: bytes) -> Steps[bytes]:
+        self.symbols.reached(code)
+        if code in _MESSAGE:
+            yield from self._enter_message(code)
+            if self._verdict is not None:
+                return self._decided(code)
+            if code == RCPT and self._not_ours():
+                return _CONTINUE
+            if code == EOM:
+                answer = yield from self._end(payload)
+                return answer
+        answer = yield from self._ask(code, payload)
+        return answer
+
+    def _enter_message(self, code: int) -> Steps[None]:
+        if code == commands.Mail.letter[0]:
+            yield from self._abort()
+        if not self.in_message and self._verdict is None:
+            self._forget_message()
+            self.in_message = True
+
+    def _decided(self, code: int) -> bytes:
+        verdict = self._verdict
+        assert verdict is not None
+        if code == EOM:
+            self._forget_message()
+        return verdict
+
+    def _not_ours(self) -> bool:
+        """A recipient that the MTA itself refuses is shown to those only who asked for that."""
+        refused = self.symbols.get("{rcpt_mailer}") == "error"
+        return refused and not self._options & Protocol.RCPT_REJ
+
+    def _end(self, payload: bytes) -> Steps[bytes]:
+        """End of message; it may bring the last piece of the body."""
+        if payload:
+            yield from self._ask(BODY, payload)
+            if self._verdict is not None:
+                return self._decided(EOM)
+        self.in_message = False  # eom is called, or would be: there is no abort any more
+        code = yield from self._code(EOM, ())
+        answer = self._packet(code)
+        if code in (ReturnCodes.CONTINUE, ReturnCodes.ACCEPT):
+            answer = self.changes.packets() + answer
+        self._forget_message()
+        return answer
+
+    def _ask(self, command: int, payload: bytes) -> Steps[bytes]:
+        """A callback before the end of the message."""
+        if command == BODY and self._skipping:
+            return _CONTINUE
+        arguments = ARGUMENTS[command](payload)
+        if command == _CODES[Stage.HEADER]:
+            name, value = arguments
+            arguments = name, self._value_seen(value)
+        code = yield from self._code(command, arguments)
+        if code is ReturnCodes.SKIP:
+            self._skipping = True
+            code = ReturnCodes.CONTINUE
+        answer = self._packet(code)
+        goes_on = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
+        if self._failed and self.is_unanswered(command):  # nobody hears of it now
+            goes_on = code is ReturnCodes.CONTINUE
+        if command in _MESSAGE and not goes_on:
+            self._verdict = answer
+            self.in_message = False
+        return answer
+
+    def _value_seen(self, value: str) -> str:
+        if self._leading_space and not self._options & Protocol.HDR_LEADSPC:
+            return value.removeprefix(" ")
+        return value
+
+    def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
+        """What the callback answers, or what is answered for it."""
+        self._failed = False
+        try:
+            result = yield from self._called(command, arguments)
+            return self._checked(command, result)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._failed = True
+            return self._on_error(command, error)
+
+    def _checked(self, command: int, result: Any) -> ReturnCodes:
+        code = _code_of(result)
+        allowed = self._allowed(command)
+        if code is None or code not in allowed:
+            words = ", ".join(each.name for each in sorted(allowed))
+            shown = repr(result)[:200] if code is None else code.name
+            raise InvalidVerdict(f"{self._names[command]} returned {shown}; it may return {words}")
+        return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
+
+    def _allowed(self, command: int) -> frozenset[ReturnCodes]:
+        if command not in _CONTENT and self.is_unanswered(command):
+            return _UNANSWERED
+        return VERDICTS[command]
+
+    def is_unanswered(self, command: int) -> bool:
+        """Whether the milter has promised to give no answer to this command."""
+        return bool(STAGES[command].no_reply & self._options)
+
+    def _called(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
+        callback = self.callbacks.get(command)
+        if callback is None:
+            return ReturnCodes.CONTINUE
+        with self.during(command):
+            result = self._call(self._names[command], callback, arguments)
+            if inspect.isawaitable(result):
+                result = yield result
+            return result
+
+    def _tell(self, command: int, *arguments: Any) -> Steps[None]:
+        """A callback whose answer nobody waits for: what it raises is its own affair."""
+        try:
+            yield from self._called(command, arguments)
+        except Exception as error:
+            if self._on_error is None:
+                traceback.print_exception(error)
+            else:
+                self._on_error(command, error)
+
+    def _packet(self, code: ReturnCodes) -> bytes:
+        reply = self._reply
+        if reply and _REPLY_CLASS.get(code) == reply[0]:
+            self._reply = ""
+            return replies.ReplyCode(reply).encode()
+        return _PLAIN[code]
+
+    # The ends
+
+    def _abort(self) -> Steps[None]:
+        """The message is dropped; it has an end already if it was answered."""
+        open_still, self.in_message = self.in_message, False
+        self._forget_message()
+        if open_still:
+            yield from self._tell(ABORT)
+
+    def _forget_message(self) -> None:
+        self.in_message = False
+        self._verdict = None
+        self._skipping = False
+        self.changes.clear()
+
+    def _close(self) -> Steps[None]:
+        if not self._closed:
+            self._closed = True
+            yield from self._abort()
+            yield from self._tell(CLOSE)
+            self.gone = True
+
+    # Negotiation
+
+    def _negotiated(self, payload: bytes) -> Steps[None]:
+        """First the MTA's offer, then our answer, which says what may be done."""
+        words = commands.Negotiate.parse(payload)
+        if self._offer is None:
+            self._offer = words
+            return
+        self._agreed = words
+        self.want(self._actions, self._options)
+        yield from self._tell(NEGOTIATE, self._offer.actions, self._offer.protocol)
+
+    def want(self, actions: Actions, options: Protocol) -> None:
+        """What the milter asks for on this connection; it counts as far as the MTA has agreed."""
+        self._actions, self._options = actions, options
+        self._leading_space = bool(Protocol(self._agreed.protocol) & Protocol.HDR_LEADSPC)
+        adds_space = self._leading_space and not options & Protocol.HDR_LEADSPC
+        self.changes.granted = Actions(self._agreed.actions) & actions
+        self.changes.space = " " if adds_space else ""
+
+    # What callbacks may do
+
+    @contextmanager
+    def during(self, command: int) -> Iterator[None]:
+        """A callback runs meanwhile."""
+        self._at = command
+        try:
+            yield
+        finally:
+            self._at = 0
+
+    def only_at(self, name: str, *commands: int) -> None:
+        """Raises CallRefused unless one of these callbacks runs."""
+        if self._at not in commands:
+            where = self._names.get(self._at, "no callback")
+            allowed = " or ".join(self._names[command] for command in commands)
+            raise CallRefused(f"{name} is allowed in {allowed} only, not in {where}")
+
+    def set_reply(self, text: str) -> None:
+        """The words of the next refusal of the same class, as `SMTP reply` lines."""
+        self._reply = text

@@ -1,0 +1,239 @@
+"""Answers jobs with objects that live as long as their connection, each in its context."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from sharded_milter.dialects.libmilter.classes import NAMES, Milter, NetworkTypes
+from sharded_milter.dialects.libmilter.context import (
+    ABORT,
+    NEGOTIATE,
+    Call,
+    Context,
+    ReturnCodes,
+    call_plainly,
+)
+from sharded_milter.errors import CallbackFailed, MilterLoadError
+from sharded_milter.protocol.negotiation import (
+    HEADER_ACTIONS,
+    KNOWN_ACTIONS,
+    KNOWN_PROTOCOL,
+    LOWEST_VERSION,
+    VERSION,
+    Manifest,
+    Pinning,
+)
+from sharded_milter.protocol.stages import (
+    NO_ACTIONS,
+    NO_PROTOCOL,
+    SYMLIST_STAGES,
+    Actions,
+    Protocol,
+    Stage,
+)
+
+# What is answered at the end of the message only: the MTA has the whole message before it sends
+# any of this, so a verdict that is given then is as good, and saves a round trip for each field.
+CONTENT = (Stage.HEADER, Stage.EOH, Stage.BODY)
+
+
+# The versions of the protocol in which commands came that the first ones did not have.
+_SINCE = {Stage.UNKNOWN: 3, Stage.DATA: 4}
+
+
+class ObjectDialect(ABC):
+    """Answers jobs with one context for each connection."""
+
+    def __init__(self) -> None:
+        self._contexts: dict[int, Context | None] = {}  # None: its object could not be built
+        self._options = NO_PROTOCOL
+        self._actions = NO_ACTIONS
+        self.call: Call = call_plainly
+        self.manifest = self._load()
+
+    @abstractmethod
+    def _load(self) -> Manifest:
+        """What the milter wants when an MTA offers everything; sets actions and options."""
+
+    @abstractmethod
+    def _build(self) -> Context:
+        """A new connection's context, with its callbacks."""
+
+    def answer(
+        self,
+        stage: Stage | None,
+        connection: bytes,
+        message: bytes | memoryview,
+        session: int = 0,
+    ) -> bytes | Awaitable[bytes]:
+        """The reply packets for the last of what is new to the object with the number `session`.
+
+        A number that is new is that of a new object. Without a stage it ends. Raises what its
+        callbacks and its constructor raise, InvalidVerdict for what they may not return, and
+        CallbackFailed for an object that could not be built when its connection began.
+        """
+        if session not in self._contexts:
+            if stage is None:  # there never was one
+                return b""
+            # An object that is built later would be told half of the story.
+            self._contexts[session] = None
+            self._contexts[session] = self._build()
+        context = self._contexts[session]
+        if stage is None:
+            del self._contexts[session]
+        if context is not None:
+            return context.answer(stage, connection, message)
+        if stage is None:
+            return b""
+        raise CallbackFailed(f"the {self.manifest.name} of this connection could not be built")
+
+    def _wanting(
+        self,
+        actions: Actions,
+        options: Protocol,
+        needed: set[Stage],
+        context: Context,
+        *,
+        ends: bool = False,
+        **more: Any,
+    ) -> Manifest:
+        """The manifest of a milter that wants all this, and the symbol lists of the context."""
+        return Manifest(
+            actions=actions & ~Actions.SETSYMLIST,
+            protocol=_protocol(needed, actions, options, ends=ends),
+            macros=tuple((SYMLIST_STAGES[n], m) for n, m in sorted(context.symlists.items()) if m),
+            **more,
+        )
+
+
+class ClassDialect(ObjectDialect):
+    """Answers jobs for the milters of a factory."""
+
+    def __init__(self, factory: Any) -> None:
+        self._factory = factory
+        super().__init__()
+
+    def _build(self) -> Context:
+        context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))
+        context.milter = self._object(context)
+        context.callbacks = _callbacks(context.milter, self._options)
+        return context
+
+    def _object(self, context: Context) -> Milter:
+        milter = self._factory.build_milter(context)
+        if not isinstance(milter, Milter):
+            raise MilterLoadError(
+                f"{type(self._factory).__name__}.build_milter returned {milter!r:.80}, not a Milter"
+            )
+        milter._context = context
+        return milter
+
+    # What the master must know
+
+    def _load(self) -> Manifest:
+        context = Context(NAMES, NO_ACTIONS, NO_PROTOCOL, call_plainly)
+        milter = self._object(context)
+        name = type(milter).__name__
+        with context.during(NEGOTIATE):
+            result = milter.xxfi_negotiate(KNOWN_ACTIONS, KNOWN_PROTOCOL)
+            version, actions, protocol = _negotiated(name, milter, result)
+        needed = {stage for stage in Stage if milter._overrides(stage.code)} - {
+            stage for stage in Stage if protocol & stage.suppress
+        }
+        needed -= {stage for stage, since in _SINCE.items() if version < since}
+        self._actions, self._options = actions, protocol
+        pinning = Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED
+        return self._wanting(
+            actions,
+            protocol,
+            needed,
+            context,
+            ends=milter._overrides(ABORT),
+            name=name,
+            pinning=pinning,
+            version=version,
+        )
+
+
+def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol, *, ends: bool) -> Protocol:
+    """What is left out, what goes unanswered, and the options.
+
+    `ends` says that the object must know of messages that end well, to tell them from others.
+    """
+    suppressed = [stage.suppress for stage in Stage if stage not in needed]
+    unanswered = [stage.no_reply for stage in CONTENT if stage in needed]
+    word = reduce(or_, [*suppressed, *unanswered], NO_PROTOCOL)
+    word |= wanted & reduce(or_, (stage.no_reply for stage in needed), NO_PROTOCOL)
+    if needed.isdisjoint((*CONTENT, Stage.EOM)) and not ends:
+        word |= Protocol.NR_EOM
+    if Stage.HEADER in needed or actions & HEADER_ACTIONS:
+        # What the object did not ask for is hidden from it, but functions beside it need it.
+        word |= Protocol.HDR_LEADSPC
+    return word | (wanted & Protocol.RCPT_REJ)
+
+
+def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actions, Protocol]:
+    """Version, actions and protocol out of whatever xxfi_negotiate may return."""
+    result, version = returned, VERSION
+    if isinstance(result, Sequence) and len(result) == 4:
+        result, version, *words = result
+        if result == ReturnCodes.CONTINUE:
+            result = words
+    if result in (None, ReturnCodes.CONTINUE, ReturnCodes.ALL_OPTS):
+        result = Milter.xxfi_negotiate(milter, KNOWN_ACTIONS, KNOWN_PROTOCOL)
+    if not isinstance(result, Sequence) or not _are_words([*result, version]) or len(result) != 2:
+        raise MilterLoadError(
+            f"{name}.xxfi_negotiate returned {returned!r:.80}; it may return actions and protocol,"
+            " or CONTINUE"
+        )
+    actions, protocol = result
+    if actions & ~KNOWN_ACTIONS or protocol & ~KNOWN_PROTOCOL:
+        raise MilterLoadError(
+            f"{name}.xxfi_negotiate asks for actions {actions:#x} and protocol {protocol:#x};"
+            f" MTAs offer {KNOWN_ACTIONS:#x} and {KNOWN_PROTOCOL:#x}"
+        )
+    if not LOWEST_VERSION <= version <= VERSION:
+        raise MilterLoadError(
+            f"{name}.xxfi_negotiate returned version {version}; it is from {LOWEST_VERSION} to"
+            f" {VERSION}"
+        )
+    return version, Actions(actions), Protocol(protocol)
+
+
+def _are_words(values: Sequence[object]) -> bool:
+    return all(isinstance(value, int) and value >= 0 for value in values)
+
+
+def _callbacks(milter: Milter, options: Protocol) -> Mapping[int, Callable[..., Any]]:
+    """Those that the author has written, by letter.
+
+    The MTA may send a stage that this milter left out, because another one needs it.
+    """
+    declined = {stage.code for stage in Stage if options & stage.suppress}
+    found: dict[int, Callable[..., Any]] = {
+        code: getattr(milter, name)
+        for code, name in NAMES.items()
+        if code not in declined and milter._overrides(code)
+    }
+    connect = found.get(ord("C"))
+    if connect is not None:
+        found[ord("C")] = lambda *client: connect(*_client(*client))
+    return found
+
+
+_FAMILIES = {
+    "inet": NetworkTypes.INET,
+    "inet6": NetworkTypes.INET6,
+    "unix": NetworkTypes.UNIX,
+    "unknown": NetworkTypes.UNKNOWN,
+}
+
+
+def _client(hostname: str, family: str, address: str, port: int) -> tuple[Any, ...]:
+    """The arguments of xxfi_connect."""
+    where: Any = (address, port) if family in ("inet", "inet6") else address
+    return hostname, _FAMILIES[family], None if family == "unknown" else where

@@ -1,0 +1,1 @@
+"""Existing pymilter scripts."""

@@ -1,0 +1,1 @@
+"""From a submitted job to its one answer, on whatever shards there are."""

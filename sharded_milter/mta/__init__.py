@@ -1,0 +1,1 @@
+"""MTA connections: from bytes of a socket to questions, and from answers back."""

@@ -1,0 +1,236 @@
+"""One MTA connection: the socket's side of a conversation.
+
+The law: the MTA gets one answer to each command that waits for one, in order, and no closed
+socket instead of an answer. Commands that come while a job is out wait, except those that say
+that nobody wants its answer any more.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from twisted.internet import interfaces
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.protocol import Protocol as TwistedProtocol
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from sharded_milter.alarms import Alarm
+from sharded_milter.errors import RemoteProtocolError
+from sharded_milter.ipc.sending import send_now
+from sharded_milter.mta import conversation
+from sharded_milter.mta.conversation import Conversation
+from sharded_milter.protocol.commands import Abort, Quit, QuitNc
+from sharded_milter.protocol.replies import Progress
+from sharded_milter.protocol.stages import Stage
+from sharded_milter.protocol.wire import Framer
+
+# Bytes that are read at a time: Twisted's own number, and what a UNIX socket holds. Large pieces
+# are for large messages; asking for one costs more than a small message is long.
+SMALL_READ = 65_536
+LARGE_READ = 262_144
+
+_PROGRESS = Progress().encode()
+_LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
+
+
+class Home(conversation.Home, Protocol):
+    """What a connection needs of the service it belongs to."""
+
+    idle: Alarm[MilterConnection]  # rings `timed_out`
+    progress: Alarm[MilterConnection]  # rings `show_life`
+
+    def connected(self, connection: MilterConnection) -> None: ...
+    def disconnected(self, connection: MilterConnection) -> None: ...
+
+
+@implementer(interfaces.IPushProducer)
+class MilterConnection(TwistedProtocol):
+    """Speaks the milter protocol with one MTA."""
+
+    log = Logger()
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._conversation = Conversation(home, self._answered)
+        self._framer = Framer()
+        self._looked = 0  # up to here in the framer's buffer nobody leaves
+        self._congested = False  # the MTA does not read what it was answered
+        self._paused = False
+        self._quick_ack: Callable[[], None] | None = None
+
+    # What Twisted calls
+
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        on_tcp = isinstance(transport.getHost(), IPv4Address | IPv6Address)
+        if on_tcp and interfaces.ITCPTransport.providedBy(transport):
+            transport.setTcpNoDelay(True)
+            self._quick_ack = _quick_ack_of(transport)
+        transport.registerProducer(self, True)
+        self._home.idle.set(self)
+        self._home.connected(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._conversation.over:  # nothing is taken any more
+            return
+        self._home.idle.set(self)
+        transport: Any = self.transport
+        transport.bufferSize = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
+        if self._quick_ack is not None:
+            self._quick_ack()
+        self._framer.feed(data)
+        if self._conversation.asked is not None:
+            try:
+                self._look_ahead()
+            except RemoteProtocolError as error:
+                self._give_up(error)
+                return
+        self._advance()
+
+    def _look_ahead(self) -> None:
+        """Whether the MTA leaves, behind the command that it waits for the answer to."""
+        for letter, end in self._framer.peek(max(self._looked, self._framer.at)):
+            self._looked = end
+            if letter in _LEAVING:
+                self._conversation.cancel()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._home.idle.stop(self)
+        self._framer = Framer()
+        self._home.progress.stop(self)
+        self._conversation.end()
+        self._home.disconnected(self)
+
+    # Commands in, answers out
+
+    def _advance(self, answer: bytes = b"") -> None:
+        """Takes commands until one needs a milter; writes `answer` and then theirs at once."""
+        talk = self._conversation
+        answers = [answer]
+        broken = None
+        try:
+            while self._framer.waiting and talk.is_ready:
+                said = talk.take(self._framer)
+                if said is None:
+                    break
+                answers.append(said)
+            self._looked = max(0, self._looked - self._framer.at)
+            self._framer.compact()
+        except RemoteProtocolError as error:
+            broken = error
+        self._write(b"".join(answers))
+        if broken is not None:
+            self._give_up(broken)
+            return
+        self._watch_job()
+        self._restrain()
+        if talk.over:
+            self._close()
+
+    def _answered(self, answer: bytes) -> None:
+        """The milter's answer has come."""
+        self._home.progress.stop(self)
+        self._advance(answer)
+
+    def _give_up(self, error: RemoteProtocolError) -> None:
+        self.log.warn("closing a connection: {why}", why=str(error))
+        self._close()
+
+    # Signs of life, the MTA's and ours
+
+    def timed_out(self) -> None:
+        """The MTA has said nothing for longer than any SMTP client may be idle."""
+        if self._conversation.asked is not None:  # it waits for us
+            self._home.idle.set(self)
+            return
+        self.log.info("closing a connection that was idle for too long")
+        self._close()
+
+    def _watch_job(self) -> None:
+        stage = self._conversation.asked
+        if stage is None:
+            self._home.progress.stop(self)
+        elif self not in self._home.progress and (
+            stage is Stage.EOM or self._conversation.takes_early_progress
+        ):
+            self._home.progress.set(self)
+
+    def show_life(self) -> None:
+        """A milter has been at work for an interval more."""
+        self._write(_PROGRESS)
+        self._home.progress.set(self)
+
+    # The socket
+
+    def finish(self) -> None:
+        """The service stops now: whoever waits gets a verdict, then the connection ends."""
+        self._write(self._conversation.end())
+        self._close()
+
+    def abort(self) -> None:
+        """Ends the connection without waiting for what the MTA has not read yet."""
+        transport: Any = self.transport
+        transport.abortConnection()
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            send_now(self.transport, data)
+
+    def pauseProducing(self) -> None:
+        """The MTA reads more slowly than it asks."""
+        self._congested = True
+        self._restrain()
+
+    def resumeProducing(self) -> None:
+        """The MTA has read its answers."""
+        self._congested = False
+        self._restrain()
+
+    def stopProducing(self) -> None:
+        """The connection is lost, as connectionLost says too."""
+
+    def _restrain(self) -> None:
+        """Stops reading while too much waits, and goes on when it is worked off."""
+        transport: Any = self.transport
+        # A packet that is not complete yet is not waiting: it needs its rest.
+        waiting = 0 if self._conversation.is_ready else self._framer.waiting
+        too_much = self._congested or waiting > self._home.limits.max_waiting
+        if too_much and not self._paused:
+            transport.pauseProducing()
+        elif self._paused and not too_much:
+            transport.resumeProducing()
+        self._paused = too_much
+
+    def _close(self) -> None:
+        self._framer = Framer()
+        self._home.progress.stop(self)
+        self._conversation.end()
+        transport: Any = self.transport
+        if transport.disconnecting:
+            return
+        transport.unregisterProducer()  # else what it has not read would keep it open
+        transport.loseConnection()
+
+
+def _quick_ack_of(transport: Any) -> Callable[[], None] | None:
+    """Has the kernel acknowledge at once what the MTA sends next; Linux forgets that by itself.
+
+    Sendmail writes a macro packet and its command one by one with Nagle's algorithm on, and so
+    waits for our acknowledgement, which would else be delayed by 40 ms, at every stage.
+    """
+    if not hasattr(socket, "TCP_QUICKACK"):
+        return None
+    sock: socket.socket = transport.getHandle()
+
+    def acknowledge() -> None:
+        with suppress(OSError):  # the connection is lost, which the reactor finds out too
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+    acknowledge()
+    return acknowledge

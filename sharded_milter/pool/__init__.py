@@ -1,0 +1,1 @@
+"""The worker processes: which there are, and what replaces one that ends."""

@@ -1,0 +1,101 @@
+"""Messages that take their workers down: for how long they are known, and what is kept of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sharded_milter.dispatch import poison as module
+from sharded_milter.dispatch.poison import REMEMBERED_FOR, Keep, Poison, as_eml, digest
+from sharded_milter.protocol.commands import Body, Data, Eoh, Eom, Header, Macro, Mail, Rcpt
+from sharded_milter.protocol.packets import Packet
+from sharded_milter.protocol.replies import Reject
+
+MESSAGE: list[Packet] = [
+    Macro("M", (("i", "4F1"),)),
+    Mail("<a@x>", ("SIZE=10",)),
+    Rcpt("<b@x>"),
+    Rcpt("<c@x>"),
+    Reject(),
+    Data(),
+    Header("Subject", " hi\n\tthere"),
+    Header("X", "no blank"),
+    Eoh(),
+    Body(b"one\r\n"),
+    Eom(b"two\r\n"),
+]
+
+
+def packed(*packets: Packet) -> memoryview:
+    return memoryview(b"".join(packet.encode() for packet in packets))
+
+
+def test_one_death_may_be_the_machines_fault() -> None:
+    poison = Poison()
+    assert len(poison) == 0
+    assert not poison.died(b"m", 0.0)
+    assert not poison.is_poison(b"m", 0.0)
+    assert poison.died(b"m", 1.0)
+    assert poison.is_poison(b"m", 1.0)
+    assert not poison.is_poison(b"other", 1.0)
+    assert len(poison) == 1
+
+
+def test_two_deaths_may_be_told_at_once() -> None:
+    assert Poison().died(b"m", 0.0, 2)
+
+
+def test_poison_is_forgotten_an_hour_after_its_last_death() -> None:
+    poison = Poison()
+    poison.died(b"m", 0.0)
+    poison.died(b"m", 100.0)
+    assert poison.is_poison(b"m", 100.0 + REMEMBERED_FOR - 1)
+    assert not poison.is_poison(b"m", 100.0 + REMEMBERED_FOR)
+    assert len(poison) == 0
+
+
+def test_the_oldest_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REMEMBERED", 2)
+    poison = Poison()
+    for number in range(3):
+        poison.died(b"%d" % number, 0.0, 2)
+    assert [poison.is_poison(b"%d" % n, 0.0) for n in range(3)] == [False, True, True]
+
+
+def test_a_message_is_known_by_envelope_and_content() -> None:
+    known = digest(packed(*MESSAGE))
+    unimportant = [Macro("M", (("i", "other"),)), *MESSAGE[1:]]
+    assert digest(packed(*unimportant)) == known
+    for number in (1, 2, 6, 7, 9, 10):
+        assert digest(packed(*MESSAGE[:number], *MESSAGE[number + 1 :])) != known
+
+
+def test_a_copy_is_a_mail_with_its_envelope() -> None:
+    assert b"".join(as_eml(packed(*MESSAGE))) == (
+        b"X-Envelope-Sender: <a@x>\r\n"
+        b"X-Envelope-Recipient: <b@x>\r\n"
+        b"X-Envelope-Recipient: <c@x>\r\n"
+        b"Subject: hi\r\n\tthere\r\n"
+        b"X: no blank\r\n"
+        b"\r\n"
+        b"one\r\ntwo\r\n"
+    )
+
+
+def test_copies_are_for_the_operator_only(tmp_path: Path) -> None:
+    path = Keep(tmp_path, 1000).save("name", packed(*MESSAGE))
+    assert path == tmp_path / "name.eml"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_bytes() == b"".join(as_eml(packed(*MESSAGE)))
+
+
+def test_copies_stay_below_the_quota(tmp_path: Path) -> None:
+    size = len(b"".join(as_eml(packed(*MESSAGE))))
+    (tmp_path / "folder").mkdir()
+    keep = Keep(tmp_path, 2 * size)
+    assert keep.save("one", packed(*MESSAGE))
+    assert keep.save("two", packed(*MESSAGE))
+    assert keep.save("three", packed(*MESSAGE)) is None
+    (tmp_path / "one.eml").unlink()
+    assert keep.save("three", packed(*MESSAGE))

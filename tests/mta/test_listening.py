@@ -1,0 +1,394 @@
+"""Listening sockets: every spelling, and who may take a place that is taken."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
+
+from sharded_milter.errors import (
+    ConfigError,
+    NotPermitted,
+    SocketTaken,
+    SystemRefused,
+    UsageError,
+)
+from sharded_milter.mta.listener import (
+    ACCEPT_PAUSE,
+    ACCEPTS_PER_TURN,
+    Address,
+    Listener,
+    parse_listen,
+)
+
+V4, V6 = socket.AF_INET, socket.AF_INET6
+LOCAL = parse_listen("inet:0@127.0.0.1")
+
+
+# Spellings
+
+
+@pytest.mark.parametrize(
+    ("spec", "host", "port", "family"),
+    [
+        ("inet:8890@127.0.0.1", "127.0.0.1", 8890, V4),
+        ("inet:8890@mail.example", "mail.example", 8890, V4),
+        ("inet:8890", "", 8890, V4),
+        ("inet6:8890@::1", "::1", 8890, V6),
+        ("inet6:8890@[::1]", "::1", 8890, V6),
+        ("inet6:8890@localhost", "localhost", 8890, V6),
+        ("inet6:8890", "::", 8890, V6),
+        ("inet:8890@::1", "::1", 8890, V6),
+        ("inet:127.0.0.1:8890", "127.0.0.1", 8890, V4),
+        ("inet:localhost:8890", "localhost", 8890, V4),
+        ("inet:[::1]:8890", "::1", 8890, V6),
+        ("inet6:[::1]:8890", "::1", 8890, V6),
+        ("inet:[127.0.0.1]:8890", "127.0.0.1", 8890, V4),
+        ("tcp:8890", "", 8890, V4),
+        ("tcp:port=8890", "", 8890, V4),
+        ("tcp:8890:interface=127.0.0.1", "127.0.0.1", 8890, V4),
+        ("tcp6:8890", "::", 8890, V6),
+        (r"tcp6:8890:interface=\:\:1", "::1", 8890, V6),
+        ("inet:0@127.0.0.1", "127.0.0.1", 0, V4),
+        ("inet:65535@127.0.0.1", "127.0.0.1", 65535, V4),
+    ],
+)
+def test_a_port_is_spelled_in_many_ways(spec: str, host: str, port: int, family: int) -> None:
+    assert parse_listen(spec) == Address(spec, host=host, port=port, family=family)
+
+
+@pytest.mark.parametrize("prefix", ["unix:", "local:", ""])
+@pytest.mark.parametrize("path", ["/run/x.sock", "/with space/x:y@z"])
+def test_a_path_is_spelled_in_three_ways(prefix: str, path: str) -> None:
+    assert parse_listen(prefix + path) == Address(prefix + path, path=path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "inet:", "inet:x", "inet:@127.0.0.1", "inet:8890@", "inet:a@b", "inet::8890", "8890",
+     "inet:127.0.0.1", "inet:127.0.0.1:", "inet:-1@127.0.0.1", "inet:::1:8890", "inet7:1@a",
+     "unix:", "unix:relative", "relative", "tcp:", "tcp:x", "tcp:1:interface=", "pigeon:coo",
+     "unix", "inet:1@a@b", "inet:[]:1", "inet:٣@127.0.0.1:"],
+)  # fmt: skip
+def test_anything_else_is_a_usage_error(spec: str) -> None:
+    with pytest.raises(UsageError, match="is neither inet:PORT@HOST nor"):
+        parse_listen(spec)
+
+
+@pytest.mark.parametrize("spec", ["inet:65536@127.0.0.1", "inet:localhost:99999", "tcp:70000"])
+def test_a_port_has_sixteen_bits(spec: str) -> None:
+    with pytest.raises(UsageError, match="is above 65535"):
+        parse_listen(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("inet:0@127.0.0.1", "inet:127.0.0.1:8890"),
+        ("inet:0@mail.example", "inet:mail.example:8890"),
+        ("inet:0", "inet:127.0.0.1:8890"),
+        ("inet:0@0.0.0.0", "inet:127.0.0.1:8890"),
+        ("inet6:0@::1", "inet:[::1]:8890"),
+        ("inet6:0", "inet:[::1]:8890"),
+        ("unix:/run/x", "unix:/run/x"),
+        ("/run/x", "unix:/run/x"),
+    ],
+)
+def test_postfix_is_told_where_it_finds_us(spec: str, name: str) -> None:
+    assert parse_listen(spec).for_postfix(8890) == name
+
+
+# Serving
+
+
+class Reactor(Clock):
+    """Adopts connections into a list; reads when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: set[Any] = set()
+        self.adopted: list[tuple[int, Any]] = []
+        self.refusals: list[OSError] = []
+
+    def addReader(self, reader: Any) -> None:
+        self.readers.add(reader)
+
+    def removeReader(self, reader: Any) -> None:
+        self.readers.discard(reader)
+
+    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.adopted.append((family, factory))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "milter.sock")
+
+
+@pytest.fixture
+def listeners() -> Iterator[list[Listener]]:
+    """What the test has opened; closed afterwards."""
+    opened: list[Listener] = []
+    yield opened
+    for listener in opened:
+        listener.close()
+
+
+def serving(listeners: list[Listener], address: Address) -> tuple[Listener, Reactor]:
+    listener, reactor = Listener(address, 0o600, ""), Reactor()
+    listeners.append(listener)
+    factory: Any = "factory"
+    listener.serve(factory, reactor)
+    return listener, reactor
+
+
+def connected(listener: Listener) -> socket.socket:
+    if listener.address.path:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(listener.address.path)
+        return client
+    return socket.create_connection(("127.0.0.1", listener.port))
+
+
+@pytest.mark.parametrize("kind", ["inet", "unix"])
+def test_connections_are_given_to_the_factory(
+    kind: str, path: str, listeners: list[Listener]
+) -> None:
+    address = LOCAL if kind == "inet" else parse_listen(path)
+    listener, reactor = serving(listeners, address)
+    assert reactor.readers == {listener}
+    assert listener.logPrefix() == address.spec
+    with connected(listener), connected(listener):
+        listener.doRead()
+    family = V4 if kind == "inet" else socket.AF_UNIX
+    assert reactor.adopted == [(family, "factory")] * 2
+    assert (listener.port > 0) == (kind == "inet")
+
+
+def test_others_get_their_turn_between_many_connections(listeners: list[Listener]) -> None:
+    listener, reactor = serving(listeners, LOCAL)
+    clients = [connected(listener) for _ in range(ACCEPTS_PER_TURN + 1)]
+    listener.doRead()
+    assert len(reactor.adopted) == ACCEPTS_PER_TURN
+    listener.doRead()
+    assert len(reactor.adopted) == ACCEPTS_PER_TURN + 1
+    for client in clients:
+        client.close()
+
+
+def test_without_a_descriptor_nobody_is_lost_but_has_to_wait(listeners: list[Listener]) -> None:
+    listener, reactor = serving(listeners, LOCAL)
+    reactor.refusals.append(OSError(errno.EMFILE, "Too many open files"))
+    with connected(listener), connected(listener), capturedLogs() as events:
+        listener.doRead()
+        assert reactor.readers == set()
+        reactor.advance(ACCEPT_PAUSE)
+        assert reactor.readers == {listener}
+        listener.doRead()
+    assert len(reactor.adopted) == 2
+    assert [event["log_format"].format(**event) for event in events] == [
+        "cannot accept on inet:0@127.0.0.1: Too many open files"
+    ]
+
+
+def test_a_client_that_has_left_already_is_no_trouble(listeners: list[Listener]) -> None:
+    listener, reactor = serving(listeners, LOCAL)
+    reactor.refusals.append(OSError(errno.ENOTCONN, "not connected"))
+    with connected(listener), connected(listener):
+        listener.doRead()
+    assert len(reactor.adopted) == 1
+    assert reactor.readers == {listener}
+
+
+def test_a_listener_that_is_closed_while_it_pauses_stays_closed(path: str) -> None:
+    opened: list[Listener] = []
+    listener, reactor = serving(opened, parse_listen(path))
+    reactor.refusals.append(OSError(errno.EMFILE, "Too many open files"))
+    with connected(listener) as client:
+        listener.doRead()
+        listener.close()
+        assert client.recv(1) == b""
+    reactor.advance(ACCEPT_PAUSE)
+    assert reactor.readers == set()
+    assert not os.path.exists(path)
+
+
+def test_a_lost_listener_is_closed(path: str) -> None:
+    listener, reactor = serving([], parse_listen(path))
+    listener.connectionLost("reason")
+    assert listener.fileno() == -1
+    assert reactor.readers == set()
+    assert not os.path.exists(path)
+
+
+# Paths
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777])
+def test_a_unix_socket_has_the_mode_that_was_asked_for(mode: int, path: str) -> None:
+    before = os.umask(0o027)
+    os.umask(before)
+    listener = Listener(parse_listen(path), mode, "")
+    assert stat.S_IMODE(os.stat(path).st_mode) == mode
+    listener.close()
+    after = os.umask(before)
+    assert after == before
+
+
+def test_a_unix_socket_has_the_group_that_was_asked_for(path: str) -> None:
+    gid = max(os.getgroups()) if os.getuid() else max(group.gr_gid for group in grp.getgrall())
+    listener = Listener(parse_listen(path), 0o660, grp.getgrgid(gid).gr_name)
+    assert os.stat(path).st_gid == gid
+    listener.close()
+
+
+def test_an_unknown_group_is_named(path: str) -> None:
+    with pytest.raises(ConfigError, match="'no-such-group': there is no such group"):
+        Listener(parse_listen(path), 0o660, "no-such-group")
+    assert not os.path.exists(path)
+
+
+def test_a_group_that_may_not_be_given_is_a_matter_of_rights(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(NotPermitted, match="Operation not permitted"):
+        Listener(parse_listen(path), 0o660, grp.getgrgid(os.getgid()).gr_name)
+
+
+def test_a_socket_that_nobody_serves_is_taken_over(path: str, listeners: list[Listener]) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+        dead.listen()
+    listener, reactor = serving(listeners, parse_listen(path))
+    with connected(listener):
+        listener.doRead()
+    assert len(reactor.adopted) == 1
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["accepting", "full"])
+def test_a_socket_that_somebody_serves_is_taken(path: str, busy: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
+        other.bind(path)
+        other.listen(0 if busy else 5)
+        if busy:
+            client.connect(path)
+        with pytest.raises(SocketTaken, match="another process listens there"):
+            Listener(parse_listen(path), 0o660, "")
+        assert os.path.exists(path)
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "link", "dangling link"])
+def test_what_is_no_socket_stays_as_it_is(what: str, path: str, tmp_path: Path) -> None:
+    place = Path(path)
+    match what:
+        case "file":
+            place.write_text("precious")
+        case "directory":
+            place.mkdir()
+        case "link":
+            (tmp_path / "other").write_text("precious")
+            place.symlink_to(tmp_path / "other")
+        case _:
+            place.symlink_to(tmp_path / "none")
+    with pytest.raises(ConfigError, match="it exists and is not a socket"):
+        Listener(parse_listen(path), 0o660, "")
+    assert os.path.lexists(path)
+
+
+def test_a_place_that_is_taken_between_start_and_ready_is_left_to_the_other(path: str) -> None:
+    first = Listener(parse_listen(path), 0o660, "")
+    second, _ = serving([], parse_listen(path))
+    factory: Any = "factory"
+    with pytest.raises(SocketTaken):
+        first.serve(factory, Reactor())
+    first.close()
+    assert os.path.exists(path)
+    second.close()
+    assert not os.path.exists(path)
+
+
+def test_a_path_that_is_gone_already_is_no_trouble(path: str) -> None:
+    listener = Listener(parse_listen(path), 0o660, "")
+    os.unlink(path)
+    listener.close()
+    listener.close()
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"/none is not an existing directory"):
+        Listener(parse_listen(f"{tmp_path}/none/x"), 0o660, "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"/file is not an existing directory"):
+        Listener(parse_listen(f"{tmp_path}/file/x"), 0o660, "")
+
+
+def test_a_path_that_is_too_long_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the path is too long for a socket"):
+        Listener(parse_listen(f"{tmp_path}/{'x' * 200}"), 0o660, "")
+
+
+# Ports
+
+
+def test_a_port_that_is_taken_is_said_to_be(listeners: list[Listener]) -> None:
+    first, _ = serving(listeners, LOCAL)
+    spec = f"inet:{first.port}@127.0.0.1"
+    with pytest.raises(SocketTaken, match=f"cannot listen on {spec}: another process"):
+        Listener(parse_listen(spec), 0o660, "")
+
+
+def test_an_address_of_another_machine_is_said_to_be() -> None:
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 is no address of this machine"):
+        Listener(parse_listen("inet:0@192.0.2.1"), 0o660, "")
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "127.0.0.1.5"])
+def test_a_host_that_does_not_exist_is_said_to_be(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"host '{host}'"):
+        Listener(parse_listen(f"inet:0@{host}"), 0o660, "")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EACCES, NotPermitted), (errno.EPERM, NotPermitted), (errno.ENOBUFS, SystemRefused)],
+)
+def test_other_refusals_are_the_systems(
+    number: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(socket.socket):
+        def bind(self, where: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "socket", Refusing)
+    with pytest.raises(kind, match=f"cannot listen on {LOCAL.spec}: {os.strerror(number)}"):
+        Listener(LOCAL, 0o660, "")
+
+
+def test_a_socket_that_may_not_listen_is_the_systems_refusal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refusing(socket.socket):
+        def listen(self, backlog: int = 0) -> None:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Refusing)
+    listener = Listener(LOCAL, 0o660, "")
+    factory: Any = "factory"
+    with pytest.raises(NotPermitted):
+        listener.serve(factory, Reactor())
+    listener.close()
