@@ -303,7 +303,9 @@ class OwnFactory:
 
 
 @pytest.mark.parametrize(
-    "found", [Greets, Factory, Factory(), OwnFactory, OwnFactory()], ids=lambda f: repr(f)[:40]
+    "found",
+    [Greets, Factory, Factory(), OwnFactory, OwnFactory()],
+    ids=["milter", "factory's class", "factory", "own factory's class", "own factory"],
 )
 def test_classes_factories_and_their_classes_are_milters_that_are_objects(found: Any) -> None:
     dialect = as_dialect(found)
@@ -332,7 +334,7 @@ def test_functions_are_a_milter_that_is_no_object() -> None:
         (object, "is a type, not a Milter, nor a class or factory of them"),
         (Greets(), "is a Greets, not a Milter, nor a class or factory of them"),
     ],
-    ids=repr,
+    ids=["functions", "number", "type", "object"],
 )
 def test_anything_else_is_no_milter(found: Any, text: str) -> None:
     with pytest.raises(NotAMilter) as refused:
