@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+from integration.machine import free_port
 
 from sharded_milter.cli.ctl import ctl
 from sharded_milter.cli.daemon import daemon
@@ -69,9 +70,7 @@ def test_the_readmes_milter_answers(sample: Path) -> None:
 
 def test_yatxmilters_example_serves_with_its_imports_changed(tmp_path: Path) -> None:
     path = example(ROOT / "docs" / "yatxmilter.md", "yatxmilter.py", tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path.write_text(path.read_text().replace("1234", str(port)))  # another test may have that
     program = subprocess.Popen([sys.executable, str(path)], cwd=tmp_path)
     try:

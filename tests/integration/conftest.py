@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from .daemon import Daemon
-from .postfix import Postfix, free_port, require_postfix
+from .machine import free_port
+from .postfix import Postfix, require_postfix
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import smtplib
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from typing import Self
 
 import psutil
 import pytest
+
+from .machine import free_port
 
 #: One SMTP answer may take this long. Postfix gives a milter 300 s; no test needs a tenth of it.
 SMTP_TIMEOUT = 60.0
@@ -163,13 +164,6 @@ def require_postfix() -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI must run the integration tests: {reason}")
     pytest.skip(reason)
-
-
-def free_port() -> int:
-    """A loopback port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Postfix:

@@ -55,7 +55,8 @@ from typing import NoReturn, Self
 import psutil
 import pytest
 
-from .postfix import Answer, Delivery, HeldMail, free_port, submit
+from .machine import free_port, one_at_a_time
+from .postfix import Answer, Delivery, HeldMail, submit
 
 HOST = "mx.example.test"
 PACKAGES = ("sendmail-bin", "sendmail-cf", "libwrap0")
@@ -168,8 +169,9 @@ def require_sendmail() -> Path:
     if reason is not None:
         _unavailable(reason)
     root = _cache() / "root"
-    if not root.exists():
-        _unpack(root)
+    with one_at_a_time(root.with_name("lock")):
+        if not root.exists():
+            _unpack(root)
     missing = _missing_libraries(root)
     if missing:
         _unavailable(f"Sendmail needs these libraries: {' '.join(missing)}")
@@ -504,8 +506,7 @@ def _cache() -> Path:
 
 
 def _unpack(root: Path) -> None:
-    """All or nothing: `root` appears by one rename, also when two test runs do this at once."""
-    root.parent.mkdir(parents=True, exist_ok=True)
+    """All or nothing: `root` appears by one rename."""
     with tempfile.TemporaryDirectory(dir=root.parent, prefix="new-") as name:
         work = Path(name)
         _fetch("apt-get", "-qq", "download", *PACKAGES, cwd=work)
@@ -513,10 +514,7 @@ def _unpack(root: Path) -> None:
             _fetch("dpkg-deb", "-x", str(package), "root", cwd=work)
         # A set-group-id program ignores LD_LIBRARY_PATH.
         (work / "root" / _SENDMAIL).chmod(0o755)
-        with suppress(OSError):
-            (work / "root").rename(root)
-    if not root.exists():
-        _unavailable(f"{root} cannot be made")
+        (work / "root").rename(root)
 
 
 def _fetch(*command: str, cwd: Path) -> None:

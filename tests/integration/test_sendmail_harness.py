@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .postfix import free_port, submit
+from .machine import free_port
+from .postfix import submit
 from .sendmail import Sendmail, require_sendmail
 
 pytestmark = pytest.mark.integration

@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..machine import one_at_a_time
+
 #: What the environment is made of. pymilter is compiled: a C compiler, Python's headers and
 #: Debian's libmilter-dev are needed; dknewkey calls Debian's openssl.
 REQUIREMENTS = (
@@ -79,12 +81,12 @@ def install(cache: Path) -> Environment:
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     environment = Environment(folder)
     complete = folder / "complete"
-    if complete.exists():
-        return environment
-    _call(sys.executable, "-m", "venv", "--clear", str(folder))
-    _call(str(environment.python), "-m", "pip", "install", "-q", *REQUIREMENTS)
-    _add_our_packages(folder)
-    complete.touch()
+    with one_at_a_time(cache / "lock"):
+        if not complete.exists():
+            _call(sys.executable, "-m", "venv", "--clear", str(folder))
+            _call(str(environment.python), "-m", "pip", "install", "-q", *REQUIREMENTS)
+            _add_our_packages(folder)
+            complete.touch()
     return environment
 
 
