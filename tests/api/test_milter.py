@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from cells import every
 
 from sharded_milter import (
     Accept,
@@ -41,8 +42,7 @@ LEGAL = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("answer", ANSWERS)
+@every(STAGES, ANSWERS)
 def test_a_stage_takes_its_verdicts_and_no_others(stage: str, answer: str) -> None:
     verdict = ANSWERS[answer]
     if answer in LEGAL[stage]:
@@ -52,8 +52,7 @@ def test_a_stage_takes_its_verdicts_and_no_others(stage: str, answer: str) -> No
             check_verdict(stage, verdict)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("wrong", [True, 0, "accept", Accept, AddHeader("X", "v"), [Accept()]])
+@every(STAGES, [True, 0, "accept", Accept, AddHeader("X", "v"), [Accept()]])
 def test_what_is_no_verdict_is_refused_with_what_may_be_returned(stage: str, wrong: Any) -> None:
     names = ", ".join(kind.__name__ for kind in VERDICTS[stage])
     with pytest.raises(InvalidVerdict, match=re.escape(f"it may return {names} or None")):

@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from cells import every
 from watched import ALL_ACTIONS, ALL_PROTOCOL, CALLBACKS, ENDS, PACKETS, Watched, agreed
 
 from sharded_milter import Message
@@ -39,11 +40,7 @@ def negotiating(answer: Any, *stages: Stage) -> Manifest:
     return manifest(*stages, xxfi_negotiate=lambda *_: answer)
 
 
-def words(stages: Any) -> str:
-    return "+".join(stage.word for stage in stages) or "nothing"
-
-
-@pytest.mark.parametrize("subset", SUBSETS, ids=words)
+@every(SUBSETS)
 def test_what_is_overridden_is_sent_and_content_is_answered_at_its_end(
     subset: tuple[Stage, ...],
 ) -> None:
@@ -60,7 +57,7 @@ def test_what_is_overridden_is_sent_and_content_is_answered_at_its_end(
     assert not told.protocol & (Protocol.SKIP | Protocol.RCPT_REJ)
 
 
-@pytest.mark.parametrize("subset", SUBSETS, ids=words)
+@every(SUBSETS)
 def test_a_manifest_survives_the_way_to_the_master(subset: tuple[Stage, ...]) -> None:
     told = manifest(*subset)
     packet = told.to_packet()[PAYLOAD:]

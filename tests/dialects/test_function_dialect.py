@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from cells import every
 
 from sharded_milter import (
     Accept,
@@ -95,17 +96,13 @@ def answered(stage: Stage, verdict: Any) -> bytes | Awaitable[bytes]:
     return FunctionDialect(milter).answer(stage, CONNECTION, message)
 
 
-def names(stages: Any) -> str:
-    return "+".join(stage.word for stage in stages)
-
-
-@pytest.mark.parametrize("subset", SUBSETS, ids=names)
+@every(SUBSETS)
 def test_a_stage_is_answered_if_and_only_if_it_has_a_callback(subset: tuple[Stage, ...]) -> None:
     manifest = manifest_of(milter_answering(*subset))
     assert {stage for stage in Stage if manifest.answers(stage)} == set(subset)
 
 
-@pytest.mark.parametrize("subset", SUBSETS, ids=names)
+@every(SUBSETS)
 def test_what_a_callback_gets_is_sent_and_nothing_else(subset: tuple[Stage, ...]) -> None:
     protocol = manifest_of(milter_answering(*subset)).protocol
     needed = frozenset[Stage]().union(*(NEEDS[stage] for stage in subset)) | {Stage.EOM}

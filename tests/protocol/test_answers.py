@@ -6,6 +6,7 @@ import re
 from itertools import product
 
 import pytest
+from cells import every, rows
 
 from sharded_milter.errors import LocalProtocolError
 from sharded_milter.protocol.answers import check_replies
@@ -88,7 +89,7 @@ def test_the_matrix_has_every_stage_and_every_reply() -> None:
     assert {(stage, letter) for stage, letter, _ in cells()} == set(product(Stage, SAMPLES))
 
 
-@pytest.mark.parametrize(("stage", "letter", "expected"), cells())
+@rows(cells())
 def test_a_reply_is_sent_only_where_its_cell_says(stage: Stage, letter: str, expected: str) -> None:
     reply = SAMPLES[letter]
     match expected:
@@ -102,7 +103,7 @@ def test_a_reply_is_sent_only_where_its_cell_says(stage: Stage, letter: str, exp
             refused(stage, reply + CONTINUE, "not legal|does not exist|after the final")
 
 
-@pytest.mark.parametrize("letter", [chr(c) for c in range(256) if chr(c) not in SAMPLES])
+@every([chr(c) for c in range(256) if chr(c) not in SAMPLES])
 def test_a_letter_that_is_no_reply_is_never_sent(letter: str) -> None:
     refused(Stage.EOM, packet(letter), "does not exist")
 
@@ -120,8 +121,7 @@ def test_skip_needs_its_option() -> None:
     refused(Stage.BODY, SAMPLES["s"], "SKIP was not negotiated", protocol=0)
 
 
-@pytest.mark.parametrize("final", FINAL.replace("s", ""))
-@pytest.mark.parametrize("second", FINAL + "phb")
+@every(FINAL.replace("s", ""), FINAL + "phb")
 def test_nothing_comes_after_the_final_reply(final: str, second: str) -> None:
     refused(Stage.EOM, SAMPLES[final] + SAMPLES[second], "after the final one")
 

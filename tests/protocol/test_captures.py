@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from cells import every, rows
 
 from sharded_milter.errors import LocalProtocolError
 from sharded_milter.protocol.commands import Negotiate, parse_command
@@ -84,7 +85,7 @@ def test_all_captures_are_there_and_fit_into_the_repository() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1_500_000
 
 
-@pytest.mark.parametrize(("name", "direction"), STREAMS)
+@rows(STREAMS)
 def test_a_stream_is_framed_alike_however_it_arrives(name: str, direction: str) -> None:
     data, packets_ = stream(name, direction), expected(name, direction)
     assert b"".join(packets_) == data
@@ -98,7 +99,7 @@ def test_a_stream_is_framed_alike_however_it_arrives(name: str, direction: str) 
         assert framed(sliced(data, cuts)) == packets_
 
 
-@pytest.mark.parametrize(("name", "direction"), STREAMS)
+@rows(STREAMS)
 def test_the_packets_of_a_stream_are_found_in_place(name: str, direction: str) -> None:
     data = stream(name, direction)
     found = list(packets(memoryview(data)))
@@ -107,14 +108,14 @@ def test_the_packets_of_a_stream_are_found_in_place(name: str, direction: str) -
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_every_packet_is_read_without_loss(name: str) -> None:
     for entry in recorded(name):
         parse = parse_command if entry.from_mta or entry.letter == "O" else parse_reply
         assert parse(entry.raw).encode() == entry.raw
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_the_session_follows_what_was_negotiated_and_answered(name: str) -> None:
     """One question for each command that the MTA waits at, and the MTA's own bytes as answers."""
     dialogue = recorded(name)

@@ -6,6 +6,7 @@ from functools import reduce
 from operator import or_
 
 import pytest
+from cells import every, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,8 +101,10 @@ def test_an_offer_of_nothing_stands_for_version_1() -> None:
     assert (reply.actions, reply.protocol) == (0xF, 0x3F)
 
 
-@pytest.mark.parametrize("offer", [Negotiate(*words) for words in OFFERED.values()], ids=OFFERED)
-@pytest.mark.parametrize("wanted", [0, NO_ALL, NR_ALL, SKIP | RCPT_REJ | HDR_LEADSPC])
+@every(
+    [Negotiate(*words) for words in OFFERED.values()],
+    [0, NO_ALL, NR_ALL, SKIP | RCPT_REJ | HDR_LEADSPC],
+)
 def test_the_answer_is_what_is_wanted_and_offered(offer: Negotiate, wanted: int) -> None:
     agreement = negotiate(offer, [wanting(wanted, ALL_ACTIONS)])
     assert agreement.reply == Negotiate(
@@ -153,8 +156,7 @@ HANDLINGS = [
 ]
 
 
-@pytest.mark.parametrize("stage", BITS)
-@pytest.mark.parametrize(("wants", "offers_", "handling", "kept"), HANDLINGS)
+@rows((stage, *handling) for stage in BITS for handling in HANDLINGS)
 def test_what_the_mta_cannot_leave_out_is_answered_here(
     stage: Stage, wants: str, offers_: str, handling: Handling, kept: str
 ) -> None:
