@@ -42,6 +42,19 @@ class Sockets:
         return f"unix:{self.folder}/lab.sock"
 
     @property
+    def mtas(self) -> str:
+        """One daemon listens here for many modules; where another one is tested it is elsewhere."""
+        return f"unix:{self.folder}/mtas.sock"
+
+    @property
+    def objects(self) -> str:
+        return f"unix:{self.folder}/objects.sock"
+
+    @property
+    def slow(self) -> str:
+        return f"unix:{self.folder}/slow.sock"
+
+    @property
     def pymilter(self) -> str:
         return f"unix:{self.folder}/pymilter.sock"
 
@@ -72,6 +85,8 @@ def running_postfix(common_ground: Path, sockets: Sockets) -> Iterator[Postfix]:
         "inet": [sockets.inet],
         "policy": [sockets.policy],
         "lab": [sockets.lab],
+        "mtas": [sockets.mtas],
+        "objects": [sockets.objects],
         "pymilter": [sockets.pymilter],
     }
     with Postfix(

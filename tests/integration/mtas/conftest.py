@@ -98,7 +98,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Mta:
-    """A running MTA which asks the milter on the sockets' `lab`."""
+    """A running MTA which asks one milter about all its mail."""
 
     name: str
     instance: Postfix | Sendmail
@@ -132,16 +132,21 @@ class Mta:
 
 @pytest.fixture(scope="session")
 def running_sendmail(common_ground: Path, sockets: Sockets) -> Iterator[Sendmail]:
-    with Sendmail(common_ground / "sendmail", milter=sockets.lab) as instance:
+    with Sendmail(common_ground / "sendmail", milter=sockets.mtas) as instance:
         yield instance
+
+
+def mta_of(instance: Postfix | Sendmail, service: str) -> Mta:
+    """Postfix asks the milter of the service, Sendmail the only one that it has."""
+    if isinstance(instance, Sendmail):
+        return Mta("sendmail", instance, instance.client, instance.send)
+    client = partial(instance.client, service)
+    return Mta("postfix", instance, client, partial(instance.send, service=service))
 
 
 @pytest.fixture(scope="session", params=["postfix", "sendmail"])
 def running_mta(request: pytest.FixtureRequest) -> Mta:
-    instance = request.getfixturevalue(f"running_{request.param}")
-    options = {"service": "lab"} if request.param == "postfix" else {}
-    client = partial(instance.client, **options)
-    return Mta(request.param, instance, client, partial(instance.send, **options))
+    return mta_of(request.getfixturevalue(f"running_{request.param}"), "mtas")
 
 
 @pytest.fixture(scope="session")
@@ -152,9 +157,9 @@ def laboratory(sockets: Sockets, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def daemon(laboratory: Path, sockets: Sockets) -> Iterator[Daemon]:
-    with serving("./lab.py:milter", listen=sockets.lab, cwd=laboratory) as daemon:
+    with serving("./lab.py:milter", listen=sockets.mtas, cwd=laboratory) as daemon:
         yield daemon
 
 

@@ -70,7 +70,7 @@ PARAMETERS = (
 @pytest.mark.usefixtures("daemon")
 def test_postfix_keeps_the_parameters_of_added_recipients_and_senders(postfix: Postfix) -> None:
     """It sends no notice of success for a recipient of a milter, but its queue has it all."""
-    answer = postfix.send(asking(PARAMETERS.format(more=", Quarantine('look')")), service="lab")
+    answer = postfix.send(asking(PARAMETERS.format(more=", Quarantine('look')")), service="mtas")
     assert (answer.stage, answer.code) == ("eom", 250), f"{answer}\n{postfix.log()}"
     [held] = postfix.wait_held(1)
     records = postfix._run("postcat", "-eq", held.queue_id).decode()

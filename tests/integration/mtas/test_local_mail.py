@@ -25,7 +25,7 @@ RECEIVED = re.compile(rb"\AReceived: by [^\n]*\n(?:[ \t][^\n]*\n)*")
 @pytest.fixture(scope="module")
 def local_postfix(common_ground: Path, sockets: Sockets) -> Iterator[Postfix]:
     require_postfix()
-    settings = {"non_smtpd_milters": sockets.lab}
+    settings = {"non_smtpd_milters": sockets.mtas}
     with Postfix(common_ground / "local-postfix", settings=settings) as instance:
         yield instance
 

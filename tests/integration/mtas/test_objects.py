@@ -16,7 +16,8 @@ from ..conftest import Sockets, serving
 from ..daemon import Daemon
 from ..mails import RECIPIENT, SENDER, write_milter
 from ..postfix import submit
-from .conftest import Mta
+from ..sendmail import Sendmail
+from .conftest import Mta, mta_of
 
 pytestmark = pytest.mark.integration
 
@@ -168,12 +169,23 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_milter(folder, "everything.py", EVERYTHING)
     write_milter(folder, "own.py", OWN_PROGRAM)
     if request.param == "own":
-        path = sockets.lab.removeprefix("unix:")
+        path = sockets.objects.removeprefix("unix:")
         with Daemon(path, cwd=folder, program=[str(folder / "own.py")]):
             yield folder
         return
-    with serving(*PLACES[request.param], listen=sockets.lab, cwd=folder):
+    with serving(*PLACES[request.param], listen=sockets.objects, cwd=folder):
         yield folder
+
+
+@pytest.fixture(scope="module")
+def sendmail_with_objects(common_ground: Path, sockets: Sockets) -> Iterator[Sendmail]:
+    with Sendmail(common_ground / "sendmail-with-objects", milter=sockets.objects) as instance:
+        yield instance
+
+
+@pytest.fixture(scope="module", params=["running_postfix", "sendmail_with_objects"])
+def running_mta(request: pytest.FixtureRequest) -> Mta:
+    return mta_of(request.getfixturevalue(request.param), "objects")
 
 
 @pytest.fixture

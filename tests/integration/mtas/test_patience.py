@@ -1,6 +1,7 @@
 """A milter that needs longer than the MTA waits: PROGRESS keeps the MTA waiting, where it may."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from ..conftest import Sockets, serving
 from ..daemon import Daemon
 from ..mails import mail, stored, write_milter
-from ..postfix import Postfix, require_postfix
+from ..postfix import Answer, Postfix, require_postfix
 from ..sendmail import Sendmail
 
 pytestmark = pytest.mark.integration
@@ -40,7 +41,7 @@ OFTEN, NEVER = "0.2", "600"
 def impatient_postfix(common_ground: Path, sockets: Sockets) -> Iterator[Postfix]:
     """It waits a second for every answer; PROGRESS restarts that."""
     require_postfix()
-    milter = f"{{ {sockets.lab}, command_timeout=1s, content_timeout=1s }}"
+    milter = f"{{ {sockets.slow}, command_timeout=1s, content_timeout=1s }}"
     with Postfix(common_ground / "impatient-postfix", milters=[milter]) as instance:
         yield instance
 
@@ -49,7 +50,7 @@ def impatient_postfix(common_ground: Path, sockets: Sockets) -> Iterator[Postfix
 def impatient_sendmail(common_ground: Path, sockets: Sockets) -> Iterator[Sendmail]:
     """It waits two seconds for an answer, and counts whole ones; PROGRESS restarts that at eom."""
     with Sendmail(
-        common_ground / "impatient-sendmail", milter=sockets.lab, timeouts="C:1m;S:10s;R:2s;E:5m"
+        common_ground / "impatient-sendmail", milter=sockets.slow, timeouts="C:1m;S:10s;R:2s;E:5m"
     ) as instance:
         yield instance
 
@@ -57,7 +58,7 @@ def impatient_sendmail(common_ground: Path, sockets: Sockets) -> Iterator[Sendma
 def slow_daemon(sockets: Sockets, folder: Path, interval: str) -> Daemon:
     write_milter(folder, "slow.py", SLOW)
     return serving(
-        "./slow.py:milter", "--progress-interval", interval, listen=sockets.lab, cwd=folder
+        "./slow.py:milter", "--progress-interval", interval, listen=sockets.slow, cwd=folder
     )
 
 
@@ -99,6 +100,11 @@ def test_without_progress_neither_would_have_waited(
     impatient_postfix: Postfix, impatient_sendmail: Sendmail, sockets: Sockets, tmp_path: Path
 ) -> None:
     mtas: list[Postfix | Sendmail] = [impatient_postfix, impatient_sendmail]
-    with slow_daemon(sockets, tmp_path, NEVER):
-        answers = [mta.send(slow_mail(3.5), recipients=["0@example.com"]) for mta in mtas]
+
+    def send(mta: Postfix | Sendmail) -> Answer:
+        return mta.send(slow_mail(3.5), recipients=["0@example.com"])
+
+    # They need not wait one after the other.
+    with slow_daemon(sockets, tmp_path, NEVER), ThreadPoolExecutor(len(mtas)) as threads:
+        answers = list(threads.map(send, mtas))
     assert [(answer.stage, answer.code) for answer in answers] == [("eom", 451), ("eom", 451)]

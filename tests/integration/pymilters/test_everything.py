@@ -18,6 +18,7 @@ pytestmark = pytest.mark.integration
 Story = list[tuple[bytes, list[tuple[bytes, bytes]]]]
 Lines = list[dict[str, Any]]
 Play = Callable[..., tuple[Story, Lines]]
+PlayEach = Callable[[list[dict[str, Any]]], list[Story]]
 
 CONTINUE = [(b"c", b"")]
 RAISED = b"451 4.3.0 pymilter: untrapped exception in everything\0"
@@ -41,6 +42,24 @@ def player(runner: Runner, folder: Path) -> Play:
 def play(runner: Runner, tmp_path: Path) -> Play:
     """With each runner."""
     return player(runner, tmp_path)
+
+
+@pytest.fixture
+def play_each(runner: Runner, tmp_path: Path) -> PlayEach:
+    """With each runner: a session for each plan. One script serves them all, as it does mail."""
+
+    def play(plans: list[dict[str, Any]]) -> list[Story]:
+        listen = f"unix:{tmp_path}/milter.sock"
+        names = [f"client{number}.test" for number in range(len(plans))]
+        plan = {"calls": [], "progress": [], "cases": dict(zip(names, plans, strict=True))}
+        stories = []
+        with runner(scripts.everything(tmp_path / "record", listen, json.dumps(plan)), tmp_path):
+            for name in names:
+                with Session(listen) as session:
+                    stories.append(session.play(name.encode()))
+        return stories
+
+    return play
 
 
 @pytest.fixture
@@ -112,22 +131,23 @@ def test_macros_are_seen_from_their_stage_on(play_plainly: Play) -> None:
     assert found["getsymval", "'{8bit}'"]["envfrom"].startswith("UnicodeDecodeError: ")
 
 
-@pytest.mark.parametrize(
-    ("answer", "sent"),
-    [
-        ("ACCEPT", (b"a", b"")),
-        ("DISCARD", (b"d", b"")),
-        ("REJECT", (b"r", b"")),
-        ("TEMPFAIL", (b"t", b"")),
-        ("raise", (b"y", RAISED)),
-        ("None", (b"y", RAISED)),
-        ("'text'", (b"y", RAISED)),
-        ("True", (b"r", b"")),
-    ],
-)
-def test_return_values(play: Play, answer: str, sent: tuple[bytes, bytes]) -> None:
-    story, _ = play(calls=[], progress=[], answers={"eom": answer})
-    assert answers(story, b"E") == [sent]
+RETURNED = {
+    "ACCEPT": (b"a", b""),
+    "DISCARD": (b"d", b""),
+    "REJECT": (b"r", b""),
+    "TEMPFAIL": (b"t", b""),
+    "raise": (b"y", RAISED),
+    "None": (b"y", RAISED),
+    "'text'": (b"y", RAISED),
+    "True": (b"r", b""),
+}
+
+
+def test_return_values(play_each: PlayEach) -> None:
+    stories = play_each([{"answers": {"eom": answer}} for answer in RETURNED])
+    assert {
+        answer: answers(story, b"E") for answer, story in zip(RETURNED, stories, strict=True)
+    } == {answer: [sent] for answer, sent in RETURNED.items()}
 
 
 @pytest.mark.parametrize(
@@ -144,22 +164,28 @@ def test_exception_policies(play: Play, policy: str, sent: tuple[bytes, bytes]) 
     assert answers(story, b"E") == [sent]
 
 
-@pytest.mark.parametrize(
-    ("verdict", "reply", "sent"),
-    [
-        ("REJECT", ["550", "5.7.1", "100%% sure"], (b"y", b"550 5.7.1 100%% sure\0")),
-        ("REJECT", ["550", None, "text"], (b"y", b"550 text\0")),
-        ("REJECT", ["550", None, "one", "two"], (b"y", b"550-5.0.0 one\r\n550 5.0.0 two\0")),
-        ("REJECT", ["450", "4.7.1", "text"], (b"r", b"")),
-        ("TEMPFAIL", ["550", "5.7.1", "text"], (b"t", b"")),
-        ("TEMPFAIL", ["421", "4.3.2", "text"], (b"y", b"421 4.3.2 text\0")),
-        ("ACCEPT", ["550", "5.7.1", "text"], (b"a", b"")),
-    ],
-)
-def test_replies(play: Play, verdict: str, reply: list[str], sent: tuple[bytes, bytes]) -> None:
-    plan = {"answers": {"eom": verdict}, "replies": {"eom": [reply]}}
-    story, _ = play(calls=[], progress=[], **plan)
-    assert answers(story, b"E") == [sent]
+REPLIES = [
+    ("REJECT", ["550", "5.7.1", "100%% sure"], (b"y", b"550 5.7.1 100%% sure\0")),
+    ("REJECT", ["550", None, "text"], (b"y", b"550 text\0")),
+    ("REJECT", ["550", None, "one", "two"], (b"y", b"550-5.0.0 one\r\n550 5.0.0 two\0")),
+    ("REJECT", ["450", "4.7.1", "text"], (b"r", b"")),
+    ("TEMPFAIL", ["550", "5.7.1", "text"], (b"t", b"")),
+    ("TEMPFAIL", ["421", "4.3.2", "text"], (b"y", b"421 4.3.2 text\0")),
+    ("ACCEPT", ["550", "5.7.1", "text"], (b"a", b"")),
+]
+
+
+def test_replies(play_each: PlayEach) -> None:
+    stories = play_each(
+        [
+            {"answers": {"eom": verdict}, "replies": {"eom": [reply]}}
+            for verdict, reply, _ in REPLIES
+        ]
+    )
+    assert [
+        (verdict, reply, answers(story, b"E"))
+        for (verdict, reply, _), story in zip(REPLIES, stories, strict=True)
+    ] == [(verdict, reply, [sent]) for verdict, reply, sent in REPLIES]
 
 
 def test_callbacks_without_reply(play_plainly: Play) -> None:

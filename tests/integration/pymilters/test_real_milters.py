@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import Sockets
 from ..mails import mail, stored, zipped
 from ..postfix import Postfix
 from . import scripts
-from .conftest import Fate, Mail, Runner, Runners, fates
-from .scripts import AUTHSERV_ID, Environment
+from .conftest import Fate, Mail, Runners, fates
+from .scripts import AUTHSERV_ID, Environment, Script
 
 pytestmark = pytest.mark.integration
 
@@ -57,19 +58,86 @@ MAILS = {
 }
 
 
-def test_dkimpy_milter_signs(
-    postfix: Postfix, runner: Runner, environment: Environment, listen: str, tmp_path: Path
-) -> None:
-    script = scripts.dkimpy_milter(environment, tmp_path, listen)
-    with runner(script, tmp_path):
-        found = fates(postfix, MAILS)
+#: Every milter, and the mails that plain pymilter cannot be sent with it: with its undecodable
+#: field no-ppap-milter raises where it has promised not to answer. libmilter then ignores the rest
+#: of the message, end included: the client waits for Postfix's time-out.
+MILTERS = {
+    "dkimpy_milter": (),
+    "pyspf_milter": (),
+    "no_ppap_milter": ("8-bit header",),
+}
+RUNNERS = ["plain", "sharded"]
+
+
+class Runs:
+    """Each milter runs once under each runner, with every mail; its tests look at what came of it.
+
+    Both runners have the same script, so that what they make of a mail can be compared: keys too.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        runners: Runners,
+        postfix: Postfix,
+        environment: Environment,
+        listen: str,
+    ) -> None:
+        self._folder = folder
+        self._runners = runners
+        self._postfix = postfix
+        self._environment = environment
+        self._listen = listen
+        self._scripts: dict[str, Script] = {}
+        self._fates: dict[tuple[str, str], dict[str, Fate]] = {}
+
+    def folder(self, milter: str) -> Path:
+        """Where its script is configured."""
+        return self._folder / milter
+
+    def fates(self, milter: str, runner: str) -> dict[str, Fate]:
+        """What became of the mails, by their names."""
+        if (milter, runner) not in self._fates:
+            script = self._script(milter)
+            mails = {name: mail for name, mail in MAILS.items() if name not in MILTERS[milter]}
+            with getattr(self._runners, runner)(script, self.folder(milter)):
+                self._fates[milter, runner] = fates(self._postfix, mails)
+            for left in self.folder(milter).glob(
+                "*.pid"
+            ):  # which keeps plain pymilter from starting
+                left.unlink()
+        return dict(self._fates[milter, runner])
+
+    def _script(self, milter: str) -> Script:
+        if milter not in self._scripts:
+            self.folder(milter).mkdir()
+            configure = getattr(scripts, milter)
+            self._scripts[milter] = configure(self._environment, self.folder(milter), self._listen)
+        return self._scripts[milter]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    runners: Runners,
+    running_postfix: Postfix,
+    environment: Environment,
+    sockets: Sockets,
+) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    return Runs(folder, runners, running_postfix, environment, sockets.pymilter)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_dkimpy_milter_signs(runs: Runs, runner: str, environment: Environment) -> None:
+    found = runs.fates("dkimpy_milter", runner)
+    folder = runs.folder("dkimpy_milter")
+    signed = [fate.message for fate in found.values() if fate.message is not None]
+    worth = dict(zip(found, scripts.verified(environment, folder, signed), strict=True))
+    assert worth == dict.fromkeys(MAILS, "ed25519-sha256 True, rsa-sha256 True")
     for name, fate in found.items():
         assert (fate.code, fate.stage) == (250, "eom"), (name, fate)
         assert fate.message is not None
-        assert scripts.verified(environment, tmp_path, fate.message) == [
-            "ed25519-sha256 True",
-            "rsa-sha256 True",
-        ], name
         fields = scripts.undated(fate.message).split(b"\nFrom:")[0]
         assert fields.count(b"DKIM-Signature: v=1; a=") == 2, fields
         assert fields.count(b" t=;") == 2, fields
@@ -81,12 +149,9 @@ def test_dkimpy_milter_signs(
         assert fate.message.endswith(sent), (name, fate.message)
 
 
-def test_pyspf_milter_checks_the_sender(
-    postfix: Postfix, runner: Runner, environment: Environment, listen: str, tmp_path: Path
-) -> None:
-    script = scripts.pyspf_milter(environment, tmp_path, listen)
-    with runner(script, tmp_path):
-        found = fates(postfix, MAILS)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_pyspf_milter_checks_the_sender(runs: Runs, runner: str) -> None:
+    found = runs.fates("pyspf_milter", runner)
     refused = {name: found.pop(name) for name in ("spf fail", "spf temperror")}
     assert [(fate.stage, fate.code, fate.text) for fate in refused.values()] == [
         ("mail", 550, SPF_FAIL),
@@ -100,15 +165,9 @@ def test_pyspf_milter_checks_the_sender(
         assert fate.message.endswith(stored(MAILS[name].raw)), (name, fate.message)
 
 
-def test_no_ppap_milter_refuses_encrypted_archives(
-    postfix: Postfix, runner: Runner, environment: Environment, listen: str, tmp_path: Path
-) -> None:
-    script = scripts.no_ppap_milter(environment, tmp_path, listen)
-    # With its undecodable field the script raises where it has promised not to answer. libmilter
-    # then ignores the rest of the message, end included: the client waits for Postfix's time-out.
-    mails = {name: mail for name, mail in MAILS.items() if name != "8-bit header"}
-    with runner(script, tmp_path):
-        found = fates(postfix, mails)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_no_ppap_milter_refuses_encrypted_archives(runs: Runs, runner: str) -> None:
+    found = runs.fates("no_ppap_milter", runner)
     refused = found.pop("encrypted")
     assert (refused.stage, refused.code) == ("eom", 550)
     assert refused.text == "5.7.1 We do not accpet encrypted zip."
@@ -116,33 +175,14 @@ def test_no_ppap_milter_refuses_encrypted_archives(
         assert fate.message == stored(MAILS[name].raw), name
 
 
-#: Every milter, and the mails that plain pymilter cannot be sent with it.
-MILTERS = {
-    "dkimpy_milter": (),
-    "pyspf_milter": (),
-    "no_ppap_milter": ("8-bit header",),
-}
-
-
-@pytest.mark.parametrize("name", MILTERS)
-def test_the_same_becomes_of_every_mail(
-    name: str,
-    postfix: Postfix,
-    runners: Runners,
-    environment: Environment,
-    listen: str,
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("milter", MILTERS)
+def test_the_same_becomes_of_every_mail(runs: Runs, milter: str) -> None:
     """The same answers and the same bytes, whoever runs the script; keys are the same, too."""
-    script = getattr(scripts, name)(environment, tmp_path, listen)
-    mails = {key: mail for key, mail in MAILS.items() if key not in MILTERS[name]}
-    found = []
-    for runner in (runners.plain, runners.sharded):
-        with runner(script, tmp_path):
-            found.append({key: undated(fate) for key, fate in fates(postfix, mails).items()})
-        for left in tmp_path.glob("*.pid"):  # with which plain pymilter would not start again
-            left.unlink()
-    assert found[0] == found[1]
+    plain, sharded = (
+        {name: undated(fate) for name, fate in runs.fates(milter, runner).items()}
+        for runner in RUNNERS
+    )
+    assert plain == sharded
 
 
 def undated(fate: Fate) -> Fate:

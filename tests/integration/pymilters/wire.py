@@ -25,10 +25,13 @@ BITS = {
     b"E": (0, 0),
 }
 
+#: The name of the client; a script may do something else for every client.
+CLIENT = b"client.example.test"
+
 #: A whole session: each macro packet and each command, in order.
 SESSION = [
     (b"D", b"Cj\0mx.example.test\0v\0Postfix 3.7.11\0"),
-    (b"C", b"client.example.test\x004" + struct.pack("!H", 2525) + b"192.0.2.1\0"),
+    (b"C", CLIENT + b"\x004" + struct.pack("!H", 2525) + b"192.0.2.1\0"),
     (b"D", b"H"),
     (b"H", b"client.example.test\0"),
     (b"D", b"M{mail_addr}\0sender@example.org\0{8bit}\0caf\xe9\0"),
@@ -50,6 +53,11 @@ _FINAL = b"acrtdysf4O"
 
 #: Instead of an answer: there was none.
 NOTHING = (b"", b"nothing came")
+
+
+def of_client(name: bytes, letter: bytes, payload: bytes) -> bytes:
+    """The payload of a command of `SESSION` when the client has that name."""
+    return name + payload[payload.index(b"\0") :] if letter == b"C" else payload
 
 
 class Session:
@@ -79,9 +87,10 @@ class Session:
             return []
         return list(self._answers())
 
-    def play(self) -> list[tuple[bytes, list[tuple[bytes, bytes]]]]:
+    def play(self, client: bytes = CLIENT) -> list[tuple[bytes, list[tuple[bytes, bytes]]]]:
         """`SESSION`, an abort and the end: each command with its answers."""
-        story = [(letter, self.ask(letter, payload)) for letter, payload in SESSION]
+        session = [(letter, of_client(client, letter, payload)) for letter, payload in SESSION]
+        story = [(letter, self.ask(letter, payload)) for letter, payload in session]
         self._leave()
         return [(letter, answers) for letter, answers in story if letter != b"D"]
 
@@ -97,10 +106,8 @@ class Session:
                 decided = False
             if decided:
                 continue
-            if letter == b"C":
-                payload = client + payload[payload.index(b"\0") :]
             try:
-                answers = self.ask(letter, payload)
+                answers = self.ask(letter, of_client(client, letter, payload))
             except TimeoutError:
                 return [*story, (letter, [NOTHING])]
             if letter != b"D":
