@@ -33,7 +33,7 @@ def until(condition: Callable[[], bool], what: str, timeout: float = PATIENCE) -
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(0.01)
+        time.sleep(0.03)  # many conditions read all of a log, or all of /proc
 
 
 class Server(Daemon):

@@ -84,7 +84,7 @@ LIGHT = """
     def eom(message):
         subject = message.headers["Subject"]
         print("scans", subject, flush=True)
-        time.sleep(3 if subject.startswith("sleep3") else 0.01)
+        time.sleep(3 if subject.startswith("sleep3") else 0.03)
         return Accept(AddHeader("X-Id", subject), AddHeader("X-Worker", str(os.getpid())))
 """
 
@@ -117,7 +117,7 @@ def test_mail_of_one_sender_stays_with_one_worker(tmp_path: Path) -> None:
 
 
 def test_a_repeat_waits_for_the_scan_that_runs(tmp_path: Path) -> None:
-    source = LIGHT.replace("else 0.01", 'else 12 if "sleep12" in subject else 0.01')
+    source = LIGHT.replace("else 0.03", 'else 12 if "sleep12" in subject else 0.03')
     source = source.replace(', shard_by="sender"', "")
     with Server(tmp_path, "--join-retries", source=source) as server:
         message = mail("sleep12")

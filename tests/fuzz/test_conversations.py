@@ -55,7 +55,7 @@ MARK = 5
 CONNECTIONS_KEPT = 300
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=25,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
