@@ -69,6 +69,8 @@ def test_an_mta_that_leaves_frees_no_worker_before_it_is_idle_or_killed(tmp_path
             assert server.workers() == [pid], "the worker was left to finish"
             scanned(server, "loop").close()
             until(lambda: pid not in server.workers(), "the worker is killed at the deadline")
+            # A mail that finds no worker waits no longer than --eom-deadline for one to start.
+            until(lambda: server.log().count("is ready, pid") == 2, "another one serves")
             assert word(client.deliver(mail())) == "accept"
         assert server.log().count("scans loop") == 1
         assert "answered by policy" not in server.log(), "nobody was"

@@ -66,6 +66,13 @@ def workers_of(deliveries: Sequence[Delivery]) -> set[int]:
     return {int(mark[1]) for mark in marks if mark is not None}
 
 
+def pauses(flow: Flow, seconds: float = 1.0) -> bool:
+    """Whether nothing is answered for so long."""
+    before = len(flow.answers)
+    time.sleep(seconds)
+    return len(flow.answers) == before
+
+
 def is_whole(daemon: Daemon, size: int, victim: int) -> bool:
     pids = daemon.workers()
     return len(pids) == size and victim not in pids
@@ -117,6 +124,11 @@ def test_a_pool_that_is_killed_whole_costs_no_mail_either(postfix: Postfix, slow
     before = set(slow.workers())
     with Flow(postfix, connections=6) as flow:
         wait_until(lambda: len(flow.answers) >= 6, "mails flow")
+        # Each has a mail in hand when it dies. Otherwise the mail of the first could go to an idle
+        # one that is the next to be killed, and a mail that two have died with is poison.
+        for pid in before:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: pauses(flow), "all mails wait for the workers")
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         whole = wait_until(lambda: len(set(slow.workers()) - before) == 3, "the pool is whole")
