@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
@@ -62,9 +62,9 @@ def progress(
         TimeElapsedColumn(),
     )
     done = -1
-    with Progress(
-        *columns, console=screen.err, transient=True, disable=not screen.err.is_terminal
-    ) as bar:
+    bar = Progress(*columns, console=screen.err, transient=True)
+    # Elsewhere it is not even started: older versions of rich end a disabled bar with a blank line.
+    with bar if screen.err.is_terminal else nullcontext():
         task = bar.add_task("", total=runs, answered=0)
 
         def next_run(name: str) -> Callable[[float, int], None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from sharded_milter import __version__
@@ -13,10 +15,19 @@ from sharded_milter.cli.tune import tune
 NAME = "sharded-milterctl"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name=NAME)
-def ctl() -> None:
+@click.pass_context
+def ctl(context: click.Context) -> None:
     """Try and look after sharded-milter."""
+    if context.invoked_subcommand is None:
+        # click's own help for no arguments has another place and exit code in each version.
+        click.echo(context.get_help(), err=True)
+        context.exit(os.EX_USAGE)
 
 
 for command in (demo, bench, tune):

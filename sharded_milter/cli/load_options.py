@@ -19,7 +19,7 @@ from rich.console import Console, RenderableType
 from sharded_milter import __version__
 from sharded_milter.cli import descriptors
 from sharded_milter.errors import NotWritten, UsageError
-from sharded_milter.ops.config import Seconds
+from sharded_milter.ops.config import ParamType, Seconds
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.sizing.bottleneck import counted
@@ -48,7 +48,7 @@ MEGABYTE = 1_000_000
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Counts(click.ParamType[tuple[int, ...]]):
+class Counts(ParamType):
     """Numbers of workers: `4` or `1,2,4`."""
 
     name = "counts"

@@ -7,7 +7,6 @@ import sys
 from typing import NoReturn
 
 import click
-from click.exceptions import NoArgsIsHelpError
 
 from sharded_milter.errors import StartError
 from sharded_milter.ops.config import ENVIRONMENT_PREFIX, origin_of
@@ -24,9 +23,6 @@ def run(command: click.Command, name: str) -> NoReturn:
         code = command.main(
             prog_name=name, standalone_mode=False, auto_envvar_prefix=ENVIRONMENT_PREFIX
         )
-    except NoArgsIsHelpError as error:
-        code = os.EX_USAGE
-        print(error.format_message(), file=sys.stderr)
     except click.UsageError as error:
         origin = origin_of(error)
         code = os.EX_CONFIG if origin else os.EX_USAGE

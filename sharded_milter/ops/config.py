@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -32,6 +32,11 @@ DEFAULT_LISTEN = "inet:8890@127.0.0.1"
 DEFAULT_SOCKET_MODE = "660"
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # older versions of click have no generic one
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Settings:
     limits: Limits
 
 
-class OctalMode(click.ParamType[int]):
+class OctalMode(ParamType):
     """File permissions, as chmod takes them."""
 
     name = "mode"
@@ -73,7 +78,7 @@ class OctalMode(click.ParamType[int]):
         return mode
 
 
-class CpuList(click.ParamType[tuple[int, ...]]):
+class CpuList(ParamType):
     """`none`, `spread` (all that this process may use), or CPU numbers as taskset takes them."""
 
     name = "cpus"
@@ -112,7 +117,7 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-class Spelled(click.ParamType[Any]):
+class Spelled(ParamType):
     """What `parse` understands, or refuses with a UsageError."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
