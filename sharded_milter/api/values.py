@@ -7,15 +7,34 @@ as UTF-8 with surrogateescape so that any byte survives the way there and back; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 from sharded_milter.protocol.text import to_wire
 
 if TYPE_CHECKING:
     from email.message import EmailMessage
+
+
+T = TypeVar("T")
+
+
+class Unread(Generic[T]):
+    """What is decoded when somebody looks at it: an iterable that calls `decode(*given)`.
+
+    Threads that look at a value for the first time each decode all of it, and put what they found,
+    which is the same, in its place in one step; so none waits, and none sees a part.
+    """
+
+    __slots__ = ("_decode", "_given")
+
+    def __init__(self, decode: Callable[..., Iterable[T]], *given: object) -> None:
+        self._decode = decode
+        self._given = given
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._decode(*self._given))
 
 
 class Macros(Mapping[str, str]):
@@ -24,19 +43,19 @@ class Macros(Mapping[str, str]):
     A name of one character is found with and without braces, as libmilter's getsymval does.
     """
 
-    __slots__ = ("_found", "_pairs")
+    __slots__ = ("_held",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self._pairs: Iterable[tuple[str, str]] | None = pairs  # until somebody looks
-        self._found: dict[str, str] = {}
+        self._held: Unread[tuple[str, str]] | dict[str, str] = (
+            pairs if isinstance(pairs, Unread) else _by_name(pairs)
+        )
 
     @property
     def _values(self) -> dict[str, str]:
-        pairs, self._pairs = self._pairs, None
-        for name, value in pairs or ():
-            self._found.pop(other_spelling(name), None)  # a later one hides it, however spelled
-            self._found[name] = value
-        return self._found
+        held = self._held
+        if isinstance(held, Unread):
+            held = self._held = _by_name(held)
+        return held
 
     def __getitem__(self, name: str) -> str:
         try:
@@ -52,6 +71,14 @@ class Macros(Mapping[str, str]):
 
     def __repr__(self) -> str:
         return f"Macros({self._values!r})"
+
+
+def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        values.pop(other_spelling(name), None)  # a later one hides it, however spelled
+        values[name] = value
+    return values
 
 
 def other_spelling(name: str) -> str:
@@ -115,18 +142,19 @@ class Headers:
     """
 
     # A Sequence in all but name: to type checkers that would hold fields only, and no names.
-    __slots__ = ("_found", "_source")
+    __slots__ = ("_held",)
 
     def __init__(self, fields: Iterable[Header] = ()) -> None:
-        self._source: Iterable[Header] | None = fields  # until somebody looks
-        self._found: tuple[Header, ...] = ()
+        self._held: Unread[Header] | tuple[Header, ...] = (
+            fields if isinstance(fields, Unread) else tuple(fields)
+        )
 
     @property
     def _fields(self) -> tuple[Header, ...]:
-        source, self._source = self._source, None
-        if source is not None:
-            self._found = tuple(source)
-        return self._found
+        held = self._held
+        if isinstance(held, Unread):
+            held = self._held = tuple(held)
+        return held
 
     @overload
     def __getitem__(self, key: str) -> str: ...
@@ -213,11 +241,13 @@ class Message:
     body: bytes
 
     def __bytes__(self) -> bytes:
-        return self._raw
-
-    @cached_property
-    def _raw(self) -> bytes:
-        return b"".join([*map(bytes, self.headers), b"\r\n", self.body])
+        # Kept as cached_property would keep it; but that of Python 3.11 lets threads wait for each
+        # other, even those that look at different messages.
+        kept = self.__dict__
+        raw: bytes | None = kept.get("_raw")
+        if raw is None:
+            raw = kept["_raw"] = b"".join([*map(bytes, self.headers), b"\r\n", self.body])
+        return raw
 
     @property
     def connection(self) -> Connection:
@@ -242,11 +272,11 @@ class Message:
     @property
     def size(self) -> int:
         """The length of `bytes(message)`."""
-        return len(self._raw)
+        return len(bytes(self))
 
     def parsed(self) -> EmailMessage:
         """The message as the standard library's EmailMessage, parsed anew at each call."""
         # Here, because importing them takes longer than all the rest of the author's names.
         from email import message_from_bytes, policy
 
-        return message_from_bytes(self._raw, policy=policy.SMTP)
+        return message_from_bytes(bytes(self), policy=policy.SMTP)

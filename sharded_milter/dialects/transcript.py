@@ -22,6 +22,7 @@ from sharded_milter.api.values import (
     Headers,
     Macros,
     Message,
+    Unread,
 )
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.commands import (
@@ -97,14 +98,16 @@ class Transcript:
 
     def headers_value(self) -> Headers:
         """The header; the blank behind the colon is set apart from the value."""
-        return Headers(_fields(self.headers, bool(self.protocol & Protocol.HDR_LEADSPC)))
+        leading_space = bool(self.protocol & Protocol.HDR_LEADSPC)
+        return Headers(Unread(_fields, self.headers, leading_space))
 
     def message_value(self) -> Message:
         """The whole message."""
         return Message(self.envelope_value(), self.headers_value(), b"".join(self.chunks))
 
     def _visible(self, stages: bytes) -> Macros:
-        return Macros(_pairs([self.macros[stage] for stage in stages if stage in self.macros]))
+        payloads = [self.macros[stage] for stage in stages if stage in self.macros]
+        return Macros(Unread(_pairs, payloads))
 
 
 def _fields(payloads: list[bytes], leading_space: bool) -> Iterator[Header]:
