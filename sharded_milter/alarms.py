@@ -39,7 +39,6 @@ class Alarm(Generic[T]):
         self._due.pop(item, None)
 
     def _check(self) -> None:
-        self._call = None
         now = self._reactor.seconds()
         try:
             for item, due in list(takewhile(lambda pair: pair[1] <= now, self._due.items())):
@@ -48,6 +47,8 @@ class Alarm(Generic[T]):
                     del self._due[item]
                     self._ring(item)
         finally:
+            # Only now: what is set meanwhile must not delay those that are due before it.
+            self._call = None
             first = next(iter(self._due.values()), None)
-            if first is not None and self._call is None:
+            if first is not None:
                 self._call = self._reactor.callLater(max(0.0, first - now), self._check)
