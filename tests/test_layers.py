@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
     ".sizing": {".sizing", ".testing", ".protocol", ".errors", "psutil", "rich"},
     ".ops": {
-        ".ops", ".limits", ".dispatch.policy", ".mta.listener", ".dialects.spec", ".protocol",
+        ".ops", ".limits", ".dispatch.policy", ".mta.addresses", ".dialects.spec", ".protocol",
         ".errors", "twisted", "zope", "click",
     },
     ".cli": {

@@ -18,7 +18,8 @@ from sharded_milter import __version__
 from sharded_milter.cli import descriptors
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, UsageError
-from sharded_milter.mta.listener import Address, Listener, parse_listen
+from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.listener import Listener
 from sharded_milter.ops import config, logs
 
 NAME = "sharded-milter"

@@ -22,7 +22,7 @@ from sharded_milter.dialects.spec import checked_spec
 from sharded_milter.dispatch.policy import CHOICES
 from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.limits import Limits
-from sharded_milter.mta.listener import Address, parse_listen
+from sharded_milter.mta.addresses import Address, parse_listen
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.ops.logs import LEVELS
 from sharded_milter.protocol.negotiation import DATA_SIZES

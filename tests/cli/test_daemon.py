@@ -24,7 +24,7 @@ from sharded_milter.cli.daemon import (
     worker_specs,
 )
 from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
-from sharded_milter.mta.listener import parse_listen
+from sharded_milter.mta.addresses import parse_listen
 from sharded_milter.ops.config import DEFAULT_LISTEN, Settings
 
 

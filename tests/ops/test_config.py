@@ -15,7 +15,7 @@ import pytest
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError
 from sharded_milter.limits import Limits
-from sharded_milter.mta.listener import parse_listen
+from sharded_milter.mta.addresses import parse_listen
 from sharded_milter.ops.config import (
     DEFAULT_LISTEN,
     Settings,
