@@ -8,12 +8,12 @@ from typing import Any
 from sharded_milter.alarms import Alarm
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
-from sharded_milter.mta.connection import MilterConnection
+from sharded_milter.mta.connection import CLOSE_GRACE, MilterConnection
 from sharded_milter.mta.inflight import Inflight
 
 
-class Home:
-    """The home of connections, but for the milters; `logs_messages`: there is a line for each."""
+class ServerContext:
+    """What connections share, but for the milters; `logs_messages`: the log has a line for each."""
 
     def __init__(
         self,
@@ -31,7 +31,8 @@ class Home:
         self.logs_messages = logs_messages
         self.inflight = Inflight(limits.max_inflight_bytes)
         self.idle = Alarm(reactor, limits.idle_timeout, MilterConnection.timed_out)
-        self.progress = Alarm(reactor, limits.progress_interval, MilterConnection.show_life)
+        self.closing = Alarm(reactor, CLOSE_GRACE, MilterConnection.abort)
+        self.progress = Alarm(reactor, limits.progress_interval, MilterConnection.send_progress)
         self.connections: set[MilterConnection] = set()
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 from twisted.internet.protocol import ServerFactory
 
-from sharded_milter.context import Home
+from sharded_milter.context import ServerContext
 from sharded_milter.dialects.libmilter.classes import (
     MacroStages,
     Milter,
@@ -28,7 +28,7 @@ from sharded_milter.dispatch.policy import Policy
 from sharded_milter.in_master import InMaster
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
-from sharded_milter.mta.milters import Member
+from sharded_milter.mta.members import Member
 
 __all__ = [
     "Limits",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-class MilterProtocolFactory(Home, ServerFactory):
+class MilterProtocolFactory(ServerContext, ServerFactory):
     """Serves milters to every MTA that connects.
 
     `factories` is one or a list of what builds or is a milter: a MilterFactory, a class derived

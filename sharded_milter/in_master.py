@@ -19,14 +19,17 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from sharded_milter.coroutines import driven
-from sharded_milter.dispatch.affinity import Pin
-from sharded_milter.dispatch.job import Job
+from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.job import Job, settled
 from sharded_milter.dispatch.timeouts import Deadlines
-from sharded_milter.errors import CallbackFailed, DeadlineExceeded
-from sharded_milter.ipc.messages import Memory, Question
+from sharded_milter.errors import CallbackFailed, DeadlineExceeded, WorkerLost
+from sharded_milter.ipc.memory import view_of
 from sharded_milter.limits import Limits
+from sharded_milter.protocol.commands import Abort
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
+
+_ABORT = Abort().encode()
 
 # A reactor that does nothing else for longer is felt by every connection.
 BLOCKS_AFTER = 0.050
@@ -64,47 +67,56 @@ class InMaster:
         self._reactor = reactor
         self._stopwatch = stopwatch
         self._numbers = itertools.count(1)
-        self._locks: dict[Pin, DeferredLock] = {}
+        self._locks: dict[Affinity, DeferredLock] = {}
         self._running: dict[Job, Deferred[Any]] = {}
         dialect.call = self._call
 
-    def submit(self, job: Job) -> Deferred[bytes]:
-        """Fires with the reply packets; fails with a JobFailed."""
-        result = job.result
+    def submit(self, job: Job) -> bytes | Deferred[bytes]:
+        """Reply packets, or a Deferred of them that has not fired; raises a JobFailed, or fails."""
+        affinity = job.affinity
+        if affinity is not None and affinity.lost:
+            raise WorkerLost("the milter's object was given up, and the message with it")
+        answer = job.answer = Deferred()
         job.submitted = self._reactor.seconds()
         if job.stage is not None:
             self._deadlines.set(job)
-        if job.pin is None:
+        if affinity is None:
             self._run(job)
         else:
-            if job.pin.place is None:
-                job.pin.settle(self, next(self._numbers))
-                self._locks[job.pin] = DeferredLock()
-            self._locks[job.pin].run(self._run, job)
-        return result
+            self._run_in_turn(job, affinity)
+        return settled(answer)
+
+    def _run_in_turn(self, job: Job, affinity: Affinity) -> None:
+        if affinity.holder is None:
+            affinity.settle(self, next(self._numbers))
+            self._locks[affinity] = DeferredLock()
+        self._locks[affinity].run(self._run, job)
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for the answer any more. An object is left to finish what it does."""
-        job.abandoned = True
+        """The answer is not wanted any more. An object is left to finish what it does."""
+        job.answer = None
         running = self._running.get(job)
         if running is None:
-            self._deadlines.stop(job)
-        elif job.pin is None:
+            _stop_alarm(job)
+        elif job.affinity is None:
             running.cancel()
-        job.result.addErrback(lambda _: None)
 
-    def release(self, pin: Pin) -> None:
+    def release(self, affinity: Affinity) -> None:
         """The connection is over, and so is its object."""
-        self._locks.pop(pin, None)
-        pin.place = None
+        self._locks.pop(affinity, None)
+        affinity.holder = None
 
     # One job
 
     def _run(self, job: Job) -> Deferred[None]:
-        if job.abandoned or job.result.called:  # it has waited too long
+        if job.answer is None:  # it was cancelled, or has waited too long
+            return succeed(None)
+        affinity = job.affinity
+        if affinity is not None and affinity.holder is None and job.stage is not None:
+            self._run_in_turn(job, affinity)  # the object for which it waited was given up
             return succeed(None)
         job.started = self._reactor.seconds()
-        if job.stage is None:  # nobody waits for it, so its time begins now
+        if job.stage is None:  # no answer is awaited, so its time begins now
             self._deadlines.set(job)
         answer = maybeDeferred(self._answer, job)
         self._running[job] = answer
@@ -112,11 +124,18 @@ class InMaster:
         return answer
 
     def _answer(self, job: Job) -> Any:
-        question = job.question()
+        message: bytes | memoryview
+        if job.affinity is None:
+            session, connection = 0, job.connection
+            message = view_of(job.command or job.message)
+        else:
+            news = job.affinity.tell(job.connection, job.message)
+            session, connection = news.session, news.connection
+            message = view_of(news.message)[news.start :]
+            if job.command:
+                message = bytes(message) + bytes(view_of(job.command))
         try:
-            answer = self._dialect.answer(
-                job.stage, _content(question.connection), _news(question), question.session
-            )
+            answer = self._dialect.answer(job.stage, bytes(view_of(connection)), message, session)
         except (SystemExit, KeyboardInterrupt) as error:  # no milter ends the service
             raise CallbackFailed(f"the callback raised {error!r}") from error
         if isinstance(answer, bytes):
@@ -125,40 +144,55 @@ class InMaster:
 
     def _succeed(self, replies: bytes, job: Job) -> None:
         self._over(job)
-        if not job.result.called:
-            job.result.callback(replies)
+        awaited, job.answer = job.answer, None
+        if awaited is not None:
+            awaited.callback(replies)
 
     def _failed(self, failure: Failure, job: Job) -> None:
         self._over(job)
-        cancelled = failure.check(CancelledError, asyncio.CancelledError)
-        if cancelled and (job.abandoned or job.result.called):
+        awaited, job.answer = job.answer, None
+        if awaited is None and failure.check(CancelledError, asyncio.CancelledError):
             return
         self.log.failure(
-            "{about} at {at} in {milter}", failure, about=job.about(), at=_word(job),
+            "{about} at {at} in {milter}", failure, about=job.about, at=_word(job),
             milter=self.manifest.name,
         )  # fmt: skip
-        if not job.result.called:
+        if awaited is not None:
             summary = " ".join(failure.getErrorMessage().split())
-            job.result.errback(CallbackFailed(f"{type(failure.value).__name__}: {summary}"))
+            awaited.errback(CallbackFailed(f"{type(failure.value).__name__}: {summary}"))
 
     def _over(self, job: Job) -> None:
         self._running.pop(job, None)
-        self._deadlines.stop(job)
+        _stop_alarm(job)
 
     def _expire(self, job: Job) -> None:
         """The deadline: the MTA hears now, and a coroutine is cancelled."""
         limit = self._limits.deadline(job.stage)
         self.counters["deadlines"] += 1
-        if not job.result.called:
-            reason = f"{job.about()} was not answered within {limit:g} s by {self.manifest.name}"
-            job.result.errback(DeadlineExceeded(reason))
+        awaited, job.answer = job.answer, None
+        if awaited is not None:
+            reason = f"{job.about} was not answered within {limit:g} s by {self.manifest.name}"
+            awaited.errback(DeadlineExceeded(reason))
         running = self._running.get(job)
-        if running is not None:
-            running.cancel()
-        if self._running.pop(job, None) is not None and job.pin is not None:
-            # It will not be stopped: the connection goes on with another object.
-            self._locks.pop(job.pin, None)
-            job.pin.lose()
+        if running is None:  # it waits for its object, and will not be asked
+            return
+        running.cancel()
+        if self._running.pop(job, None) is not None and job.affinity is not None:
+            # It will not be stopped now: the connection goes on with another object.
+            self._locks.pop(job.affinity, None)
+            running.addCallback(self._close, job, job.affinity.number)
+            job.affinity.lose()
+
+    def _close(self, _: object, job: Job, number: int) -> None:
+        """An object that was given up has come to the end of what it did."""
+
+        def close() -> Any:
+            answer = self._dialect.answer(None, _ABORT, b"", number)
+            return answer if isinstance(answer, bytes) else driven(answer)
+
+        maybeDeferred(close).addErrback(
+            lambda failure: self.log.failure("{about} at close", failure, about=job.about)
+        )
 
     # How long it holds everybody up
 
@@ -191,16 +225,10 @@ class InMaster:
             )
 
 
+def _stop_alarm(job: Job) -> None:
+    if job.alarm is not None:
+        job.alarm.stop(job)
+
+
 def _word(job: Job) -> str:
     return "close" if job.stage is None else job.stage.word
-
-
-def _content(part: bytes | Memory) -> bytes:
-    return part if isinstance(part, bytes) else bytes(part.view())
-
-
-def _news(question: Question) -> bytes | memoryview:
-    message: bytes | Memory | memoryview = question.message
-    if isinstance(message, Memory):
-        message = message.view()[question.start :]
-    return bytes(message) + _content(question.command) if question.command else message

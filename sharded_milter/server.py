@@ -1,4 +1,4 @@
-"""The service: sockets, pool and connections under one roof, from start to the last QUIT."""
+"""The server: sockets, pool and connections under one roof, from start to the last QUIT."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
-from sharded_milter.context import Home
-from sharded_milter.dispatch.dispatcher import Dispatch
+from sharded_milter.context import ServerContext
+from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
 from sharded_milter.mta.listener import Listener
-from sharded_milter.mta.milters import Member, workers_members
+from sharded_milter.mta.members import Member, workers_members
 from sharded_milter.pool.pool import Pool
 from sharded_milter.protocol.negotiation import Manifest
 
@@ -24,7 +24,7 @@ from sharded_milter.protocol.negotiation import Manifest
 FLUSH_GRACE = 2.0
 
 
-class Service(Home):
+class Server(ServerContext):
     """Serves MTAs with the workers of a pool. No state lives outside it.
 
     `in_master` are milters that run in this process, before those that the workers serve. The
@@ -39,7 +39,7 @@ class Service(Home):
         self,
         listeners: Sequence[Listener],
         pool: Pool,
-        dispatch: Dispatch,
+        dispatcher: Dispatcher,
         limits: Limits,
         policy: Policy,
         reactor: Any,
@@ -48,9 +48,9 @@ class Service(Home):
         *,
         logs_messages: bool = True,
     ) -> None:
-        super().__init__(limits, policy, reactor, dispatch.counters, logs_messages=logs_messages)
+        super().__init__(limits, policy, reactor, dispatcher.counters, logs_messages=logs_messages)
         self.pool = pool
-        self.dispatch = dispatch
+        self.dispatcher = dispatcher
         self.listeners = listeners
         self._bind = bind
         self._in_master = in_master
@@ -76,7 +76,7 @@ class Service(Home):
         manifests = self.pool.manifests
         if manifests is not self._served:  # the pool has reloaded
             self._served = manifests
-            self._members = (*self._in_master, *workers_members(manifests, self.dispatch))
+            self._members = (*self._in_master, *workers_members(manifests, self.dispatcher))
         return self._members
 
     def _serve(self, _: object) -> None:
@@ -96,11 +96,11 @@ class Service(Home):
 
     def dump(self) -> None:
         """Writes the counters and the stacks of all workers into the log."""
-        counts = sorted(self.dispatch.counters.items())
+        counts = sorted(self.dispatcher.counters.items())
         self.log.info(
             "{n} connections, {q} jobs queued, {b} bytes in flight; {counts}",
             n=len(self.connections),
-            q=len(self.dispatch.schedule),
+            q=self.dispatcher.queued,
             b=self.inflight.used,
             counts=" ".join(f"{name}={count}" for name, count in counts),
         )
@@ -140,5 +140,5 @@ class Service(Home):
             if self._grace.active():
                 self._grace.cancel()
             # Objects end before their workers do; one that does not holds nobody up for long.
-            parted = self.dispatch.farewells().addTimeout(FLUSH_GRACE, self.reactor)
+            parted = self.dispatcher.sessions_ended().addTimeout(FLUSH_GRACE, self.reactor)
             parted.addBoth(lambda _: self.pool.stop().chainDeferred(self.stopped))

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import LogLevel
 
-from sharded_milter.context import Home
-from sharded_milter.dispatch.affinity import Pin
+from sharded_milter.context import ServerContext
+from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
-from sharded_milter.ipc.messages import Memory
+from sharded_milter.ipc.memory import Memory, view_of
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
-from sharded_milter.mta.milters import Member, workers_members
-from sharded_milter.protocol import commands
+from sharded_milter.mta.members import Member, workers_members
+from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
-from sharded_milter.protocol.stages import NO_PROTOCOL, Actions, Stage
+from sharded_milter.protocol.stages import NO_PROTOCOL, Actions, Protocol, Stage
 
 OFFER = commands.Negotiate(6, KNOWN_ACTIONS, KNOWN_PROTOCOL)
 EVERYTHING = Manifest("everything", Actions(KNOWN_ACTIONS & ~Actions.SETSYMLIST), NO_PROTOCOL)
+
+CONTINUE = replies.Continue()
+TEMPFAIL = replies.TempFail()
+CLIENT = commands.Connect("client", "4", 25, "192.0.2.1")
+HELO = commands.Helo("client")
+QUEUE_ID = commands.Macro("M", (("i", "4F1"),))
+MAIL = commands.Mail("<a@example.org>")
+RCPT = commands.Rcpt("<b@example.net>")
+OTHER_RCPT = commands.Rcpt("<c@example.net>")
+DATA = commands.Data()
+SUBJECT = commands.Header("Subject", " hi")
+EOH = commands.Eoh()
+BODY = commands.Body(b"text\r\n")
+EOM = commands.Eom()
+ABORT, QUIT, QUIT_NC = commands.Abort(), commands.Quit(), commands.QuitNc()
+UNKNOWN = commands.Unknown("XYZZY")
+
+ENVELOPE = [QUEUE_ID, MAIL, RCPT, DATA]
+MESSAGE = [*ENVELOPE, SUBJECT, EOH, BODY, EOM]
+
+#: Asked at the end of a message only; all else is seen and goes unanswered.
+NO_REPLIES = Protocol(sum(bit for name, bit in Protocol.__members__.items()
+                          if name.startswith("NR_") and name != "NR_EOM"))  # fmt: skip
+AT_THE_END = Manifest("end", EVERYTHING.actions, NO_REPLIES)
+#: An MTA that cannot leave its commands unanswered.
+OLD_OFFER = commands.Negotiate(2, 0x3F, 0x7F)
 
 
 def packed(*packets: Packet) -> bytes:
@@ -39,6 +65,10 @@ class Transport(StringTransport):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.writes: list[bytes] = []
+        self.aborted = False
+
+    def abortConnection(self) -> None:
+        self.aborted = True
 
     def write(self, data: bytes) -> None:
         self.writes.append(data)
@@ -46,34 +76,48 @@ class Transport(StringTransport):
 
 @dataclass
 class RecordedPool:
-    """Keeps the jobs until the test answers them; or answers at once with `at_once`."""
+    """Keeps the jobs until the test answers them; `at_once` is returned or raised instead."""
 
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[Job] = field(default_factory=list)
-    released: list[Pin] = field(default_factory=list)
+    released: list[Affinity] = field(default_factory=list)
     at_once: list[bytes | Exception] = field(default_factory=list)
     counters: Counter[str] = field(default_factory=Counter)
 
-    def submit(self, job: Job) -> Deferred[bytes]:
+    def submit(self, job: Job) -> bytes | Deferred[bytes]:
         self.jobs.append(job)
         if self.at_once:
             answer = self.at_once.pop(0)
-            return succeed(answer) if isinstance(answer, bytes) else fail(answer)
-        return job.result
+            if isinstance(answer, bytes):
+                return answer
+            raise answer
+        job.answer = Deferred()
+        return job.answer
+
+    def answer(self, job: Job, answer: bytes | Exception) -> None:
+        """A job's answer or failure comes: to nobody, if it was cancelled."""
+        awaited, job.answer = job.answer, None
+        if awaited is None:
+            return
+        if isinstance(answer, Exception):
+            awaited.errback(answer)
+        else:
+            awaited.callback(answer)
 
     def cancel(self, job: Job) -> None:
+        job.answer = None
         self.cancelled.append(job)
 
-    def release(self, pin: Pin) -> None:
-        self.released.append(pin)
+    def release(self, affinity: Affinity) -> None:
+        self.released.append(affinity)
 
     @property
     def stages(self) -> list[Stage | None]:
         return [job.stage for job in self.jobs]
 
 
-class Mta(Home):
-    """The MTA's side, and the home of the connection."""
+class Mta(ServerContext):
+    """The MTA's side, and the context of the connection."""
 
     def __init__(
         self,
@@ -114,7 +158,11 @@ class Mta(Home):
 
     def answer(self, *packets: Packet) -> None:
         """The latest job is answered."""
-        self.job.result.callback(packed(*packets))
+        self.pool.answer(self.job, packed(*packets))
+
+    def fail(self, error: Exception) -> None:
+        """The latest job fails."""
+        self.pool.answer(self.job, error)
 
     def written(self) -> list[bytes]:
         """What was written since the last call, write by write."""
@@ -126,15 +174,28 @@ class Mta(Home):
         return bool(self.transport.disconnecting)
 
     @property
+    def aborted(self) -> bool:
+        return self.transport.aborted
+
+    @property
     def paused(self) -> bool:
         return bool(self.transport.producerState == "paused")
 
 
 def transcript_of(job: Job) -> bytes:
     """All that a worker would read."""
-    question = job.question()
-    return content(question.connection) + content(question.message)
+    return content(job.connection) + content(job.command or job.message)
 
 
 def content(part: bytes | Memory) -> bytes:
-    return os.pread(part.fd, part.size, 0) if isinstance(part, Memory) else part
+    return bytes(view_of(part))
+
+
+def at_the_end(*conversation: Packet, **options: Any) -> Mta:
+    """A client is there; its messages are asked about when they are complete."""
+    return Mta(CLIENT, HELO, *conversation, manifest=AT_THE_END, **options)
+
+
+def lines(events: Any, level: LogLevel = LogLevel.info) -> list[str]:
+    """What a log has of a level."""
+    return [event["log_format"].format(**event) for event in events if event["log_level"] == level]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from armed import armed
 from one_mta import packed
-from one_pool import noted
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 
 from sharded_milter.dialects.loader import as_dialect
-from sharded_milter.dispatch.affinity import Pin
+from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.embedded import Milter, MilterFactory, ReturnCodes
-from sharded_milter.errors import CallbackFailed, DeadlineExceeded
+from sharded_milter.errors import CallbackFailed, DeadlineExceeded, JobFailed, WorkerLost
 from sharded_milter.in_master import BLOCKS_AFTER, InMaster
-from sharded_milter.ipc.messages import blob
+from sharded_milter.ipc import memory
 from sharded_milter.limits import Limits
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.packets import Packet
@@ -45,7 +45,7 @@ class Stopwatch:
 class House:
     """A milter in the master, and what it was called with."""
 
-    def __init__(self, **callbacks: Any) -> None:
+    def __init__(self, *, replays: bool = False, **callbacks: Any) -> None:
         self.called: list[Any] = []
         self.clock = Clock()
         self.stopwatch = Stopwatch()
@@ -53,6 +53,8 @@ class House:
         house = self
 
         class Here(Milter):
+            replayable = replays
+
             def xxfi_abort(self) -> None:
                 house.called.append("abort")
 
@@ -64,19 +66,34 @@ class House:
         limits = Limits(command_deadline=20.0, eom_deadline=200.0)
         dialect = as_dialect(Here)
         self.host = InMaster(dialect, limits, self.clock, self.counters, self.stopwatch)
-        self.pin = Pin(replayable=False)
+        self.affinity = Affinity(replayable=replays)
         self.message = b""
 
-    def job(self, stage: Stage | None, *packets: Packet, pin: Pin | None = None) -> Job:
+    def job(self, stage: Stage | None, *packets: Packet) -> Job:
         self.message += packed(*packets)
-        return Job(stage, False, CONNECTION, blob(self.message), lambda: "qid=1",
-                   manifest=self.host.manifest, pin=pin or self.pin)  # fmt: skip
+        return Job(stage, CONNECTION, memory.packed(self.message), queue_id="1",
+                   manifest=self.host.manifest, affinity=self.affinity)  # fmt: skip
 
     def submit(self, stage: Stage | None, *packets: Packet) -> list[Any]:
-        ended: list[Any] = []
         self.latest = self.job(stage, *packets)
-        noted(self.host.submit(self.latest), ended)
+        return self.take(self.latest)
+
+    def take(self, job: Job) -> list[Any]:
+        """What the job ends with, at once or later."""
+        ended: list[Any] = []
+        try:
+            answer = self.host.submit(job)
+        except JobFailed as error:
+            return [error]
+        if isinstance(answer, bytes):
+            return [answer]
+        assert not answer.called
+        answer.addCallbacks(ended.append, lambda failure: ended.append(failure.value))
         return ended
+
+    def message_over(self) -> None:
+        self.affinity.message_over()
+        self.message = b""
 
 
 def waiting(called: list[Any], answers: list[Deferred[Any]]) -> Any:
@@ -100,9 +117,7 @@ def test_a_callback_is_called_with_what_the_mta_said() -> None:
     house = House(xxfi_helo=helo)
     job = house.job(Stage.HELO)
     job.connection = CONNECTION + packed(commands.Helo("me"))
-    ended: list[Any] = []
-    noted(house.host.submit(job), ended)
-    assert (calls, ended) == (["me"], [ACCEPT])
+    assert (house.take(job), calls) == ([ACCEPT], ["me"])
     assert armed(house.clock) == []
 
 
@@ -125,7 +140,7 @@ def test_two_connections_do_not_wait_for_each_other() -> None:
     answers: list[Deferred[Any]] = []
     house = House(xxfi_envrcpt=waiting(called, answers))
     first = house.submit(Stage.RCPT, *MESSAGE)
-    house.pin = Pin(replayable=False)
+    house.affinity = Affinity(replayable=False)
     second = house.submit(Stage.RCPT)
     answers[1].callback(ReturnCodes.CONTINUE)
     assert (first, second) == ([], [CONTINUE])
@@ -137,12 +152,11 @@ def test_an_answer_that_nobody_wants_is_finished_before_the_next_question() -> N
     house = House(xxfi_envrcpt=waiting(called, answers))
     first = house.submit(Stage.RCPT, *MESSAGE)
     house.host.cancel(house.latest)
-    house.pin.message_over()
-    house.message = b""
+    house.message_over()
     second = house.submit(Stage.RCPT, *MESSAGE)
     assert house.called == []
     answers[0].callback(ReturnCodes.CONTINUE)
-    assert first == [CONTINUE]  # to nobody: whoever asked has left
+    assert first == []  # whoever asked has left
     assert house.called == ["abort"]
     answers[1].callback(ReturnCodes.CONTINUE)
     assert second == [CONTINUE]
@@ -174,6 +188,150 @@ def test_at_the_deadline_the_mta_hears_and_the_coroutine_is_cancelled() -> None:
     assert called[-1] == (("<d>",),)
     answers[-1].callback(ReturnCodes.CONTINUE)
     assert third == [CONTINUE]
+
+
+def stubborn(called: list[Any], answers: list[Deferred[Any]]) -> Any:
+    """A callback that goes on waiting when it is cancelled, until the test answers."""
+
+    async def callback(self: Milter, *arguments: Any) -> Any:
+        called.append(arguments)
+        answer: Deferred[Any] = Deferred()
+        answers.append(answer)
+        told: list[Any] = []
+        waiting: Deferred[None] = Deferred()
+
+        def note(value: Any) -> None:
+            told.append(value)
+            waiting.callback(None)
+
+        answer.addCallback(note)
+        while not told:
+            waiting = Deferred()
+            with suppress(CancelledError):
+                await waiting
+        return told[0]
+
+    return callback
+
+
+def test_an_object_that_is_given_up_costs_its_message_and_is_not_rebuilt_within_it() -> None:
+    called: list[Any] = []
+    answers: list[Deferred[Any]] = []
+    house = House(xxfi_envrcpt=stubborn(called, answers))
+    given_up = house.submit(Stage.RCPT, *MESSAGE)
+    house.clock.advance(20.0)
+    assert [type(error) for error in given_up] == [DeadlineExceeded]
+    rest = house.submit(Stage.EOM, commands.Eom())
+    assert [type(error) for error in rest] == [WorkerLost]
+    assert called == [(("<b>",),)]
+    house.message_over()
+    following = house.submit(Stage.RCPT, *MESSAGE)
+    assert called == [(("<b>",),)] * 2
+    answers[1].callback(ReturnCodes.CONTINUE)
+    assert following == [CONTINUE]
+    assert house.called == []
+    answers[0].callback(ReturnCodes.REJECT)  # at last, to nobody
+    assert house.called == ["abort", "close"]
+    assert (given_up, rest, following) == ([given_up[0]], [rest[0]], [CONTINUE])
+
+
+def test_one_that_can_be_rebuilt_is_another_object_for_the_rest_of_the_message() -> None:
+    called: list[Any] = []
+    answers: list[Deferred[Any]] = []
+    house = House(replays=True, xxfi_envrcpt=stubborn(called, answers))
+    given_up = house.submit(Stage.RCPT, *MESSAGE)
+    house.clock.advance(20.0)
+    assert [type(error) for error in given_up] == [DeadlineExceeded]
+    rest = house.submit(Stage.RCPT, commands.Rcpt("<c>"))
+    assert called == [(("<b>",),)] * 2  # the new object hears all there is
+    answers[1].callback(ReturnCodes.CONTINUE)
+    answers[2].callback(ReturnCodes.ACCEPT)
+    assert rest == [ACCEPT]
+
+
+def test_a_question_that_waited_for_an_object_that_is_given_up_is_another_objects() -> None:
+    asked: list[Milter] = []
+    called: list[Any] = []
+    answers: list[Deferred[Any]] = []
+    wait = stubborn(called, answers)
+
+    async def callback(self: Milter, argv: object) -> Any:
+        asked.append(self)
+        return await wait(self, argv)
+
+    house = House(xxfi_envrcpt=callback)
+    house.submit(Stage.RCPT, *MESSAGE)
+    house.host.cancel(house.latest)
+    house.message_over()
+    house.clock.advance(10.0)
+    second = house.submit(Stage.RCPT, *MESSAGE)
+    house.clock.advance(10.0)  # the first has had its time, and nobody to tell
+    assert house.counters["deadlines"] == 1
+    answers[0].callback(ReturnCodes.CONTINUE)
+    answers[1].callback(ReturnCodes.ACCEPT)
+    assert second == [ACCEPT]
+    assert len(set(asked)) == 2
+    assert house.called == ["abort", "close"]  # the first, which hears nothing of the second's
+
+
+def test_an_exit_at_the_close_of_an_object_that_was_given_up_is_in_the_log_alone() -> None:
+    called: list[Any] = []
+    answers: list[Deferred[Any]] = []
+
+    async def close(self: Milter) -> None:
+        raise SystemExit(3)
+
+    house = House(xxfi_envrcpt=stubborn(called, answers), xxfi_close=close)
+    house.submit(Stage.RCPT, *MESSAGE)
+    house.clock.advance(20.0)
+    with capturedLogs() as events:
+        answers[0].callback(ReturnCodes.CONTINUE)
+    assert [event["log_failure"].type for event in events] == [SystemExit]
+
+
+def test_a_question_waits_for_its_object_no_longer_than_its_own_deadline() -> None:
+    called: list[Any] = []
+    answers: list[Deferred[Any]] = []
+    house = House(xxfi_envrcpt=stubborn(called, answers))
+    house.submit(Stage.RCPT, *MESSAGE)
+    house.host.cancel(house.latest)
+    house.message_over()
+    house.clock.advance(10.0)
+    second = house.submit(Stage.RCPT, *MESSAGE)
+    house.clock.advance(20.0)
+    assert [type(error) for error in second] == [DeadlineExceeded]
+    answers[0].callback(ReturnCodes.CONTINUE)
+    assert len(called) == 1
+
+
+def test_after_its_release_the_next_question_is_for_a_new_object() -> None:
+    objects: list[Milter] = []
+
+    def helo(self: Milter, name: str) -> ReturnCodes:
+        objects.append(self)
+        return ReturnCodes.CONTINUE
+
+    house = House(xxfi_helo=helo)
+    for _ in range(2):
+        job = house.job(Stage.HELO)
+        job.connection = CONNECTION + packed(commands.Helo("me"))
+        assert house.take(job) == [CONTINUE]
+        assert house.submit(None) == [b""]
+        house.host.release(house.affinity)
+    assert len(set(objects)) == 2
+
+
+def test_what_fails_when_nobody_wants_its_answer_is_in_the_log_alone() -> None:
+    called: list[Any] = []
+    answers: list[Deferred[Any]] = []
+    house = House(xxfi_envrcpt=waiting(called, answers))
+    ended = house.submit(Stage.RCPT, *MESSAGE)
+    house.host.cancel(house.latest)
+    with capturedLogs() as events:
+        answers[0].errback(ValueError("bad"))
+    assert ended == []
+    assert [event["log_level"] for event in events] == [LogLevel.critical]
+    assert armed(house.clock) == []
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), SystemExit(3), KeyboardInterrupt()], ids=repr)
@@ -268,9 +426,7 @@ def test_an_unknown_command_is_asked_about_where_the_message_stands() -> None:
     house = House(xxfi_unknown=unknown)
     job = house.job(Stage.UNKNOWN, *MESSAGE)
     job.command = packed(commands.Unknown("XYZZY"))
-    ended: list[Any] = []
-    noted(house.host.submit(job), ended)
-    assert (seen, ended) == (["XYZZY"], [packed(replies.Reject())])
+    assert (house.take(job), seen) == ([packed(replies.Reject())], ["XYZZY"])
 
 
 def test_functions_are_cancelled_when_nobody_wants_their_answer() -> None:
@@ -285,7 +441,7 @@ def test_functions_are_cancelled_when_nobody_wants_their_answer() -> None:
 
     clock = Clock()
     host = InMaster(as_dialect(milter), Limits(), clock, Counter())
-    job = Job(Stage.MAIL, False, b"", packed(MESSAGE[0]), lambda: "qid=1")
+    job = Job(Stage.MAIL, b"", packed(MESSAGE[0]), queue_id="1")
     with capturedLogs() as events:
         host.submit(job)
         host.cancel(job)

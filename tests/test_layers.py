@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     ".coroutines": {".errors", "twisted"},
     ".limits": {".protocol"},
     ".alarms": set(),
-    ".ipc": {".ipc", ".protocol.text", "twisted"},
+    ".ipc": {".ipc", ".protocol.text", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
         ".mta", ".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors",
@@ -157,3 +157,70 @@ def test_only_milters_in_the_master_make_it_load_tls_and_asyncio(asyncio: bool) 
     )
     assert loaded.isdisjoint({"OpenSSL.SSL", "cryptography", "psutil"}) is not asyncio
     assert ("twisted.internet.asyncioreactor" in loaded) is asyncio
+
+
+#: The modules of the machines: what a state is and means is said in the table there.
+MACHINES = (".protocol.session", ".pool.shard", ".pool.generation")
+STATES = {"state", "_state"}
+
+
+def touched(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """The states that are assigned or compared somewhere in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            where: list[ast.AST] = [*node.targets]
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            where = [node.target]
+        elif isinstance(node, ast.Compare):
+            where = [node.left, *node.comparators]
+        elif isinstance(node, ast.Match):
+            where = [node.subject]
+        elif isinstance(node, ast.Subscript):  # a table of one's own
+            where = [node.slice]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "getattr"):
+            yield from (
+                ast.Attribute(node.args[0], name.value)
+                for name in node.args[1:2]
+                if isinstance(name, ast.Constant) and name.value in STATES
+            )
+            continue
+        else:
+            continue
+        for part in (part for each in where for part in ast.walk(each)):
+            if isinstance(part, ast.Attribute) and part.attr in STATES:
+                yield part
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in MACHINES])
+def test_no_state_of_a_machine_is_assigned_or_compared_outside_of_it(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    assert [ast.unparse(node) for node in touched(tree)] == []
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_machine_touches_its_own_state_only(name: str) -> None:
+    found = {ast.unparse(node) for node in touched(ast.parse(MODULES[name].read_text()))}
+    assert found <= {"self.state", "self._state"}
+    assert found
+
+
+@pytest.mark.parametrize("name", [".pool.shard", ".pool.generation"])
+def test_a_state_is_assigned_where_its_table_is_read_and_nowhere_else(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    where = {
+        function.name
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.state"
+    }
+    assert {each.lstrip("_") for each in where} == {"init__", "happens"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in MACHINES])
+def test_states_are_imported_by_their_own_module_and_tests_only(name: str) -> None:
+    states = {f"sharded_milter{machine}.State" for machine in MACHINES}
+    assert states.isdisjoint(imported(name, MODULES[name]))
+    tree = ast.parse(MODULES[name].read_text())
+    through = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    assert [ast.unparse(node) for node in through if node.attr == "State"] == []

@@ -14,34 +14,44 @@ from typing import Any
 
 from ampoule.child import AMPChild
 from twisted.internet import defer
+from twisted.internet.protocol import connectionDone
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from ..coroutines import driven
-from ..dialects.loader import Dialect, load
+from ..dialects.loader import Dialect, code_digest, load
 from ..errors import MilterError, MilterLoadError
+from ..ipc.channel import Boxes
+from ..ipc.memory import Memory, packed, release
 from ..ipc.messages import (
     MAX_TEXT,
+    WITHDRAWN,
+    Answer,
     Ask,
     LoadFailed,
-    Memory,
     Ready,
+    Withdraw,
     answer_box,
-    blob,
+    drop_question,
     read_question,
-    release,
 )
-from ..ipc.sending import QuickBoxes, is_still
+from ..ipc.sockets import is_still, read_now, send_now
 from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
 
-# What a `Blob` arrives as.
 Bytes = bytes | memoryview
 
+# Reads of the master's socket before a question that has waited begins: it holds a few of them.
+MAX_CATCH_UP = 16
 
-class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
+# Questions that are begun in one turn of the reactor: a master that always has one more must not
+# keep the milter's own timers and threads from theirs.
+MAX_IN_A_TURN = 16
+
+
+class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     """Loads its milters when the master is there, then answers jobs with them.
 
     `loading` makes a milter of what the operator has named, `socket` is where a script wants to
@@ -57,7 +67,7 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._socket = socket
         self._dialects: list[Dialect] = []
         self._questions: deque[amp.AmpBox] = deque()
-        self._at_work = False  # a coroutine is out
+        self._at_work = False
         self._replies: list[Memory] = []  # kept until the socket has taken their descriptors
 
     def connectionMade(self) -> None:
@@ -71,76 +81,123 @@ class Child(QuickBoxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             self._tell(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
             return
         milters = [_introduced(dialect.manifest) for dialect in self._dialects]
-        self._tell(Ready, milters=milters, socket=to_wire(self._socket))
+        code = code_digest(self._specs)
+        self._tell(Ready, milters=milters, code=code, socket=to_wire(self._socket))
 
     def stop(self) -> None:
         """The milter itself ends this worker's loop; what it has answered is still sent."""
         self.shutdown = True  # so that the end of the connection is no accident
         self.transport.loseConnection()
 
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The master is gone, or wants no more: nothing is begun."""
+        self._questions.clear()
+        super().connectionLost(reason)
+
     def _tell(self, command: Any, **arguments: Any) -> None:
         # A master that does not answer is gone; connectionLost ends this process then.
         self.callRemote(command, **arguments).addErrback(lambda _: None)
 
+    def dataReceived(self, data: bytes) -> None:
+        """Takes all that has arrived, then works on it."""
+        super().dataReceived(data)
+        if not self._at_work:
+            self._go_on()
+
     def ampBoxReceived(self, box: amp.AmpBox) -> None:
         """Questions are answered without AMP's own machinery, which takes longer than reading."""
-        if box.get(amp.COMMAND) == Ask.commandName:
+        command = box.get(amp.COMMAND)
+        if command == Ask.commandName:
             self._questions.append(box)
-            self._go_on()
+        elif command == Withdraw.commandName:
+            self._withdraw(box[b"tag"])
         else:
             super().ampBoxReceived(box)
 
-    def _go_on(self) -> None:
-        """Answers one question after the other: the master blames the first for a death."""
-        while self._questions and not self._at_work:
-            self._ask(self._questions.popleft())
-
-    def _ask(self, box: amp.AmpBox) -> None:
-        """Answers one job, later if the milter is a coroutine."""
-        asked = read_question(box, self)
-        news = asked.message[asked.start :]  # of memory it is a view of its own
-        views = (news, asked.connection, asked.message, asked.command)
-        message = bytes(news) + bytes(asked.command) if asked.command else news
-        try:
-            replies = self._dialects[asked.milter].answer(
-                STAGES.get(asked.stage[0]), bytes(asked.connection), message, asked.session
-            )
-            if not isinstance(replies, bytes):
-                self._at_work = True
-                later: defer.Deferred[Any] = driven(replies)
-                later.addCallback(self._answered).addErrback(self._failed)
-                later.addCallback(self._send, box[amp.ASK], views).addErrback(self.unhandledError)
-                later.addCallback(self._done)
+    def _withdraw(self, tag: bytes) -> None:
+        """The master has given a question to another worker, or needs no answer to it."""
+        for box in self._questions:
+            if box[amp.ASK] == tag:
+                self._questions.remove(box)
+                drop_question(box, self)
+                self._send(tag, WITHDRAWN)
                 return
-            answer = self._answered(replies)
+
+    def _go_on(self, *, waited: bool = False) -> None:
+        """Answers one question after the other: the master blames the first for a death.
+
+        One that has `waited` may have been withdrawn meanwhile, so it begins once all is read.
+        """
+        self._at_work = True
+        for _ in range(MAX_IN_A_TURN):
+            if waited and self._questions:
+                read_now([self.transport], MAX_CATCH_UP)
+            if not self._questions:
+                self._at_work = False
+                return
+            if not self._ask(self._questions.popleft()):
+                return  # it goes on when the coroutine has ended
+            waited = True
+        _next_turn(lambda: self._go_on(waited=True))
+
+    def _ask(self, box: amp.AmpBox) -> bool:
+        """Answers one job; False if that comes later, because the milter is a coroutine."""
+        tag = box[amp.ASK]
+        views: list[Bytes] = []
+        try:
+            replies = self._replies_to(box, views)
+            if not isinstance(replies, bytes):
+                later: defer.Deferred[Any] = driven(replies)
+                later.addCallback(Answer).addErrback(self._failed)
+                later.addCallback(self._answer, tag, views).addErrback(self.unhandledError)
+                later.addCallback(lambda _: self._go_on(waited=True))
+                return False
+            answer = Answer(replies)
         except BaseException:  # also an exit: no job ends the worker
             answer = self._failed(Failure())
-        self._send(answer, box[amp.ASK], views)
+        self._answer(answer, tag, views)
+        return True
 
-    def _done(self, _: object) -> None:
-        self._at_work = False
-        self._go_on()
+    def _replies_to(self, box: amp.AmpBox, views: list[Bytes]) -> Any:
+        """What the milter says to a question; `views` gets what is to be released after it."""
+        question = read_question(box, self)
+        head = question.head
+        news = question.message[head.start :]  # of memory it is a view of its own
+        views += (news, question.connection, question.message, question.command)
+        message = bytes(news) + bytes(question.command) if question.command else news
+        return self._dialects[head.milter].answer(
+            STAGES.get(head.stage[0]), bytes(question.connection), message, head.session
+        )
 
-    def _send(self, answer: amp.AmpBox, tag: bytes, views: Sequence[Bytes]) -> None:
+    def _answer(self, answer: Answer, tag: bytes, views: Sequence[Bytes]) -> None:
         for view in views:
             release(view)
-        answer[amp.ANSWER] = tag
-        self.sendBox(answer)
-
-    def _answered(self, replies: bytes) -> amp.AmpBox:
+        try:
+            replies = packed(answer.replies)
+        except OSError as error:
+            self._send(tag, Answer(error=f"no memory for the answer: {error.strerror}".encode()))
+            return
+        if isinstance(replies, Memory):
+            self._replies.append(replies)
+        self._send(tag, (replies, *answer[1:]))
         if self._replies and is_still(self.transport):
             self._replies.clear()
-        reply = blob(replies)
-        if isinstance(reply, Memory):
-            self._replies.append(reply)
-        return answer_box(reply, b"", self)
 
-    def _failed(self, failure: Any) -> amp.AmpBox:
+    def _send(self, tag: bytes, answer: tuple[Any, ...]) -> None:
+        send_now(self.transport, answer_box(tag, answer, self))
+
+    def _failed(self, failure: Any) -> Answer:
         error = failure.value
         traceback.print_exception(type(error), error, failure.getTracebackObject())
         sys.stderr.flush()
         summary = " ".join("".join(traceback.format_exception_only(error)).split())
-        return answer_box(b"", _log_text(summary)[:MAX_TEXT] or b"?", self)
+        return Answer(error=_log_text(summary)[:MAX_TEXT] or b"?")
+
+
+def _next_turn(call: Callable[[], None]) -> None:
+    from twisted.internet import reactor  # it is chosen after this module's import, if need be
+
+    reactor.callLater(0, call)
 
 
 def _introduced(manifest: Manifest) -> dict[str, bytes]:

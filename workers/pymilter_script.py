@@ -46,6 +46,7 @@ class Script:
         halt: Callable[[Child], None],
     ) -> None:
         self._path = path
+        self._file = os.path.abspath(path)  # also where the script changes the directory
         self._arguments = arguments
         self._serve = serve
         self._halt = halt
@@ -67,7 +68,7 @@ class Script:
             self._failure = self._failure or error
         if not self._served:
             failure = self._failure or self._wrong("has ended without calling Milter.runmilter()")
-            self._serve(Child([self._path], _raising(failure)))
+            self._serve(Child([self._file], _raising(failure)))
 
     @property
     def _served(self) -> bool:
@@ -137,7 +138,7 @@ class Script:
         except MilterLoadError as failure:
             self._failure = failure
             raise
-        self._child = Child([self._path], lambda _: dialect, self._registration.socket)
+        self._child = Child([self._file], lambda _: dialect, self._registration.socket)
         with self._takeover.suspended():
             self._serve(self._child)
             dialect.close()

@@ -97,10 +97,12 @@ def worker_specs(settings: config.Settings) -> tuple[str, ...]:
     return specs
 
 
-def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: Any) -> Any:
-    """What the pool calls for a new worker process."""
+def shard_maker(
+    settings: config.Settings, specs: tuple[str, ...], dispatcher: Any, reactor: Any
+) -> Any:
+    """What the pool calls for a new shard."""
     from sharded_milter.pool.shard import Shard
-    from sharded_milter.pool.spawned import Workplace, worker_environment
+    from sharded_milter.pool.spawned import Spawned, Workplace, worker_environment
 
     extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
     workplace = Workplace(
@@ -112,19 +114,18 @@ def shard_starter(settings: config.Settings, specs: tuple[str, ...], reactor: An
         settings.pymilter is not None,
     )
 
-    def start(slot: int, events: Any) -> Shard:
-        shard = Shard(slot, workplace, reactor, events)
-        shard.start()
-        return shard
+    def make(slot: int, events: Any) -> Shard:
+        place = Spawned(workplace, slot, reactor)
+        return Shard(slot, place, dispatcher, events, reactor)
 
-    return start
+    return make
 
 
 def in_master_members(settings: config.Settings, reactor: Any, counters: Any) -> list[Any]:
     """The milters that run in this process; raises MilterLoadError."""
     from sharded_milter.dialects.loader import load
     from sharded_milter.in_master import InMaster
-    from sharded_milter.mta.milters import Member
+    from sharded_milter.mta.members import Member
 
     hosts = [
         InMaster(load(spec), settings.limits, reactor, counters) for spec in settings.in_master
@@ -163,30 +164,31 @@ class _Run:
         reactor = chosen_reactor(asyncio=bool(settings.in_master))
         from twisted.logger import Logger
 
-        from sharded_milter.dispatch.dispatcher import Dispatch
+        from sharded_milter.dispatch.dispatcher import Dispatcher
         from sharded_milter.dispatch.poison import Keep
         from sharded_milter.dispatch.policy import Policy
         from sharded_milter.pool.pool import Pool
-        from sharded_milter.server import Service
+        from sharded_milter.server import Server
 
         # Twisted's own clock is the wall clock, which may be set by hours while a deadline runs.
         clock: Any = reactor
         clock.seconds = time.monotonic
         limits = settings.limits
         keep = Keep(Path(settings.keep_dir), settings.keep_quota) if settings.keep_dir else None
-        dispatch = Dispatch(limits, reactor, keep)
-        start_shard = shard_starter(settings, specs, reactor)
-        pool = Pool(start_shard, settings.workers if specs else 0, limits, dispatch, reactor)
-        in_master = in_master_members(settings, reactor, dispatch.counters)
+        dispatcher = Dispatcher(limits, reactor, keep)
+        make_shard = shard_maker(settings, specs, dispatcher, reactor)
+        workers = settings.workers if specs else 0
+        pool = Pool(make_shard, workers, limits, dispatcher, reactor)
+        in_master = in_master_members(settings, reactor, dispatcher.counters)
         policy = Policy(settings.on_error, settings.on_poison)
         self._settings = settings
         self._reactor: Any = reactor
         self._log = Logger()
-        self._workers = settings.workers if specs else 0
-        self._service = Service(
+        self._workers = workers
+        self._server = Server(
             listeners,
             pool,
-            dispatch,
+            dispatcher,
             limits,
             policy,
             reactor,
@@ -206,23 +208,23 @@ class _Run:
         return os.EX_OK
 
     def _start(self) -> None:
-        service = self._service
+        server = self._server
         for number, act in {
             signal.SIGTERM: lambda: self._stop(False),
             signal.SIGINT: lambda: self._stop(True),
             signal.SIGQUIT: lambda: self._stop(True),
-            signal.SIGHUP: service.pool.reload,
-            signal.SIGTTIN: lambda: service.pool.resize(1),
-            signal.SIGTTOU: lambda: service.pool.resize(-1),
-            signal.SIGUSR2: service.dump,
+            signal.SIGHUP: server.pool.reload,
+            signal.SIGTTIN: lambda: server.pool.resize(1),
+            signal.SIGTTOU: lambda: server.pool.resize(-1),
+            signal.SIGUSR2: server.dump,
         }.items():
             # Between two turns of the reactor: a handler may interrupt anything.
             signal.signal(number, lambda *_, act=act: self._reactor.callFromThread(act))
-        started = self._service.start()
+        started = self._server.start()
         started.addCallbacks(lambda _: self._ready(), self._failed)
 
     def _ready(self) -> None:
-        listeners = self._service.listeners
+        listeners = self._server.listeners
         names = [listener.address.for_postfix(listener.port) for listener in listeners]
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
@@ -249,7 +251,7 @@ class _Run:
 
     def _stop(self, quick: bool) -> None:
         again, self._stopping = self._stopping, True
-        stopped = self._service.stop(quick=quick or again)
+        stopped = self._server.stop(quick=quick or again)
         if not again:
             stopped.addCallback(lambda _: self._reactor.stop())
 

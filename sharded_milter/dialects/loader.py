@@ -7,7 +7,9 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -18,13 +20,16 @@ from sharded_milter.dialects.libmilter import classes
 from sharded_milter.dialects.libmilter.context import Call
 from sharded_milter.dialects.libmilter.dialect import ClassDialect
 from sharded_milter.dialects.spec import split_spec
-from sharded_milter.errors import MilterLoadError, StartError
+from sharded_milter.errors import MilterLoadError, StartError, UsageError
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
 # Frames of this package and of the import system are left out of an author's traceback.
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 T = TypeVar("T")
+
+# Folders of many packages: what lies beside a milter there is none of its own.
+_LIBRARIES = frozenset({"site-packages", "dist-packages"})
 
 _NOT_HIS = (_PACKAGE, "<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 
@@ -88,6 +93,39 @@ def as_dialect(found: Any) -> Dialect:
     if callable(getattr(found, "build_milter", None)):
         return ClassDialect(found() if isinstance(found, type) else found)
     raise NotAMilter(f"is a {type(found).__name__}, not a Milter, nor a class or factory of them")
+
+
+def code_digest(specs: Sequence[str]) -> bytes:
+    """A digest of the code that the milters `specs`, which are loaded, were loaded from.
+
+    That is their own files, or the file of a script, and what they have imported from the same
+    folders or below. Workers with equal digests run the same code.
+    """
+    files = {_file_of(spec) for spec in specs}
+    folders = tuple(
+        os.path.dirname(file) + os.sep
+        for file in files
+        if os.path.basename(os.path.dirname(file)) not in _LIBRARIES
+    )
+    for module in list(sys.modules.values()):
+        with suppress(Exception):  # what stands in for a module may be anything
+            file = module.__file__
+            if file and os.path.abspath(file).startswith(folders):
+                files.add(os.path.abspath(file))
+    digest = sha256()
+    for file in sorted(files):
+        digest.update(file.encode(errors="surrogateescape") + b"\0")
+        with suppress(OSError), open(file, "rb") as code:
+            digest.update(sha256(code.read()).digest())
+    return digest.digest()
+
+
+def _file_of(spec: str) -> str:
+    try:
+        where, _ = split_spec(spec)
+    except UsageError:  # a script's path
+        where = spec
+    return os.path.abspath(getattr(sys.modules.get(where), "__file__", None) or where)
 
 
 def _module(where: str) -> ModuleType:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from sharded_milter.protocol.commands import Body, Eom, Header, Mail, Rcpt
 from sharded_milter.protocol.wire import packets
@@ -26,7 +27,16 @@ MAX_REMEMBERED = 10_000
 # Deaths that make a message poison. One may be the machine's fault.
 DEADLY = 2
 
+# Transcripts of the same message differ by this much at the most, bytes: queue ids and ports.
+SLACK = 512
+
 _CONTENT = frozenset(kind.letter[0] for kind in (Mail, Rcpt, Header, Body, Eom))
+
+
+class _Record(NamedTuple):
+    deaths: int
+    at: float  # of the latest
+    size: int
 
 
 def digest(message: memoryview) -> bytes:
@@ -44,31 +54,50 @@ class Poison:
     """How often messages have killed; `now` is any clock that only runs forward, in seconds."""
 
     def __init__(self) -> None:
-        self._deaths: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
+        self._deaths: OrderedDict[bytes, _Record] = OrderedDict()
+        self.sizes: Counter[int] = Counter()  # remembered messages by size, in units of SLACK
 
     def __len__(self) -> int:
-        """How many messages are remembered; while it is 0 nobody need compute digests."""
+        """How many messages are remembered."""
         return len(self._deaths)
 
-    def died(self, message: bytes, now: float, deaths: int = 1) -> bool:
-        """The message with this digest has killed so often more; whether it is poison now."""
-        before, _ = self._deaths.pop(message, (0, 0.0))
-        self._deaths[message] = (before + deaths, now)
-        if len(self._deaths) > MAX_REMEMBERED:
-            self._deaths.popitem(last=False)
-        return before + deaths >= DEADLY
-
-    def is_poison(self, message: bytes, now: float) -> bool:
-        """Whether the message with this digest has killed too often of late."""
+    def is_likely(self, size: int, now: float) -> bool:
+        """Whether a message of about that size is remembered: others need no digest."""
         self._forget(now)
-        return self._deaths.get(message, (0, 0.0))[0] >= DEADLY
+        unit = size // SLACK
+        return any(self.sizes[near] for near in (unit - 1, unit, unit + 1))
+
+    def died(self, message: bytes, size: int, now: float, deaths: int = 1) -> bool:
+        """A message of that digest and size has killed so often; whether it is poison now."""
+        deaths += self._drop(message)
+        self._deaths[message] = _Record(deaths, now, size)
+        self.sizes[size // SLACK] += 1
+        if len(self._deaths) > MAX_REMEMBERED:
+            self._drop(next(iter(self._deaths)))
+        return deaths >= DEADLY
+
+    def deaths(self, message: bytes, now: float) -> int:
+        """How often the message with this digest has killed of late."""
+        self._forget(now)
+        record = self._deaths.get(message)
+        return record.deaths if record is not None else 0
+
+    def _drop(self, message: bytes) -> int:
+        record = self._deaths.pop(message, None)
+        if record is None:
+            return 0
+        unit = record.size // SLACK
+        self.sizes[unit] -= 1
+        if not self.sizes[unit]:
+            del self.sizes[unit]
+        return record.deaths
 
     def _forget(self, now: float) -> None:
         while self._deaths:
             oldest = next(iter(self._deaths))
-            if now - self._deaths[oldest][1] < REMEMBERED_FOR:
+            if now - self._deaths[oldest].at < REMEMBERED_FOR:
                 return
-            del self._deaths[oldest]
+            self._drop(oldest)
 
 
 class Keep:

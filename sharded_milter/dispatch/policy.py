@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sharded_milter.errors import JobFailed, Overloaded, Poisoned, Superseded
+from sharded_milter.errors import InvalidValue, JobFailed, Overloaded, Poisoned, Superseded
 from sharded_milter.protocol.replies import Continue, Reject, ReplyCode, TempFail, reply_text
 from sharded_milter.protocol.stages import Stage
 
@@ -14,10 +14,16 @@ CHOICES = ("tempfail", "accept", "reject")
 
 @dataclass(frozen=True)
 class Policy:
-    """The operator's choice, each one of CHOICES."""
+    """The operator's choice, each one of CHOICES; raises InvalidValue for any other."""
 
     on_error: str = "tempfail"
     on_poison: str = "tempfail"
+
+    def __post_init__(self) -> None:
+        for name, choice in (("on_error", self.on_error), ("on_poison", self.on_poison)):
+            if choice not in CHOICES:
+                choices = ", ".join(CHOICES)
+                raise InvalidValue(f"{name} is {choice!r}; it must be one of {choices}")
 
 
 # The texts are the MTA's own: what went wrong is in our log, not on the wire. To accept is to go

@@ -1,265 +1,239 @@
-"""The schedule: which queued job runs on which idle shard next. Pure: no clock, no I/O.
+"""The queue: which job runs next, on which shard. Pure: no clock, no I/O.
 
-The owner tells it what happened (`submit`, `idle`, `gone`, `withdraw`) and takes assignments with
+The owner tells it what happened (a job waits, a shard is idle, full or gone) and takes pairs with
 `next` until there are none; so the queue is drained on every change of capacity, whatever its
 cause.
 
-Order of jobs: light ones first, then later stages before earlier ones (a message that is half
-done blocks an MTA; one that has not begun does not), then the oldest.
-Place of jobs: one that is pinned runs on its own shard only, also while that takes no others any
-more; a heavy one with a key runs on the shard that the key's rendezvous hash chooses among those
-there are; any other on the idle shard that has run longest, so that caches stay warm and surplus
-idles. Heavy jobs leave `reserve` shards to light ones.
+Order: by age of what the job belongs to, so that what has begun is finished first and nothing
+starves. `born` says when that was; light jobs count as one second older.
+
+Place:
+- an object's job runs on the shard that has the object, and nowhere else;
+- a job that runs alone (`solo`) runs on an idle shard that has never been given anything;
+- a job with a key runs on the key's shard if that is idle or has room behind what it does, else
+  on any other, so that a key never waits while a shard is idle;
+- any other runs on the shard that became idle last, so that caches stay warm and surplus idles;
+- where no shard is idle, it goes behind what a shard does that has room;
+- a job that was given to a shard but has waited there too long (`offer`) runs on a shard that is
+  or becomes idle, in its turn by age, or stays; no younger job goes behind another meanwhile, for
+  shards that always have a next job never become idle.
+Heavy jobs leave `reserve` shards to light ones.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from collections.abc import Iterator
 from itertools import count
-from operator import itemgetter
 from typing import Any, Generic, Protocol, TypeVar
 
+from sharded_milter.dispatch.capacity import Capacity, Server
 from sharded_milter.errors import Overloaded
-from sharded_milter.protocol.stages import Stage
 
-# How far a message has come when a stage asks; UNKNOWN belongs to no message, and nobody waits
-# for what has no stage.
-PROGRESS: Mapping[Stage | None, int] = {
-    **{stage: place for place, stage in enumerate(Stage)},
-    Stage.UNKNOWN: -1,
-    None: -2,
-}
+# How much older a light job counts, seconds. It is done in no time, and a client waits for it.
+LIGHT_HEAD_START = 1.0
 
-# Withdrawn jobs stay in the heaps until they come up; above this many all are built anew.
+# Jobs that leave stay in the heaps until they come up; above this many all are built anew.
 MAX_DEBRIS = 64
 
 
-class Schedulable(Protocol):
-    """What the schedule must know of a job.
+class Waiting(Protocol):
+    """What the queue must know of a job; `entry` is the queue's own."""
 
-    Equal non-empty keys go to the same shard; `place` is the only shard that can do it, or None.
-    """
-
-    @property
-    def stage(self) -> Stage | None: ...
-    @property
-    def light(self) -> bool: ...
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def place(self) -> Any: ...
+    stage: Any
+    light: bool
+    key: bytes
+    born: float
+    solo: bool
+    entry: int
+    affinity: Any  # with the one shard that can do it as its holder, or None
 
 
-class Place(Protocol):
-    """What the schedule must know of a shard: a successor in the same slot inherits its keys.
+J = TypeVar("J", bound=Waiting)
+S = TypeVar("S", bound=Server)
 
-    `sessions` is how many connections' objects it has.
-    """
-
-    @property
-    def slot(self) -> int: ...
-    @property
-    def sessions(self) -> int: ...
+Entry = tuple[float, int, J]  # age, number, job
 
 
-J = TypeVar("J", bound=Schedulable)
-S = TypeVar("S", bound=Place)
+class _Heaps(Generic[J]):
+    """Jobs by age, the light ones apart from the heavy ones."""
+
+    __slots__ = ("heavy", "light")
+
+    def __init__(self) -> None:
+        self.light: list[Entry[J]] = []
+        self.heavy: list[Entry[J]] = []
+
+    def push(self, entry: Entry[J]) -> None:
+        heapq.heappush(self.light if entry[2].light else self.heavy, entry)
+
+    def tops(self) -> Iterator[list[Entry[J]]]:
+        """The heaps that have a job, with the oldest on top."""
+        for heap in (self.light, self.heavy):
+            while heap and heap[0][2].entry != heap[0][1]:  # it has left
+                heapq.heappop(heap)
+            if heap:
+                yield heap
 
 
-@dataclass(order=True, slots=True)
-class _Entry(Generic[J]):
-    heavy: bool
-    unready: int
-    number: int
-    job: J = field(compare=False)
-    due: float = field(compare=False)
-    taken: bool = field(compare=False, default=False)
+class Queue(Generic[J, S]):
+    """Jobs that wait, and shards that may take one."""
 
-
-class Schedule(Generic[J, S]):
-    """Queued jobs and idle shards; `now` is any clock that only runs forward, in seconds."""
-
-    def __init__(self, max_queue: int, queue_wait: float, reserve: int = 0) -> None:
+    def __init__(self, max_queue: int, reserve: int = 0) -> None:
+        self.shards: Capacity[S] = Capacity(reserve)
         self._max_queue = max_queue
-        self._queue_wait = queue_wait
-        self._reserve = reserve
-        self._entries: dict[int, _Entry[J]] = {}  # by id(job): those that wait
-        self._common: list[_Entry[J]] = []  # a heap: jobs that any shard can do
-        self._homes: dict[int, list[_Entry[J]]] = {}  # heaps by slot: jobs with a key
-        self._pinned: dict[Any, list[_Entry[J]]] = {}  # heaps by shard: jobs of its objects
-        self._debris = 0
-        self._numbers = count()
-        self._shards: dict[S, int] = {}  # every shard that may get work, by the order of arrival
-        self._idle: set[S] = set()
-        self._retired: set[S] = set()  # those that may get pinned jobs only
-        self._at_rest: set[S] = set()  # the idle ones of them
-        self._heavy: set[S] = set()  # those that do a heavy job
-        # Busy ones that take one more if nobody is idle: how many they have, how long they run.
-        self._spare: dict[S, tuple[int, int]] = {}
+        self._numbers = count(1)
+        self._jobs: dict[int, J] = {}  # by entry: those that wait for a shard
+        self._offered: dict[int, J] = {}  # those that wait behind another job
+        self._common: _Heaps[J] = _Heaps()
+        self._solo: _Heaps[J] = _Heaps()
+        self._behind: _Heaps[J] = _Heaps()
+        self._objects: dict[S, _Heaps[J]] = {}
+        self._left = 0  # entries of jobs that have left, still in a heap
+
+    # Jobs
 
     def __len__(self) -> int:
-        """How many jobs wait."""
-        return len(self._entries)
+        """How many jobs wait for a shard."""
+        return len(self._jobs)
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether any job waits, be it behind another."""
+        return bool(self._jobs or self._offered)
 
     @property
     def is_full(self) -> bool:
-        """Whether as many jobs wait as may."""
-        return len(self._entries) >= self._max_queue + len(self._idle)
+        """Whether as many jobs wait as may.
 
-    def submit(self, job: J, now: float) -> None:
-        """A job to be done; raises Overloaded when nobody is idle and the queue is full.
-
-        Idle shards need not fit the jobs that wait, so they make room for as many as they are. A
-        job without a stage keeps nobody waiting: it is never too much, nor too late.
+        Idle shards need not fit the jobs that wait, so they make room for as many as they are.
         """
-        if job.stage is not None and self.is_full:
-            raise Overloaded(f"the queue is full ({self._max_queue} jobs wait)")
-        due = now + self._queue_wait
-        entry = _Entry(not job.light, -PROGRESS[job.stage], next(self._numbers), job, due)
-        self._entries[id(job)] = entry
-        heapq.heappush(self._heap_of(job), entry)
-
-    def withdraw(self, job: J) -> bool:
-        """The job is no longer wanted; whether it was still waiting."""
-        entry = self._entries.pop(id(job), None)
-        if entry is None:
-            return False
-        entry.taken = True
-        self._debris += 1
-        if self._debris > len(self._entries) + MAX_DEBRIS:
-            self._rebuild()
-        return True
-
-    def least_loaded(self) -> S | None:
-        """The shard with the fewest connections' objects, of those the one that has run longest.
-
-        A new object is better placed by how many others share its shard for as long as the
-        connection lasts than by who is idle at this moment. None when there is no shard.
-        """
-        return min(self._shards, key=self._load, default=None)
-
-    def _load(self, shard: S) -> tuple[int, int]:
-        return shard.sessions, self._shards[shard]
-
-    def idle(self, shard: S) -> None:
-        """The shard, new or known, can take a job."""
-        self._heavy.discard(shard)
-        self._spare.pop(shard, None)
-        if shard in self._retired:
-            self._at_rest.add(shard)
-            return
-        self._idle.add(shard)
-        if shard not in self._shards:
-            self._shards[shard] = next(self._numbers)
-            self._rebuild()
-
-    def spare(self, shard: S, jobs: int) -> None:
-        """The shard has so many jobs, and takes one more where nobody is idle."""
-        if shard in self._shards and shard not in self._idle:
-            self._spare[shard] = jobs, self._shards[shard]
-
-    def retire(self, shard: S) -> None:
-        """From now on the shard takes only jobs that are pinned to it."""
-        if shard in self._retired:
-            return
-        self._retired.add(shard)
-        self._spare.pop(shard, None)
-        if shard in self._idle:
-            self._idle.discard(shard)
-            self._at_rest.add(shard)
-        if self._shards.pop(shard, None) is not None:
-            self._rebuild()
-
-    def deaf(self, shard: S) -> None:
-        """The shard can be told nothing any more; what is pinned to it waits for it to be gone."""
-        self.retire(shard)
-        self._at_rest.discard(shard)
-
-    def gone(self, shard: S) -> list[J]:
-        """The shard takes no more jobs; the jobs that were pinned to it, which are withdrawn."""
-        self._heavy.discard(shard)
-        self.retire(shard)
-        self._retired.discard(shard)
-        self._at_rest.discard(shard)
-        left = [entry.job for entry in self._pinned.pop(shard, []) if not entry.taken]
-        for job in left:
-            self.withdraw(job)
-        return left
-
-    def next(self) -> tuple[J, S] | None:
-        """A job and the shard that does it now, which is busy from here on; None if none fits."""
-        if not self._entries:
-            return None
-        found = min(self._choices(), default=None, key=itemgetter(0))
-        if found is None:
-            return None
-        entry, heap, shard = found
-        heapq.heappop(heap)
-        del self._entries[id(entry.job)]
-        self._idle.discard(shard)
-        self._spare.pop(shard, None)
-        self._at_rest.discard(shard)
-        if entry.heavy:
-            self._heavy.add(shard)
-        return entry.job, shard
-
-    def _choices(self) -> Iterable[tuple[_Entry[J], list[_Entry[J]], S]]:
-        """The best job of each heap that an idle shard could take, with that shard."""
-        heavy = len(self._heavy - self._retired)
-        heavy_allowed = heavy < max(1, len(self._shards) - self._reserve)
-        places = []
-        able = self._idle or self._spare
-        if self._idle:
-            places = [(self._common, min(self._idle, key=self._shards.__getitem__))]
-        elif self._spare:
-            places = [(self._common, min(self._spare, key=self._spare.__getitem__))]
-        if self._homes:
-            places += [(self._homes.get(shard.slot, []), shard) for shard in able]
-        if self._pinned:
-            ready = (*self._idle, *self._at_rest)
-            places += [(self._pinned.get(shard, []), shard) for shard in ready]
-        for heap, shard in places:
-            while heap and heap[0].taken:
-                heapq.heappop(heap)
-                self._debris -= 1
-            # Nobody else is kept from light jobs by a shard that does heavy ones already.
-            allowed = heavy_allowed or shard in self._retired or shard in self._heavy
-            if heap and (allowed or not heap[0].heavy):
-                yield heap[0], heap, shard
+        return len(self._jobs) >= self._max_queue + self.shards.idle_count
 
     @property
-    def next_due(self) -> float | None:
-        """When the first job will have waited too long; None while none waits."""
-        return next((entry.due for entry in self._entries.values() if entry.job.stage), None)
+    def waits_for_fresh(self) -> bool:
+        """Whether a job waits for a shard that has never been given anything, and none is idle."""
+        waits = any(True for _ in self._solo.tops())
+        return waits and self.shards.fresh is None
 
-    def overdue(self, now: float) -> list[J]:
-        """The jobs that have waited too long; they are withdrawn."""
-        late = [
-            entry.job for entry in self._entries.values() if entry.due <= now and entry.job.stage
-        ]
-        for job in late:
-            self.withdraw(job)
-        return late
+    def add(self, job: J, *, again: bool = False) -> None:
+        """A job waits; raises Overloaded when no shard is idle and the queue is full.
 
-    def _heap_of(self, job: J) -> list[_Entry[J]]:
-        if job.place is not None:
-            return self._pinned.setdefault(job.place, [])
-        # A light job must not wait behind the scan that holds the shard of its key.
-        if job.light or not job.key or not self._shards:
-            return self._common
-        home = max(self._shards, key=lambda shard: _weight(shard.slot, job.key))
-        return self._homes.setdefault(home.slot, [])
+        Never too many are the end of an object's session, and a job that waits `again`.
+        """
+        if self.is_full and job.stage is not None and not again:
+            raise Overloaded(f"the queue is full ({self._max_queue} jobs wait)")
+        self._enter(job, self._jobs)
+
+    def offer(self, job: J) -> None:
+        """A job waits behind another: a shard that is or becomes idle may take it over."""
+        self._enter(job, self._offered)
+
+    def _enter(self, job: J, kind: dict[int, J]) -> None:
+        job.entry = next(self._numbers)
+        kind[job.entry] = job
+        self._push(job)
+
+    def _push(self, job: J) -> None:
+        age = job.born - LIGHT_HEAD_START if job.light else job.born
+        self._heaps_of(job).push((age, job.entry, job))
+
+    def _heaps_of(self, job: J) -> _Heaps[J]:
+        if job.entry in self._offered:
+            return self._behind
+        if job.affinity is not None and job.affinity.holder is not None:
+            return self._objects.setdefault(job.affinity.holder, _Heaps())
+        return self._solo if job.solo else self._common
+
+    def remove(self, job: J) -> bool:
+        """The job does not wait any more; whether it was waiting for a shard."""
+        entry, job.entry = job.entry, 0
+        if not entry:
+            return False
+        self._left += 1
+        waited = self._jobs.pop(entry, None) is not None
+        self._offered.pop(entry, None)
+        if self._left > len(self._jobs) + len(self._offered) + MAX_DEBRIS:
+            self._rebuild()
+        return waited
 
     def _rebuild(self) -> None:
-        """Places every job anew: the shards are others now, or too many jobs were withdrawn."""
-        self._common, self._homes, self._pinned, self._debris = [], {}, {}, 0
-        for entry in self._entries.values():
-            heapq.heappush(self._heap_of(entry.job), entry)
+        self._common, self._solo, self._behind = _Heaps(), _Heaps(), _Heaps()
+        self._objects, self._left = {}, 0
+        for job in (*self._jobs.values(), *self._offered.values()):
+            self._push(job)
 
+    def gone(self, shard: S) -> list[J]:
+        """The shard is no more; returns its objects' jobs, which wait no longer."""
+        self.shards.gone(shard)
+        return self.take_objects(shard)
 
-def _weight(slot: int, key: bytes) -> bytes:
-    """Rendezvous hashing: each key ranks all slots; a slot that goes moves only its own keys."""
-    return blake2b(key, digest_size=8, salt=slot.to_bytes(8, "big")).digest()
+    def take_objects(self, shard: S) -> list[J]:
+        """The shard's objects are lost; returns their jobs, which wait no longer."""
+        heaps = self._objects.pop(shard, None)
+        if heaps is None:
+            return []
+        entries = sorted(heaps.light + heaps.heavy)
+        jobs = [job for _, entry, job in entries if job.entry == entry]
+        for job in jobs:
+            self.remove(job)
+        return jobs
+
+    # Pairs
+
+    def place(self, job: J) -> S | None:
+        """The shard that does a new job at once, where no other job waits; None where none can.
+
+        The job does not enter the queue.
+        """
+        if self._jobs or job.solo:
+            return None
+        heavy = job.light or self.shards.allows_heavy
+        if job.affinity is None or job.affinity.holder is None:
+            return self.shards.shard_for(job, heavy=heavy, behind=not self._offered)
+        holder: S = job.affinity.holder
+        return holder if self.shards.takes_object(holder, heavy=heavy) else None
+
+    def next(self) -> tuple[J, S] | None:
+        """A job and the shard that does it now; None if none fits.
+
+        The job leaves the queue. The owner says next what the shard has in hand (`busy`).
+        """
+        if not self._jobs and not self._offered:
+            return None
+        found = self._solo_pair() or min(self._pairs(), default=None)
+        if found is None:
+            return None
+        heap, shard = found[2:]
+        job: J = heapq.heappop(heap)[2]
+        self._jobs.pop(job.entry, None)
+        self._offered.pop(job.entry, None)
+        job.entry = 0
+        return job, shard
+
+    def _solo_pair(self) -> tuple[float, int, list[Entry[J]], S] | None:
+        """One that runs alone gets the first shard that is fresh: any other job can do without."""
+        if not (self._solo.light or self._solo.heavy):
+            return None
+        fresh = self.shards.fresh
+        if fresh is None:
+            return None
+        heavy = self.shards.allows_heavy
+        tops = (heap for heap in self._solo.tops() if heap[0][2].light or heavy)
+        return min(((*heap[0][:2], heap, fresh) for heap in tops), default=None)
+
+    def _pairs(self) -> Iterator[tuple[float, int, list[Entry[J]], S]]:
+        """The oldest job of each heap from which a shard can take one, with that shard."""
+        heavy = self.shards.allows_heavy
+        oldest = min((heap[0][:2] for heap in self._behind.tops()), default=None)
+        for heaps in (self._common, self._behind):
+            for heap in heaps.tops():
+                job = heap[0][2]
+                behind = heaps is self._common and (oldest is None or heap[0][:2] < oldest)
+                shard = self.shards.shard_for(job, heavy=job.light or heavy, behind=behind)
+                if shard is not None:
+                    yield *heap[0][:2], heap, shard
+        for shard, heaps in self._objects.items():
+            for heap in heaps.tops():
+                if self.shards.takes_object(shard, heavy=heap[0][2].light or heavy):
+                    yield *heap[0][:2], heap, shard

@@ -22,7 +22,7 @@ from zope.interface import implementer
 
 from sharded_milter.alarms import Alarm
 from sharded_milter.errors import RemoteProtocolError
-from sharded_milter.ipc.sending import send_now
+from sharded_milter.ipc.sockets import send_now
 from sharded_milter.mta import conversation
 from sharded_milter.mta.conversation import Conversation
 from sharded_milter.protocol.commands import Abort, Quit, QuitNc
@@ -35,15 +35,20 @@ from sharded_milter.protocol.wire import Framer
 SMALL_READ = 65_536
 LARGE_READ = 262_144
 
+# Seconds that a connection which we have closed gets to take what was answered. Postfix and
+# Sendmail read at once; whoever does not would keep a connection of `max_connections` for ever.
+CLOSE_GRACE = 30.0
+
 _PROGRESS = Progress().encode()
 _LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
 
 
-class Home(conversation.Home, Protocol):
+class Context(conversation.Context, Protocol):
     """What a connection needs of the service it belongs to."""
 
     idle: Alarm[MilterConnection]  # rings `timed_out`
-    progress: Alarm[MilterConnection]  # rings `show_life`
+    closing: Alarm[MilterConnection]  # rings `abort` after CLOSE_GRACE
+    progress: Alarm[MilterConnection]  # rings `send_progress`
 
     def connected(self, connection: MilterConnection) -> None: ...
     def disconnected(self, connection: MilterConnection) -> None: ...
@@ -55,9 +60,9 @@ class MilterConnection(TwistedProtocol):
 
     log = Logger()
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
-        self._conversation = Conversation(home, self._answered)
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._conversation = Conversation(context)
         self._framer = Framer()
         self._looked = 0  # up to here in the framer's buffer nobody leaves
         self._congested = False  # the MTA does not read what it was answered
@@ -73,70 +78,84 @@ class MilterConnection(TwistedProtocol):
             transport.setTcpNoDelay(True)
             self._quick_ack = _quick_ack_of(transport)
         transport.registerProducer(self, True)
-        self._home.idle.set(self)
-        self._home.connected(self)
+        self._context.idle.set(self)
+        self._context.connected(self)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._conversation.over:  # nothing is taken any more
+        if self._conversation.is_over:  # nothing is taken any more
             return
-        self._home.idle.set(self)
+        self._context.idle.set(self)
         transport: Any = self.transport
         transport.bufferSize = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
         if self._quick_ack is not None:
             self._quick_ack()
         self._framer.feed(data)
-        if self._conversation.asked is not None:
-            try:
-                self._look_ahead()
-            except RemoteProtocolError as error:
-                self._give_up(error)
-                return
         self._advance()
 
-    def _look_ahead(self) -> None:
-        """Whether the MTA leaves, behind the command that it waits for the answer to."""
+    def _cancel_if_leaving(self) -> None:
+        """Cancels the job that is out if ABORT or QUIT is queued behind its command."""
         for letter, end in self._framer.peek(max(self._looked, self._framer.at)):
             self._looked = end
             if letter in _LEAVING:
                 self._conversation.cancel()
+                self._context.progress.stop(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._home.idle.stop(self)
+        context = self._context
+        for alarm in (context.idle, context.progress, context.closing):
+            alarm.stop(self)
         self._framer = Framer()
-        self._home.progress.stop(self)
         self._conversation.end()
-        self._home.disconnected(self)
+        context.disconnected(self)
 
     # Commands in, answers out
 
     def _advance(self, answer: bytes = b"") -> None:
-        """Takes commands until one needs a milter; writes `answer` and then theirs at once."""
-        talk = self._conversation
+        """Takes commands until milters are asked; writes `answer` and then theirs at once."""
         answers = [answer]
-        broken = None
         try:
-            while self._framer.waiting and talk.is_ready:
-                said = talk.take(self._framer)
-                if said is None:
-                    break
-                answers.append(said)
-            self._looked = max(0, self._looked - self._framer.at)
-            self._framer.compact()
+            self._take_commands(answers)
         except RemoteProtocolError as error:
-            broken = error
-        self._write(b"".join(answers))
-        if broken is not None:
-            self._give_up(broken)
+            self._write(b"".join(answers))
+            self._give_up(error)
             return
-        self._watch_job()
+        self._write(b"".join(answers))
+        if self._conversation.asked is not None:
+            self._watch_job()
         self._restrain()
-        if talk.over:
+        if self._conversation.is_over:
             self._close()
 
+    def _take_commands(self, answers: list[bytes]) -> None:
+        talk, framer = self._conversation, self._framer
+        while framer.at < len(framer.buffer):
+            if talk.asked is not None:
+                self._cancel_if_leaving()
+            if talk.asked is not None or talk.is_over:
+                break
+            said = talk.take(framer)
+            if said is None:
+                break
+            if isinstance(said, bytes):
+                answers.append(said)
+            else:
+                said.addCallback(self._answered).addErrback(self._lost)
+        if framer.at:
+            self._looked = max(0, self._looked - framer.at)
+            framer.compact()
+
     def _answered(self, answer: bytes) -> None:
-        """The milter's answer has come."""
-        self._home.progress.stop(self)
-        self._advance(answer)
+        """The milters' answer has come."""
+        self._context.progress.stop(self)
+        if self._framer.buffer:
+            self._advance(answer)
+        else:
+            self._write(answer)
+
+    def _lost(self, failure: Failure) -> None:
+        """A defect of ours: the MTA hears the end of the connection instead of nothing."""
+        self.log.failure("a verdict got lost", failure)
+        self._close()
 
     def _give_up(self, error: RemoteProtocolError) -> None:
         self.log.warn("closing a connection: {why}", why=str(error))
@@ -147,24 +166,25 @@ class MilterConnection(TwistedProtocol):
     def timed_out(self) -> None:
         """The MTA has said nothing for longer than any SMTP client may be idle."""
         if self._conversation.asked is not None:  # it waits for us
-            self._home.idle.set(self)
+            self._context.idle.set(self)
             return
         self.log.info("closing a connection that was idle for too long")
-        self._close()
+        if self._congested:  # nor has it read anything
+            self.abort()
+        else:
+            self._close()
 
     def _watch_job(self) -> None:
-        stage = self._conversation.asked
-        if stage is None:
-            self._home.progress.stop(self)
-        elif self not in self._home.progress and (
-            stage is Stage.EOM or self._conversation.takes_early_progress
-        ):
-            self._home.progress.set(self)
+        """The milters are asked: the MTA hears of it from time to time, if it takes that."""
+        talk = self._conversation
+        early = talk.asked is not Stage.EOM
+        if self not in self._context.progress and (not early or talk.takes_early_progress):
+            self._context.progress.set(self)
 
-    def show_life(self) -> None:
+    def send_progress(self) -> None:
         """A milter has been at work for an interval more."""
         self._write(_PROGRESS)
-        self._home.progress.set(self)
+        self._context.progress.set(self)
 
     # The socket
 
@@ -185,11 +205,13 @@ class MilterConnection(TwistedProtocol):
     def pauseProducing(self) -> None:
         """The MTA reads more slowly than it asks."""
         self._congested = True
+        self._context.idle.set(self)
         self._restrain()
 
     def resumeProducing(self) -> None:
         """The MTA has read its answers."""
         self._congested = False
+        self._context.idle.set(self)
         self._restrain()
 
     def stopProducing(self) -> None:
@@ -199,8 +221,8 @@ class MilterConnection(TwistedProtocol):
         """Stops reading while too much waits, and goes on when it is worked off."""
         transport: Any = self.transport
         # A packet that is not complete yet is not waiting: it needs its rest.
-        waiting = 0 if self._conversation.is_ready else self._framer.waiting
-        too_much = self._congested or waiting > self._home.limits.max_waiting
+        waiting = 0 if self._conversation.asked is None else len(self._framer.buffer)
+        too_much = self._congested or waiting > self._context.limits.max_waiting
         if too_much and not self._paused:
             transport.pauseProducing()
         elif self._paused and not too_much:
@@ -209,13 +231,15 @@ class MilterConnection(TwistedProtocol):
 
     def _close(self) -> None:
         self._framer = Framer()
-        self._home.progress.stop(self)
+        self._context.progress.stop(self)
         self._conversation.end()
         transport: Any = self.transport
         if transport.disconnecting:
             return
         transport.unregisterProducer()  # else what it has not read would keep it open
         transport.loseConnection()
+        self._context.idle.stop(self)
+        self._context.closing.set(self)
 
 
 def _quick_ack_of(transport: Any) -> Callable[[], None] | None:

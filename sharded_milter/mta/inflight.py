@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class Inflight:
-    """Counts the bytes of messages that are not answered yet, up to a limit."""
+    """Counts the bytes of messages that are not answered yet, up to a limit.
+
+    Whoever holds them no longer takes them off `used`.
+    """
 
     __slots__ = ("_limit", "used")
 
@@ -12,13 +15,13 @@ class Inflight:
         self._limit = limit
         self.used = 0
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more may be held."""
+        return self.used + size <= self._limit
+
     def take(self, size: int) -> bool:
         """Counts so many bytes more, if there is room for them."""
         if self.used + size > self._limit:
             return False
         self.used += size
         return True
-
-    def give_back(self, size: int) -> None:
-        """Those bytes are no longer held."""
-        self.used -= size

@@ -1,28 +1,27 @@
 """The milters of one connection: asked side by side, answered with one voice.
 
 Every milter sees the original message, on whatever shard or in this process. The first refusal
-or discard to arrive is the answer, and nobody waits for the others; a milter that accepts is not
+or discard to arrive is the answer, and the others are cancelled; a milter that accepts is not
 asked again about this message, or this client; and changes are made in the order in which the
-milters were named, whoever is done first.
+milters were named, whichever is done first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from sharded_milter.dispatch.affinity import Pin
-from sharded_milter.dispatch.job import Job
+from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.job import Job, settled
 from sharded_milter.dispatch.policy import Policy, answer_for
 from sharded_milter.errors import JobFailed, LocalProtocolError
-from sharded_milter.ipc.messages import Memory
+from sharded_milter.mta.members import Member
 from sharded_milter.mta.merge import ACCEPT, GO_ON, merged
+from sharded_milter.mta.transcript import Transcript
 from sharded_milter.protocol.answers import check_replies
 from sharded_milter.protocol.negotiation import Agreement, Manifest, Pinning
 from sharded_milter.protocol.replies import Continue
@@ -34,39 +33,6 @@ _CONTINUE = Continue().encode()
 _CLIENT = frozenset({Stage.CONNECT, Stage.HELO})
 
 
-class Answers(Protocol):
-    """Who answers jobs: dispatch, for the milters in workers."""
-
-    def submit(self, job: Job) -> Deferred[bytes]: ...
-    def cancel(self, job: Job) -> None: ...
-    def release(self, pin: Pin) -> None: ...
-
-
-@dataclass(frozen=True)
-class Member:
-    """A milter as the service knows it: what it wants, who answers for it, by which number."""
-
-    manifest: Manifest
-    answers: Answers
-    number: int = 0
-
-
-class Facts(NamedTuple):
-    """What all milters are asked about, put together once for all."""
-
-    stage: Stage
-    connection: bytes | Memory
-    message: bytes | Memory
-    about: Callable[[], str]
-    key: Callable[[str], bytes]  # by a manifest's shard_by
-    client: bytes = b""
-    command: bytes | Memory = b""
-    refused: bool = False  # a recipient that the MTA itself has refused
-
-
-Answered = Callable[[Facts, bytes, list[Job]], None]
-
-
 class _Silence(Enum):
     """How long a milter is not asked any more."""
 
@@ -75,93 +41,66 @@ class _Silence(Enum):
     CLIENT = auto()
 
 
-class _Link:
+class _Milter:
     """A milter's part in one connection."""
 
-    __slots__ = ("answer", "job", "member", "pin", "silence")
+    __slots__ = ("affinity", "answer", "job", "manifest", "number", "server", "silence")
 
     def __init__(self, member: Member) -> None:
-        self.member = member
-        self.pin = self.new_pin()
+        self.manifest = member.manifest
+        self.server = member.server
+        self.number = member.number
+        self.affinity = self.new_affinity()
         self.silence = _Silence.NONE
-        self.job: Job | None = None  # the one that is out, or was last
+        self.job: Job | None = None  # the one that is out
         self.answer: bytes | None = None  # to the present question
 
-    def new_pin(self) -> Pin | None:
+    def new_affinity(self) -> Affinity | None:
         """For another object, if the milter is one."""
-        pinning = self.member.manifest.pinning
+        pinning = self.manifest.pinning
         if pinning is Pinning.NONE:
             return None
-        return Pin(replayable=pinning is Pinning.REPLAYABLE)
+        return Affinity(replayable=pinning is Pinning.REPLAYABLE)
 
-    def is_asked(self, facts: Facts) -> bool:
-        manifest = self.member.manifest
-        if facts.refused and not manifest.protocol & ProtocolBits.RCPT_REJ:
+    def is_asked(self, job: Job) -> bool:
+        if job.refused and not self.manifest.protocol & ProtocolBits.RCPT_REJ:
             return False
-        return self.silence is _Silence.NONE and manifest.answers(facts.stage)
+        return self.silence is _Silence.NONE and job.stage in self.manifest.answered
 
-    def make_job(self, facts: Facts) -> Job:
-        manifest = self.member.manifest
-        self.job = Job(
-            facts.stage,
-            facts.stage in manifest.light,
-            facts.connection,
-            facts.message,
-            facts.about,
-            facts.key(manifest.shard_by) if manifest.shard_by else b"",
-            facts.client,
-            manifest,
-            self.member.number,
-            self.pin,
-            facts.command,
-        )
-        return self.job
+    def submit(self, job: Job, transcript: Transcript) -> bytes | Deferred[bytes]:
+        """Submits the job as this milter's."""
+        manifest = self.manifest
+        job.manifest, job.milter, job.affinity = manifest, self.number, self.affinity
+        job.light = job.stage in manifest.light
+        if manifest.shard_by:
+            job.key = transcript.key(manifest.shard_by)
+        self.job, self.answer = job, None
+        return self.server.submit(job)
 
 
-class Chain:
-    """Asks the milters of one connection.
-
-    `answered` gets the one answer to each question, with the jobs that it was made of; `lost` is
-    called where a defect of ours has lost it.
-    """
+class Milters:
+    """Asks the milters of one connection."""
 
     log = Logger()
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        policy: Policy,
-        answered: Answered,
-        lost: Callable[[], None],
-    ) -> None:
-        self._facts: Facts | None = None  # what is asked about now
-        self._links = [_Link(member) for member in members]
-        self._pinned = [link for link in self._links if link.pin is not None]
+    def __init__(self, members: Sequence[Member], policy: Policy, transcript: Transcript) -> None:
+        self._milters = [_Milter(member) for member in members]
+        self._objects = [milter for milter in self._milters if milter.affinity is not None]
         self._policy = policy
-        self._answered = answered
-        self._report_lost = lost
+        self._transcript = transcript
         self._agreement: Agreement | None = None
-        self._waiting: list[_Link] = []  # those that are asked now
-
-    @property
-    def asked(self) -> Stage | None:
-        """The stage that is asked about now."""
-        return self._facts.stage if self._facts is not None else None
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether anything is."""
-        return self._facts is not None
+        self._asked: list[_Milter] = []  # those that are asked now
+        self._answer: Deferred[bytes] | None = None  # that of all, where several are asked
 
     @property
     def has_objects(self) -> bool:
         """Whether a milter is an object, which is told of what happens between questions."""
-        return bool(self._pinned)
+        return bool(self._objects)
 
     @property
     def manifests(self) -> list[Manifest]:
         """What the milters want, in their order."""
-        return [link.member.manifest for link in self._links]
+        return [milter.manifest for milter in self._milters]
 
     def agree(self, agreement: Agreement) -> None:
         """What was negotiated with the MTA for all of them."""
@@ -169,64 +108,88 @@ class Chain:
 
     # Questions
 
-    def ask(self, facts: Facts) -> None:
-        """Asks all whom it concerns; the answer may come before this returns."""
-        self._facts = facts
-        self._waiting = [link for link in self._links if link.is_asked(facts)]
-        for link in self._waiting:
-            link.answer = None
-        if not self._waiting:
-            self._finish(_CONTINUE)
-        for link in self._waiting.copy():
-            if self._facts is not facts:  # one has ended it for all
+    def ask(self, job: Job) -> tuple[list[Job], bytes | Deferred[bytes]]:
+        """Asks all whom a job's question concerns: their jobs, and the one answer.
+
+        The answer is reply packets, or a Deferred of them that has not fired.
+        """
+        self._asked = [milter for milter in self._milters if milter.is_asked(job)]
+        if not self._asked:
+            return [], _CONTINUE
+        if len(self._milters) == 1:
+            return [job], self._ask_only(self._asked[0], job)
+        jobs = [job.copy() for _ in self._asked]
+        return jobs, self._ask_all(jobs)
+
+    def _ask_only(self, milter: _Milter, job: Job) -> bytes | Deferred[bytes]:
+        """Asks the only milter: the session checks the answer, and knows when it is silent."""
+        try:
+            answer = milter.submit(job, self._transcript)
+        except JobFailed as error:
+            milter.job = None
+            return self._by_policy(error, job)
+        if isinstance(answer, bytes):
+            milter.job = None
+            return answer
+        return answer.addCallbacks(self._only_answered, self._only_failed, errbackArgs=(job,))
+
+    def _only_answered(self, answer: bytes) -> bytes:
+        self._milters[0].job = None
+        return answer
+
+    def _only_failed(self, failure: Failure, job: Job) -> bytes:
+        self._milters[0].job = None
+        return self._by_policy(failure.value, job)
+
+    def _ask_all(self, jobs: list[Job]) -> bytes | Deferred[bytes]:
+        awaited = self._answer = Deferred()
+        for milter, job in zip(self._asked.copy(), jobs, strict=True):
+            try:
+                answer = milter.submit(job, self._transcript)
+            except JobFailed as error:
+                answer = self._by_policy(error, job)
+            if self._answer is None:  # by asking this one another has been brought to decide
                 break
-            job = link.make_job(facts)
-            result = link.member.answers.submit(job)
-            result.addCallbacks(
-                self._take, self._by_policy, callbackArgs=(link, job), errbackArgs=(link, job)
-            )
-            result.addErrback(self._lost, link, job)
+            if isinstance(answer, bytes):
+                decided = self._note(answer, milter, job)
+                if decided is not None:
+                    return decided
+            else:
+                answer.addErrback(self._one_failed, job)
+                answer.addCallback(self._one_answered, milter, job)
+                answer.addErrback(self._defect)
+        return settled(awaited)
 
-    def cancel(self) -> None:
-        """Nobody wants the answer any more."""
-        self._facts = None
-        waiting, self._waiting = self._waiting, []
-        for link in waiting:
-            job, link.job = link.job, None
-            if link.answer is None and job is not None:
-                link.member.answers.cancel(job)
-            link.answer = None  # it may be megabytes
+    def _one_failed(self, failure: Failure, job: Job) -> bytes:
+        return self._by_policy(failure.value, job)
 
-    def _by_policy(self, failure: Failure, link: _Link, job: Job) -> None:
-        """A milter has not answered, so its policy does."""
-        if link.job is not job or job.stage is None:
-            return  # nobody waits for it
-        if not failure.check(JobFailed):
-            self.log.failure("dispatch failed", failure)
-        self.log.error(
-            "{about} at {stage}: {why}; answered by policy",
-            about=job.about(),
-            stage=job.stage.word,
-            why=failure.getErrorMessage(),
-        )
-        self._take(answer_for(failure.value, self._policy, job.stage), link, job)
+    def _one_answered(self, answer: bytes, milter: _Milter, job: Job) -> None:
+        awaited = self._answer
+        decided = self._note(answer, milter, job)
+        if decided is not None and awaited is not None:
+            awaited.callback(decided)
 
-    def _take(self, answer: bytes, link: _Link, job: Job) -> None:
-        """A milter has answered."""
-        if link.job is not job or job.stage is None:
-            return
-        if len(self._links) == 1:  # the session has its own check, and silences it by itself
-            link.answer = answer
-            self._finish(answer)
-            return
+    def _defect(self, failure: Failure) -> None:
+        awaited = self._answer
+        self.cancel()
+        if awaited is not None:
+            awaited.errback(failure)
+
+    def _note(self, answer: bytes, milter: _Milter, job: Job) -> bytes | None:
+        """Notes one milter's answer; returns that of all once it is known."""
+        milter.job = None
         final, answer = self._checked(answer, job)
-        link.answer = answer
+        milter.answer = answer
         if final == ACCEPT:
-            link.silence = _Silence.CLIENT if job.stage in _CLIENT else _Silence.MESSAGE
+            milter.silence = _Silence.CLIENT if job.stage in _CLIENT else _Silence.MESSAGE
         if final not in GO_ON:
-            self._finish(answer)
-        elif all(each.answer is not None for each in self._waiting):
-            self._finish(self._merged(job))
+            self.cancel()
+            return answer
+        if any(each.answer is None for each in self._asked):
+            return None
+        answer = self._merged(job)
+        self.cancel()
+        return answer
 
     def _checked(self, answer: bytes, job: Job) -> tuple[int, bytes]:
         """The final reply's letter and the answer, or the policy's if it is not legal."""
@@ -235,78 +198,97 @@ class Chain:
         try:
             return check_replies(job.stage, answer, self._agreement), answer
         except LocalProtocolError as error:
-            self.log.error("{about}: {why}; not sent", about=job.about(), why=str(error))
+            self.log.error("{about}: {why}; not sent", about=job.about, why=str(error))
             answer = answer_for(error, self._policy, job.stage)
             return answer[LETTER], answer
 
     def _merged(self, job: Job) -> bytes:
-        answers = [link.answer for link in self._waiting if link.answer is not None]
-        all_silent = all(link.silence is not _Silence.NONE for link in self._links)
+        answers = [milter.answer for milter in self._asked if milter.answer is not None]
+        all_silent = all(milter.silence is not _Silence.NONE for milter in self._milters)
         answer, left_out = merged(answers, accept=all_silent)
         if left_out:
             self.log.warn(
                 "{about}: {n} milters want another body besides the first one that does; theirs"
                 " is not used",
-                about=job.about(),
+                about=job.about,
                 n=left_out,
             )
         return answer
 
-    def _finish(self, answer: bytes) -> None:
-        facts = self._facts
-        assert facts is not None  # whoever ended it first has cancelled the others
-        jobs = [link.job for link in self._waiting if link.answer is not None and link.job]
-        self.cancel()
-        self._answered(facts, answer, jobs)
+    def _by_policy(self, error: BaseException | None, job: Job) -> bytes:
+        """A milter has not answered, so the policy does."""
+        assert job.stage is not None  # it was asked
+        if not isinstance(error, JobFailed):
+            self.log.failure("dispatch failed", Failure(error))
+        self.log.error(
+            "{about} at {stage}: {why}; answered by policy",
+            about=job.about,
+            stage=job.stage.word,
+            why=str(error),
+        )
+        return answer_for(error, self._policy, job.stage)
 
-    def _lost(self, failure: Failure, link: _Link, job: Job) -> None:
-        """A defect of ours."""
-        self.log.failure("a verdict got lost", failure)
-        self.cancel()
-        self._report_lost()
+    def cancel(self) -> None:
+        """The answer is not wanted any more; its Deferred does not fire."""
+        asked, self._asked = self._asked, []
+        self._answer = None
+        for milter in asked:
+            job, milter.job = milter.job, None
+            milter.answer = None  # it may be megabytes
+            if job is not None:
+                milter.server.cancel(job)
 
     # What objects are told besides
 
     def learn(self, slot: bytes, packet: bytes) -> None:
         """A packet of the connection's part was kept."""
-        for link in self._pinned:
-            assert link.pin is not None
-            link.pin.learn(slot, packet)
+        for milter in self._objects:
+            assert milter.affinity is not None
+            milter.affinity.learn(slot, packet)
 
     def message_over(self) -> None:
         """The message in hand is answered or dropped."""
-        for link in self._links:
-            if link.silence is _Silence.MESSAGE:
-                link.silence = _Silence.NONE
-            if link.pin is not None:
-                link.pin.message_over()
+        for milter in self._milters:
+            if milter.silence is _Silence.MESSAGE:
+                milter.silence = _Silence.NONE
+            if milter.affinity is not None:
+                milter.affinity.message_over()
 
-    def client_over(self, about: Callable[[], str]) -> None:
-        """The client has left, or the MTA: objects end, and whoever comes gets new ones."""
+    def client_over(self, born: float) -> None:
+        """The client, who came at `born`, has left: objects end, the next client gets new ones."""
         self.cancel()
         self.message_over()
-        for link in self._links:
-            link.silence = _Silence.NONE
-        for link in self._pinned:
-            pin, link.pin = link.pin, link.new_pin()
-            assert pin is not None
-            if pin.known:
-                self._say_farewell(link.member, pin, about)
-            elif pin.place is not None:  # its first job was withdrawn
-                link.member.answers.release(pin)
-
-    def _say_farewell(self, member: Member, pin: Pin, about: Callable[[], str]) -> None:
-        job = Job(None, False, b"", b"", about, manifest=member.manifest, milter=member.number,
-                  pin=pin)  # fmt: skip
-        done = member.answers.submit(job)
-        done.addErrback(
-            lambda failure: self.log.info(
-                "{about} at its end: {why}", about=about(), why=failure.getErrorMessage()
-            )
-        )
-        done.addCallback(lambda _: member.answers.release(pin))
+        for milter in self._milters:
+            milter.silence = _Silence.NONE
+        for milter in self._objects:
+            affinity, milter.affinity = milter.affinity, milter.new_affinity()
+            assert affinity is not None
+            if affinity.exists:
+                job = Job(None, b"", b"", queue_id=self._transcript.queue_id, born=born)
+                job.manifest, job.milter, job.affinity = milter.manifest, milter.number, affinity
+                _end_session(milter, job)
+            elif affinity.holder is not None:  # its first job was cancelled
+                milter.server.release(affinity)
 
 
-def workers_members(manifests: Iterable[Manifest], answers: Answers) -> list[Member]:
-    """The milters that the workers serve."""
-    return [Member(manifest, answers, number) for number, manifest in enumerate(manifests)]
+def _end_session(milter: _Milter, job: Job) -> None:
+    """Tells an object that its session is over."""
+    affinity = job.affinity
+    assert affinity is not None  # it is an object
+
+    def failed(failure: Failure) -> None:
+        why = failure.getErrorMessage()
+        Milters.log.info("{about} at its end: {why}", about=job.about, why=why)
+
+    def release(_: object) -> None:
+        milter.server.release(affinity)
+
+    try:
+        done = milter.server.submit(job)
+    except JobFailed:
+        failed(Failure())
+        done = b""
+    if isinstance(done, bytes):
+        release(done)
+    else:
+        done.addErrback(failed).addCallback(release)

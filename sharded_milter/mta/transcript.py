@@ -7,17 +7,17 @@ moves into anonymous memory that workers map instead of receiving a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from enum import Enum, auto
-from functools import partial
 
 from twisted.logger import Logger
 
 from sharded_milter.errors import RemoteProtocolError
-from sharded_milter.ipc.messages import MAX_INLINE, Memory
+from sharded_milter.ipc.memory import MAX_INLINE, Memory
 from sharded_milter.mta.inflight import Inflight
 from sharded_milter.protocol.commands import Connect, Macro, Mail, Rcpt
+from sharded_milter.protocol.text import to_text
 from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
 
 # What fits into one AMP box needs no memory of its own.
@@ -27,8 +27,8 @@ _MACRO = Macro.letter[0]
 _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
 _KEYS = {"sender": Mail.letter[0], "recipient": Rcpt.letter[0]}
 _FIRSTS = frozenset(_KEYS.values())
-QUEUE_ID = ("i", "{i}")
-MTA = ("v", "{v}")
+QUEUE_ID = frozenset((b"i", b"{i}"))
+MTA = frozenset((b"v", b"{v}"))
 # How the MTA marks a recipient that it has refused itself (SMFIP_RCPT_REJ).
 REFUSED_RCPT = b"{rcpt_mailer}\0error\0"
 
@@ -51,6 +51,7 @@ class Transcript:
         "_macros",
         "_max_size",
         "_memory",
+        "_queue_id",
         "_recent",
         "_slots",
         "refusal",
@@ -71,6 +72,7 @@ class Transcript:
         self._memory: Memory | None = None
         self._macros: dict[int, bytes] = {}  # the message's latest by stage, for log lines
         self._firsts: dict[int, bytes] = {}  # its first MAIL and RCPT, for keys
+        self._queue_id: str | None = ""  # None: it is to be looked for
 
     def connection_part(self) -> bytes:
         """Negotiation, connect and helo, with their macros."""
@@ -108,31 +110,21 @@ class Transcript:
 
     def append(self, packet: bytes) -> None:
         """Adds a packet to the message's part, or refuses the message for want of room."""
-        try:
-            self._append(packet)
-        except OSError as error:
-            self._refuse(Refusal.NO_MEMORY, str(error))
+        self._add(packet, (packet,))
 
     def extend(self, run: memoryview, noted: Iterable[bytes]) -> None:
         """Adds several packets to the message's part, as `append` does one after the other.
 
         `noted` are those of them that are no content.
         """
-        size = len(run)
-        room = self.refusal is None and self.size + size <= self._max_size
-        if not room or not self._inflight.take(size):
-            for _, start, end in packets(run):  # one of them is where it ends
-                self.append(bytes(run[start - PAYLOAD : end]))
+        if self.size + len(run) <= self._max_size and self._inflight.has_room(len(run)):
+            self._add(run, noted)
             return
-        for packet in noted:
-            self._note(packet)
-        try:
-            self._add(run)
-        except OSError as error:
-            self._refuse(Refusal.NO_MEMORY, str(error))
+        for _, start, end in packets(run):  # one of them is where it ends
+            self.append(bytes(run[start - PAYLOAD : end]))
 
-    def _append(self, packet: bytes) -> None:
-        size = len(packet)
+    def _add(self, data: bytes | memoryview, noted: Iterable[bytes]) -> None:
+        size = len(data)
         if self.refusal is not None:
             return
         if self.size + size > self._max_size:
@@ -141,25 +133,28 @@ class Transcript:
         if not self._inflight.take(size):
             self._refuse(Refusal.NO_ROOM, f"{self._inflight.used} bytes are in hand already")
             return
-        self._note(packet)
-        self._add(packet)
-
-    def _note(self, packet: bytes) -> None:
-        code = packet[LETTER]
-        if code == _MACRO:
-            self._macros[packet[PAYLOAD]] = packet
-        elif code in _FIRSTS:
-            self._firsts.setdefault(code, packet)
-
-    def _add(self, data: bytes | memoryview) -> None:
-        self.size += len(data)
-        if len(self._recent) + len(data) <= SPOOL_ABOVE:
+        for packet in noted:
+            code = packet[LETTER]
+            if code == _MACRO:
+                self._macros[packet[PAYLOAD]] = packet
+                self._queue_id = None
+            elif code in _FIRSTS:
+                self._firsts.setdefault(code, packet)
+        self.size += size
+        if len(self._recent) + size <= SPOOL_ABOVE:
             self._recent += data
-            return
-        if self._memory is None:
-            self._memory = Memory()
-        self._flush(self._memory)
-        self._memory.append(data)  # without a copy on the way
+        else:
+            self._spool(data)
+
+    def _spool(self, data: bytes | memoryview) -> None:
+        """Adds to memory that workers map, or refuses the message where the system has none."""
+        try:
+            if self._memory is None:
+                self._memory = Memory()
+            self._flush(self._memory)
+            self._memory.append(data)  # without a copy on the way
+        except OSError as error:
+            self._refuse(Refusal.NO_MEMORY, str(error))
 
     def _flush(self, memory: Memory) -> None:
         if self._recent:
@@ -167,19 +162,20 @@ class Transcript:
             self._recent.clear()
 
     def _refuse(self, refusal: Refusal, why: str) -> None:
-        self.log.warn("{about} is refused: {why}", about=self.about()(), why=why)
+        self.log.warn("{about} is refused: {why}", about=self.about, why=why)
         self.clear_message()
         self.refusal = refusal
 
     def clear_message(self) -> None:
         """Forgets the message; memory that a job still has stays alive with the job."""
-        self._inflight.give_back(self.size)
+        self._inflight.used -= self.size
         self.size = 0
         self.refusal = None
         self._recent.clear()
         self._memory = None
-        self._macros = {}  # others may still look at the old ones
+        self._macros.clear()
         self._firsts.clear()
+        self._queue_id = ""
 
     def clear_client(self) -> None:
         """Forgets client and message; the negotiated options stay."""
@@ -189,9 +185,17 @@ class Transcript:
 
     # What the master itself must know of it
 
-    def about(self) -> Callable[[], str]:
-        """What log lines call the message, also when another one is in hand; found when called."""
-        return partial(_about, self._macros)
+    @property
+    def queue_id(self) -> str:
+        """The MTA's queue id of the message, or empty."""
+        if self._queue_id is None:
+            self._queue_id = _find(QUEUE_ID, reversed(self._macros.values()))
+        return self._queue_id
+
+    @property
+    def about(self) -> str:
+        """What log lines call the message."""
+        return f"qid={self.queue_id}" if self.queue_id else "message without queue id"
 
     def is_refused(self) -> bool:
         """Whether the MTA itself has refused the latest recipient."""
@@ -212,24 +216,21 @@ class Transcript:
     def key(self, shard_by: str) -> bytes:
         """What messages that belong on the same shard have in common; empty for nothing.
 
-        `shard_by` is `sender`, `recipient` (the first), or `client`.
+        `shard_by` is `sender`, `recipient` (the first), `client`, or `session` (this connection).
         """
+        if shard_by == "session":
+            return id(self).to_bytes(8, "big")
         if shard_by == "client":
             return self.client()
         packet = self._firsts.get(_KEYS.get(shard_by, 0), b"")
         return packet[PAYLOAD:].partition(b"\0")[0].lower()
 
 
-def _about(macros: Mapping[int, bytes]) -> str:
-    """The MTA's queue id, for log lines only."""
-    queue_id = _find(QUEUE_ID, reversed(list(macros.values())))
-    return f"qid={queue_id}" if queue_id else "message without queue id"
-
-
-def _find(names: tuple[str, str], packets: Iterable[bytes]) -> str:
+def _find(names: frozenset[bytes], packets: Iterable[bytes]) -> str:
     """The value of a macro in the first of the packets that has it, or empty."""
     for packet in packets:
-        for name, value in Macro.parse(packet[PAYLOAD:]).pairs:
+        strings = packet[PAYLOAD + 1 :].split(b"\0")
+        for name, value in zip(strings[::2], strings[1::2], strict=False):
             if name in names:
-                return value
+                return to_text(value)
     return ""

@@ -2,7 +2,7 @@
 
 Defaults < file < environment < command line. The file is TOML; a key is the option's name
 without its dashes (`eom-deadline = 60`), and one of a table is joined to the table's name
-(`[scanner] rules = "/etc/rules"` is `--scanner-rules`).
+(`[scanner] rules = "/etc/rules"` is `--scanner-rules`). The file is long because the table is.
 """
 
 from __future__ import annotations

@@ -1,33 +1,32 @@
-"""A shard: one worker process with its slot number, from start to exit.
+"""A shard: one process that answers jobs, from its start to its exit.
 
-    starting ──READY──▶ idle ⇄ busy ──▶ draining ──▶ gone
-        └──────────┴──────┴──── killed ──────────────▶ gone
+    starting ──▶ serving ──▶ draining ──▶ leaving ──▶ gone
+        └────────────┴───────────┴───── killed ────────▶┘
 
-A draining shard still answers for the connections whose milters' objects it has, until they end.
+The law: what an event means in a state is one constant table, TRANSITIONS, which has a cell for
+each event in each state, the late ones included. The state is assigned in `_happens` and nowhere
+else; so the table and what acts on it stay in this one file, though it is long. How busy a shard
+is, is no state of it: dispatch knows what it has in hand.
 
-A death is what the process's exit says, not a closed pipe, which a grandchild may hold open.
+A draining shard still answers for the connections whose milters' objects it has. A death is what
+the process's exit says, not a closed socket, which a grandchild may hold open.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from enum import Enum
-from typing import Any, Protocol
+from enum import Enum, auto
+from typing import Any, NamedTuple, Protocol
 
-from ampoule import commands as ampoule_commands
 from twisted.internet import error
-from twisted.internet.defer import Deferred
-from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
-from sharded_milter.errors import CallbackFailed, MilterLoadError, WorkerLost
-from sharded_milter.ipc.channel import Asking
-from sharded_milter.ipc.messages import LoadFailed, Question, Ready
-from sharded_milter.pool.spawned import Connector, Starter, Workplace
+from sharded_milter.dispatch.job import Blame, Job, Loss
+from sharded_milter.errors import MilterError, MilterLoadError
+from sharded_milter.ipc.channel import MasterChannel
+from sharded_milter.ipc.messages import Answer
+from sharded_milter.pool.places import Place
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
@@ -43,268 +42,333 @@ SILENCE_GRACE = 1.0
 class State(Enum):
     """Where a shard is in its life."""
 
-    STARTING = "starting"
-    IDLE = "idle"
-    BUSY = "busy"
-    DRAINING = "draining"
-    LEAVING = "leaving"  # it was told to exit
-    KILLED = "killed"
-    GONE = "gone"
+    STARTING = auto()
+    SERVING = auto()
+    DRAINING = auto()  # it finishes what it has in hand, and what its objects are told
+    LEAVING = auto()  # it was told to exit
+    KILLED = auto()
+    GONE = auto()
+
+
+class Event(Enum):
+    """What can happen to a shard."""
+
+    READY = auto()  # the worker has loaded its milters
+    LOAD_FAILED = auto()  # it cannot
+    TOO_SLOW = auto()  # it has had its time for that
+    ANSWERED = auto()  # an answer has come
+    DRAIN = auto()  # the pool wants no more of it
+    LINGERED = auto()  # its objects have had their time
+    STOP = auto()  # the service stops
+    EMPTIED = auto()  # draining, it has nothing in hand and no objects
+    EXIT_DUE = auto()  # it was told to exit, and has had its time for that
+    KILL = auto()
+    SILENT = auto()  # its socket is closed, and it lives on
+    CLOSED = auto()  # its socket is closed
+    EXITED = auto()  # the process is reaped
+
+
+class Cell(NamedTuple):
+    """The state after an event, and the method that acts on it, if anything is to be done."""
+
+    after: State
+    act: str = ""
+
+
+_KILL = Cell(State.KILLED, "_kill_place")
+_BROKEN = Cell(State.KILLED, "_break_rule")
+_GONE = Cell(State.GONE, "_report")
+
+
+def _row(stay: State, **cells: Cell) -> Mapping[Event, Cell]:
+    """The cells of a state; events that are not named change nothing."""
+    named = {Event[name]: cell for name, cell in cells.items()}
+    return {event: named.get(event, Cell(stay)) for event in Event}
+
+
+TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
+    State.STARTING: _row(
+        State.STARTING,
+        READY=Cell(State.SERVING, "_introduce"),
+        LOAD_FAILED=Cell(State.LEAVING, "_note_failure"),
+        TOO_SLOW=_KILL,
+        ANSWERED=_BROKEN,
+        DRAIN=Cell(State.LEAVING, "_leave"),
+        STOP=_KILL,
+        KILL=_KILL,
+        CLOSED=Cell(State.STARTING, "_lose_channel"),
+        SILENT=_KILL,
+        EXITED=_GONE,
+    ),
+    State.SERVING: _row(
+        State.SERVING,
+        READY=_BROKEN,
+        LOAD_FAILED=_BROKEN,
+        ANSWERED=Cell(State.SERVING, "_take"),
+        DRAIN=Cell(State.DRAINING, "_retire"),
+        STOP=Cell(State.DRAINING, "_stop"),
+        KILL=_KILL,
+        CLOSED=Cell(State.SERVING, "_lose_channel"),
+        SILENT=_KILL,
+        EXITED=_GONE,
+    ),
+    State.DRAINING: _row(
+        State.DRAINING,
+        READY=_BROKEN,
+        LOAD_FAILED=_BROKEN,
+        ANSWERED=Cell(State.DRAINING, "_take"),
+        LINGERED=Cell(State.DRAINING, "_give_up_objects"),
+        EMPTIED=Cell(State.LEAVING, "_leave"),
+        STOP=_KILL,
+        KILL=_KILL,
+        CLOSED=Cell(State.DRAINING, "_lose_channel"),
+        SILENT=_KILL,
+        EXITED=_GONE,
+    ),
+    State.LEAVING: _row(
+        State.LEAVING,
+        ANSWERED=Cell(State.LEAVING, "_take"),
+        EXIT_DUE=_KILL,
+        KILL=_KILL,
+        EXITED=_GONE,
+    ),
+    # What it had answered before is taken, unless it has broken a rule: then it is not read.
+    State.KILLED: _row(State.KILLED, ANSWERED=Cell(State.KILLED, "_take"), EXITED=_GONE),
+    State.GONE: _row(State.GONE),
+}
+
+
+class Ending(Enum):
+    """How a shard has ended, as the pool sees it."""
+
+    NOT_STARTED = auto()  # it was never ready
+    ENDED = auto()  # it was told to leave
+    DIED = auto()
+
+
+class Work(Protocol):
+    """Who gives it jobs: the dispatcher."""
+
+    def retire(self, shard: Shard) -> None: ...
+    def give_up_objects(self, shard: Shard) -> None: ...
+    def unavailable(self, shard: Shard) -> None: ...
+    def answered(self, shard: Shard, number: int, answer: Answer) -> str: ...
+    def lost(self, shard: Shard, loss: Loss) -> None: ...
 
 
 class Events(Protocol):
-    """What a shard tells its owner."""
+    """Who replaces it: the pool. It observes, and stands in the way of no answer."""
 
     def shard_ready(self, shard: Shard) -> None: ...
-    def shard_answered(self, shard: Shard) -> None: ...
-    def shard_idle(self, shard: Shard) -> None: ...
-    def shard_deaf(self, shard: Shard) -> None: ...
-    def shard_gone(self, shard: Shard) -> None: ...
+    def shard_worn(self, shard: Shard) -> None: ...
+    def shard_gone(self, shard: Shard, ending: Ending) -> None: ...
 
 
 class Shard:
-    """One worker process; the owner hears of everything through `events`."""
+    """One process that answers jobs."""
 
     log = Logger()
 
-    def __init__(self, slot: int, workplace: Workplace, reactor: Any, events: Events):
+    def __init__(self, slot: int, place: Place, work: Work, events: Events, reactor: Any) -> None:
         self.slot = slot
-        self.answered = 0
-        self.sessions = 0  # connections whose milters' objects it has
-        self.workplace = workplace
+        self.place = place
         self.state = State.STARTING
         self.manifests: tuple[Manifest, ...] = ()  # of its milters; none before READY
+        self.code: bytes = b""  # a digest of the files that they were loaded from
         self.socket = ""  # where its script wants to listen
-        self.load_error: MilterLoadError | None = None
-        self.killed_for = ""  # why, when it was us
-        self.exit_reason = ""
-        self.label: Callable[[], str] = str  # what it works on, or did last, for its log lines
-        self.pid = 0
-        self.process: Any = None
-        self._reactor = reactor
+        self.load_error: MilterError | None = None
+        self.loss: Loss | None = None  # why it was killed, then why it is gone
+        self.working_on = ""  # the queue id of what it does, or did last
+        self.answers = 0  # that it has given
+        self.worn_after = 0  # answers; 0: never
+        self._work = work
         self._events = events
-        self._amp: Any = None
-        self._connector: Any = None
-        self._asked = 0  # questions that it has not answered yet
-        self._lingers = False  # it drains, and waits for its connections to end
+        self._reactor = reactor
+        self._channel = MasterChannel(self, reactor)
+        self._told_to_leave = False
+        self._has_ended = False  # or its socket has
+        self._calls: list[Any] = []  # what is due
 
     def __repr__(self) -> str:
-        return f"shard {self.slot} (pid {self.pid})"
+        return f"shard {self.slot} (pid {self.place.pid})"
 
-    def start(self) -> None:
-        """Spawns the process; raises OSError when the system refuses."""
-        place = self.workplace
-        starter = Starter(
-            bootstrap=place.bootstrap(self.slot), args=place.specs, env=dict(place.env)
-        )
-        starter.connectorFactory = self._connect
-        self._amp = _Parent(self)
-        starter.start(self._amp, self, self._reactor)
+    @property
+    def can_serve(self) -> bool:
+        """Whether it is ready, and may be given something."""
+        return self.state is State.SERVING and not self._has_ended
 
-    def _connect(self, protocol: _Parent) -> Connector:
-        connector = self._connector = Connector(protocol, self, self._reactor)
-        return connector
+    def start(self, timeout: float) -> None:
+        """Starts the process, which must be ready within `timeout` seconds.
 
-    def spawned(self, process: Any) -> None:
-        """There is a process, whatever becomes of it."""
-        self.process, self.pid = process, process.pid
+        Raises OSError when the system refuses.
+        """
+        self.place.start(self, self._channel)
+        late = Loss(f"it was not ready within --worker-start-timeout ({timeout:g} s)", Blame.PLACE)
+        self._due(timeout, Event.TOO_SLOW, late)
+
+    def _happens(self, event: Event, *details: Any) -> None:
+        cell = TRANSITIONS[self.state][event]
+        self.state = cell.after
+        if cell.act:
+            getattr(self, cell.act)(*details)
+
+    # What the dispatcher calls
 
     def serves(self, milter: int, manifest: Manifest) -> bool:
         """Whether its milter of that number is the one with the manifest."""
         return self.manifests[milter : milter + 1] == (manifest,)
 
-    def ask(self, question: Question) -> Any:
-        """A Deferred of the reply packets.
-
-        Fails with CallbackFailed when the milter raised, with WorkerLost when the worker died.
-        The worker answers in order, one question after the other, whoever waits.
-        """
-        self._asked += 1
-        if self.state is State.IDLE:
-            self.state = State.BUSY
-        answer: Deferred[Any] = self._amp.ask(question)
-        answer.addCallbacks(self._answered, self._lost)
-        return answer
-
-    def _answered(self, answer: tuple[bytes, bytes]) -> bytes:
-        replies, error = answer
-        self.answered += 1
-        self._asked -= 1
-        self._connector.catch_up()
-        self._events.shard_answered(self)
-        if self.state is State.BUSY and not self._asked:
-            self.state = State.IDLE
-        lingers = self.state is State.DRAINING and self._lingers and not self._asked
-        if self.state is State.IDLE or lingers:
-            self._events.shard_idle(self)
+    def give(self, number: int, job: Job) -> None:
+        """Sends a job as the question of that number; raises OSError where memory is short."""
+        if job.affinity is None:
+            head = (job.letter, job.milter, 0, 0)
+            self._channel.ask(number, head, job.connection, job.command or job.message)
         else:
-            self._end_if_drained()
-        if error:
-            raise CallbackFailed(to_text(error))
-        return replies
+            news = job.affinity.tell(job.connection, job.message)
+            head = (job.letter, job.milter, news.session, news.start)
+            self._channel.ask(number, head, news.connection, news.message, job.command)
 
-    def _lost(self, failure: Failure) -> None:
-        if self.state is not State.GONE:  # it lives, but nobody knows what it is doing
-            self.kill(f"it could not be asked: {failure.getErrorMessage()}")
-        raise WorkerLost(self.exit_reason or str(failure.value)) from failure.value
+    def withdraw(self, number: int) -> None:
+        """Asks the worker not to begin that question."""
+        self._channel.withdraw(number)
 
-    def drain(self, linger: float = 0.0) -> None:
-        """Takes no more jobs but those of its connections; exits when those have ended.
+    def catch_up(self) -> None:
+        """Takes the answers that have arrived."""
+        self._channel.catch_up()
 
-        They get `linger` seconds for that. What it does now it finishes in any case.
-        """
-        if self.state not in (State.STARTING, State.IDLE, State.BUSY):
-            return
-        self.state = State.DRAINING
-        if self.sessions and linger:
-            self._lingers = True
-            self._reactor.callLater(linger, self._linger_no_more)
-        self._end_if_drained()
+    def emptied(self) -> None:
+        """It has nothing in hand and no objects, and is to get neither."""
+        self._happens(Event.EMPTIED)
 
-    def _linger_no_more(self) -> None:
-        self._lingers = False
-        self._end_if_drained()
-
-    def session_over(self) -> None:
-        """A connection whose milter's object it has had is over."""
-        self.sessions -= 1
-        if not self.sessions:
-            self._linger_no_more()
-
-    def _end_if_drained(self) -> None:
-        if self.state is State.DRAINING and not self._asked and not self._lingers:
-            self.state = State.LEAVING
-            if self.sessions:
-                self._events.shard_deaf(self)
-            self._shut_down()
-
-    def _shut_down(self) -> None:
-        self._reactor.callLater(EXIT_GRACE, self.kill, "it did not end when it was told to")
-        done = self._amp.callRemote(ampoule_commands.Shutdown)
-        done.addCallbacks(lambda _: self._amp.transport.loseConnection(), lambda _: None)
-
-    def kill(self, reason: str) -> None:
+    def kill(self, loss: Loss) -> None:
         """Ends the process and all its descendants at once."""
-        if self.state is State.GONE:
-            return
-        self.state = State.KILLED
-        self.killed_for = self.killed_for or reason
-        import psutil  # here and below, because workers are started sooner without it
-
-        try:
-            family = psutil.Process(self.pid).children(recursive=True)
-        except psutil.Error:
-            family = []
-        self.signal(signal.SIGKILL)
-        for process in family:
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-
-    def rss(self) -> int:
-        """The bytes of memory that the process has resident; 0 when it is gone."""
-        import psutil
-
-        try:
-            return int(psutil.Process(self.pid).memory_info().rss)
-        except psutil.Error:
-            return 0
-
-    def _end_family(self) -> None:
-        """Ends what the dead worker has left running; its group bears its process id."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._happens(Event.KILL, loss)
 
     def dump_stacks(self) -> None:
         """Has the worker write the Python stacks of all its threads into the log."""
-        if self.manifests:  # earlier, the signal would end it
-            self.signal(signal.SIGUSR1)
+        if self.manifests:  # earlier, it would end the process
+            self.place.stacks()
 
-    def signal(self, number: int) -> None:
-        """Sends a signal, unless the process is gone."""
-        try:
-            self.process.signalProcess(number)
-        except error.ProcessExitedAlready:
-            return
+    # What the pool calls
 
-    def ready(self, *manifests: Manifest) -> None:
-        """The worker has imported the milters."""
-        if self.state is State.STARTING:
-            self.manifests = manifests
-            self.state = State.IDLE
-            self._events.shard_ready(self)
+    def drain(self, linger: float = 0.0) -> None:
+        """Takes no more jobs but its objects'; exits when they end, or `linger` seconds are over.
+
+        What it has in hand it finishes in any case.
+        """
+        self._happens(Event.DRAIN, linger)
+
+    def stop(self) -> None:
+        """The service stops: it exits at once, or is killed if it has something in hand."""
+        self._happens(Event.STOP, Loss("the service stops", Blame.PLACE))
+
+    # What the worker says
+
+    def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
+        """It has loaded its milters."""
+        self._happens(Event.READY, milters, code, socket)
+
+    def load_failed(self, reason: bytes, details: bytes) -> None:
+        """It cannot load a milter."""
+        self._happens(Event.LOAD_FAILED, reason, details)
+
+    def answered(self, number: int, answer: Answer) -> None:
+        """It has answered the question of that number."""
+        self._happens(Event.ANSWERED, number, answer)
+
+    def broke_rule(self, why: str) -> None:
+        """It has said what no worker says: nothing more is taken from it."""
+        self._channel.stop_listening()
+        self.kill(Loss(why, Blame.PLACE))
+
+    def channel_closed(self) -> None:
+        """Its socket is closed."""
+        self._happens(Event.CLOSED)
 
     def output(self, line: bytes) -> None:
         """A line that the worker wrote."""
-        about = " ".join(filter(None, [str(self.slot), self.label()]))
+        about = f"{self.slot} qid={self.working_on}" if self.working_on else str(self.slot)
         self.log.info("[{about}] {line}", about=about, line=to_text(line))
 
-    def exited(self, status: Failure) -> None:
-        """The process is reaped."""
-        self.exit_reason = self.killed_for or _exit_reason(status)
-        self.state = State.GONE
-        self._end_family()
-        self._events.shard_deaf(self)  # nothing more is for it, whatever it has answered
-        self._amp.catch_up()
-        self._amp.process_gone(Failure(WorkerLost(self.exit_reason)))
-        self._events.shard_gone(self)
+    def exited(self, reason: str) -> None:
+        """The process is reaped. What it had answered before counts."""
+        self._has_ended = True
+        self._work.unavailable(self)
+        self._channel.catch_up()
+        self._happens(Event.EXITED, reason)
 
+    # What follows
 
-def _exit_reason(status: Failure) -> str:
-    value = status.value
-    number = getattr(value, "signal", None)
-    if number:
-        hint = ", perhaps out of memory" if number == signal.SIGKILL else ""
-        return f"killed by {_signal_name(number)}{hint}"
-    return f"exited with code {getattr(value, 'exitCode', 0) or 0}"
+    def _introduce(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
+        self.socket, self.code = to_text(socket), code
+        self.manifests = tuple(map(_manifest, milters))
+        self._cancel_calls()
+        self._events.shard_ready(self)
 
+    def _note_failure(self, reason: bytes, details: bytes) -> None:
+        self.load_error = MilterLoadError(to_text(reason), to_text(details))
+        self._leave()
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
-        return f"signal {number}"
+    def _take(self, number: int, answer: Answer) -> None:
+        self.place.read_output()
+        broken = self._work.answered(self, number, answer)
+        if broken:
+            self.broke_rule(broken)
+        elif not answer.withdrawn:
+            self.answers += 1
+            if self.answers == self.worn_after:
+                self._events.shard_worn(self)
 
+    def _break_rule(self, *_: Any) -> None:
+        self._channel.stop_listening()
+        self._kill_place(Loss("it has spoken out of turn", Blame.PLACE))
 
-class _Parent(Asking):
-    """The master's end of the AMP connection to one worker."""
+    def _retire(self, linger: float) -> None:
+        self._due(linger, Event.LINGERED)
+        self._work.retire(self)
 
-    def __init__(self, shard: Shard) -> None:
-        super().__init__(shard._reactor)
-        self._shard = shard
-        self._impatience: Callable[[], None] | None = None
+    def _stop(self, loss: Loss) -> None:
+        """It is draining from now on; one that is not emptied by that is busy."""
+        self._work.give_up_objects(self)
+        self._work.retire(self)
+        self._happens(Event.STOP, loss)
 
-    @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> dict[str, Any]:
-        self._shard.socket = to_text(socket)
-        self._shard.ready(*map(_manifest, milters))
-        return {}
+    def _give_up_objects(self) -> None:
+        self._work.give_up_objects(self)
 
-    @LoadFailed.responder
-    def load_failed(self, reason: bytes, details: bytes) -> dict[str, Any]:
-        self._shard.load_error = MilterLoadError(to_text(reason), to_text(details))
-        self._shard.drain()
-        return {}
+    def _leave(self, *_: Any) -> None:
+        self._told_to_leave = True
+        self._due(EXIT_GRACE, Event.EXIT_DUE, Loss("it did not exit when it was told", Blame.PLACE))
+        self._channel.shut_down()
 
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The socket is closed: the exit that follows says why, so calls fail only then."""
-        shard = self._shard
-        if shard.state is not State.GONE:
-            shard._events.shard_deaf(shard)
-            call = shard._reactor.callLater(SILENCE_GRACE, shard.kill, "its socket was closed")
-            self._impatience = call.cancel
+    def _lose_channel(self) -> None:
+        self._has_ended = True
+        self._due(SILENCE_GRACE, Event.SILENT, Loss("its socket was closed", Blame.MESSAGE))
+        self._work.unavailable(self)
 
-    def process_gone(self, reason: Failure) -> None:
-        if self._impatience is not None:
+    def _kill_place(self, loss: Loss) -> None:
+        self.loss = self.loss or loss
+        self._work.unavailable(self)
+        self.place.kill()
+
+    def _report(self, reason: str) -> None:
+        self.loss = self.loss or Loss(reason, Blame.MESSAGE)
+        self._cancel_calls()
+        self._channel.abort()
+        self.place.end_family()
+        self._work.lost(self, self.loss)
+        ending = Ending.ENDED if self._told_to_leave else Ending.DIED
+        self._events.shard_gone(self, ending if self.manifests else Ending.NOT_STARTED)
+
+    def _cancel_calls(self) -> None:
+        """Nothing is due any more."""
+        for call in self._calls:
             with suppress(error.AlreadyCalled, error.AlreadyCancelled):
-                self._impatience()
-            self._impatience = None
-        super().connectionLost(reason)
-        self.hopeless(reason)
-        transport: Any = self.transport
-        if transport is not None:
-            transport.abortConnection()
+                call.cancel()
+        self._calls.clear()
+
+    def _due(self, seconds: float, event: Event, *details: Any) -> None:
+        self._calls.append(self._reactor.callLater(seconds, self._happens, event, *details))
 
 
 def _manifest(milter: Mapping[str, bytes]) -> Manifest:

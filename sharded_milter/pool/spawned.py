@@ -1,4 +1,6 @@
-"""A worker process: how it is started, what it writes, and that it has ended.
+"""A place of shards: a process of its own, which is started for it.
+
+It says how the process is started, what it writes, and that it has ended.
 
 Built on ampoule's starter and connector. The AMP connection runs over one inherited UNIX socket
 pair instead of two pipes, so that descriptors can be passed.
@@ -10,15 +12,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ampoule.main import AMPConnector, ProcessStarter
+from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
-from sharded_milter.ipc.sending import read_now
+from sharded_milter.ipc.sockets import read_now
+from sharded_milter.pool.places import Owner
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
 PASSED_ENVIRONMENT = (
@@ -76,21 +81,82 @@ class Workplace:
         return _BOOTSTRAP.format(os.getpid(), self.nice, self.memory_limit, cpus, self.script)
 
 
-class Owner(Protocol):
-    """Who hears of a process: its shard."""
+class Spawned:
+    """A process that was started for the shard of one slot."""
 
-    slot: int
+    def __init__(self, workplace: Workplace, slot: int, reactor: Any) -> None:
+        self.pid = 0
+        self._workplace = workplace
+        self._slot = slot
+        self._reactor = reactor
+        self._process: Any = None
+        self._connector: Any = None
 
-    def spawned(self, process: Any) -> None: ...
-    def output(self, line: bytes) -> None: ...
-    def exited(self, status: Failure) -> None: ...
+    def start(self, owner: Owner, channel: Any) -> None:
+        """Starts the process, to which the master speaks `channel`.
+
+        Raises OSError when the system refuses.
+        """
+        place = self._workplace
+        starter = Starter(
+            bootstrap=place.bootstrap(self._slot), args=place.specs, env=dict(place.env)
+        )
+        starter.connectorFactory = lambda protocol: self._connect(protocol, owner)
+        starter.start(channel, self._started, self._reactor)
+
+    def _connect(self, channel: Any, owner: Owner) -> Connector:
+        connector = self._connector = Connector(channel, self._slot, owner, self._reactor)
+        return connector
+
+    def _started(self, process: Any) -> None:
+        self._process, self.pid = process, process.pid
+
+    def read_output(self) -> None:
+        """Takes what was written until now: it belongs to the job that was answered just now."""
+        self._connector.catch_up()
+
+    def kill(self) -> None:
+        """Ends the process and all its descendants at once."""
+        import psutil  # here and below, because workers are started sooner without it
+
+        try:
+            family = psutil.Process(self.pid).children(recursive=True)
+        except (psutil.Error, OSError):  # it is gone, or no descriptor is left to look
+            family = []
+        self._signal(signal.SIGKILL)
+        for process in family:
+            with suppress(psutil.Error):
+                process.kill()
+
+    def stacks(self) -> None:
+        """Has the process write the Python stacks of all its threads."""
+        self._signal(signal.SIGUSR1)
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessExitedAlready):
+            self._process.signalProcess(number)
+
+    def memory(self) -> int:
+        """The bytes of memory that the process has resident; 0 when it is gone."""
+        import psutil
+
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def end_family(self) -> None:
+        """Ends what the dead process has left running; its group bears its process id."""
+        if self.pid:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
     """Spawns with a socket pair, a clean environment, and no module search in the cwd."""
 
-    def start(self, protocol: Any, shard: Owner, reactor: Any) -> None:
-        """Spawns a process for the shard, to which the master speaks `protocol`.
+    def start(self, protocol: Any, started: Callable[[Any], None], reactor: Any) -> None:
+        """Starts a process, to which the master speaks `protocol`; `started` gets its transport.
 
         Raises OSError when the system refuses; a process that is there already is killed then.
         """
@@ -105,7 +171,7 @@ class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
                 env=self.env,
                 childFDs={0: "w", 1: "r", 2: "r", _CHANNEL: theirs.fileno()},
             )
-            shard.spawned(process)
+            started(process)
             factory = Factory()
             factory.buildProtocol = lambda addr: protocol  # type: ignore[method-assign]
             try:
@@ -118,9 +184,9 @@ class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
 class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
     """The process's own side: its output and its exit. AMP rides on the socket."""
 
-    def __init__(self, protocol: Any, shard: Owner, reactor: Any) -> None:
-        super().__init__(protocol, shard.slot)
-        self._shard = shard
+    def __init__(self, protocol: Any, slot: int, owner: Owner, reactor: Any) -> None:
+        super().__init__(protocol, slot)
+        self._owner = owner
         self._reactor = reactor
         self._pieces: dict[int, bytes] = {}
 
@@ -138,14 +204,14 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
             lines, rest = [*lines, rest], b""
         self._pieces[childFD] = rest
         for line in lines:
-            self._shard.output(line[:MAX_LOG_LINE])
+            self._owner.output(line[:MAX_LOG_LINE])
 
     def processExited(self, reason: Failure) -> None:
         for rest in filter(None, self._pieces.values()):
-            self._shard.output(rest)
+            self._owner.output(rest)
         self._pieces.clear()
         self._reactor.callLater(OUTPUT_GRACE, self.transport.loseConnection)
-        self._shard.exited(reason)
+        self._owner.exited(_exit_reason(reason))
 
     def processEnded(self, reason: Failure) -> None:
         """Comes when the pipes are closed too; nobody waits for that."""
@@ -155,3 +221,19 @@ def worker_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> 
     """What a worker finds in its environment: an allow-list of the master's, and `extra`."""
     kept = {name: environ[name] for name in PASSED_ENVIRONMENT if name in environ}
     return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+
+
+def _exit_reason(status: Failure) -> str:
+    value = status.value
+    number = getattr(value, "signal", None)
+    if number:
+        hint = ", perhaps out of memory" if number == signal.SIGKILL else ""
+        return f"killed by {_signal_name(number)}{hint}"
+    return f"exited with code {getattr(value, 'exitCode', 0) or 0}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.negotiation import Agreement
-from sharded_milter.protocol.replies import LEGAL, Legality, ReplaceBody
+from sharded_milter.protocol.replies import LEGAL, Accept, Continue, Legality, ReplaceBody
 from sharded_milter.protocol.stages import Stage
-from sharded_milter.protocol.wire import MAX_CHUNK, packets
+from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, packets
 
 _BODY = ReplaceBody.letter[0]
+
+# The commonest answers, which need no look at their parts.
+_BARE = frozenset((Accept().encode(), Continue().encode()))
 
 
 def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
@@ -21,9 +24,11 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
     Raises LocalProtocolError when a reply is unknown, malformed, not legal at the stage, not
     covered by a negotiated action, out of order, or when the final one is missing.
     """
+    permitted = agreement.known.get(stage) or _permitted(stage, agreement)
+    if replies in _BARE and replies[LETTER] in permitted:
+        return replies[LETTER]
     final = before = None
     replaced = False
-    permitted = agreement.known.get(stage) or _permitted(stage, agreement)
     try:
         for code, start, end in packets(replies):
             if final is not None:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.packets import INT_BYTES, Packet, parse_packet
@@ -234,30 +234,29 @@ def parse_command(packet: bytes) -> Packet:
     return parse_packet(COMMANDS, packet)
 
 
-def _strings(counts: range, start: int = PAYLOAD) -> Callable[[bytes], object]:
-    """A check that nothing but so many strings stands behind `start`."""
+class Shape(NamedTuple):
+    """A payload of nothing but strings, from `start` in the packet on: so many of them."""
 
-    def check(packet: bytes) -> None:
-        size = len(packet)
-        if size < start or packet.count(0, start) not in counts or (size > start and packet[-1]):
-            raise RemoteProtocolError(f"malformed command {packet[LETTER:][:80]!r}")
-
-    return check
+    start: int
+    counts: range
 
 
 _MANY = MAX_PACKET
-_CHECKS: Mapping[int, Callable[[bytes], object]] = {
-    Negotiate.letter[0]: lambda packet: Negotiate.offer(packet[PAYLOAD:]),
-    Macro.letter[0]: _strings(range(0, _MANY, 2), PAYLOAD + 1),
-    Connect.letter[0]: lambda packet: Connect.parse(packet[PAYLOAD:]),
-    Helo.letter[0]: _strings(range(1, 2)),
-    Mail.letter[0]: _strings(range(1, _MANY)),
-    Rcpt.letter[0]: _strings(range(1, _MANY)),
-    Header.letter[0]: _strings(range(2, 3)),
-    Body.letter[0]: len,  # whatever it holds
-    Eom.letter[0]: len,
-    Unknown.letter[0]: _strings(range(1, 2)),
-    **{kind.letter[0]: _strings(range(1)) for kind in (Data, Eoh, Abort, Quit, QuitNc)},
+
+# The shapes of commands that are made of strings. The others: what a Body or an Eom holds is free,
+# and the rest is parsed.
+SHAPES: Mapping[int, Shape] = {
+    Macro.letter[0]: Shape(PAYLOAD + 1, range(0, _MANY, 2)),
+    Helo.letter[0]: Shape(PAYLOAD, range(1, 2)),
+    Mail.letter[0]: Shape(PAYLOAD, range(1, _MANY)),
+    Rcpt.letter[0]: Shape(PAYLOAD, range(1, _MANY)),
+    Header.letter[0]: Shape(PAYLOAD, range(2, 3)),
+    Unknown.letter[0]: Shape(PAYLOAD, range(1, 2)),
+    **{kind.letter[0]: Shape(PAYLOAD, range(1)) for kind in (Data, Eoh, Abort, Quit, QuitNc)},
+}
+_PARSED: Mapping[int, Callable[[bytes], object]] = {
+    Negotiate.letter[0]: Negotiate.offer,
+    Connect.letter[0]: Connect.parse,
 }
 
 
@@ -266,4 +265,12 @@ def check_command(packet: bytes) -> None:
 
     What passes can be kept unread: whoever reads it later finds it well-formed.
     """
-    _CHECKS[packet[LETTER]](packet)
+    letter = packet[LETTER]
+    shape = SHAPES.get(letter)
+    if shape is not None:
+        start, size = shape.start, len(packet)
+        strings = packet.count(0, start)
+        if size < start or strings not in shape.counts or (size > start and packet[-1]):
+            raise RemoteProtocolError(f"malformed command {packet[LETTER:][:80]!r}")
+    elif letter in _PARSED:
+        _PARSED[letter](packet[PAYLOAD:])

@@ -2,8 +2,9 @@
 
 The law: which command is legal when, and what follows from it, is one constant table,
 TRANSITIONS. A missing cell is a protocol error of the MTA. What follows from our verdicts is a
-second one, AFTER_VERDICT; what becomes of macros a third, MACROS. No other code asks for the
-state.
+second one, AFTER_VERDICT; what becomes of macros a third, MACROS. Under an agreement they are
+compiled into what each packet does. No other code assigns or asks for the state; so the tables and
+what reads them stay in this one file, though it is long.
 
 The state is the MTA's position in a message. MTAs leave out the stages that were suppressed, so
 a jump forward is legal when what it passes over was suppressed (`Cell.passes`); DATA, HEADER,
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.answers import check_replies
-from sharded_milter.protocol.commands import Body, Header, Macro, Negotiate, check_command
+from sharded_milter.protocol.commands import SHAPES, Body, Header, Macro, Negotiate, check_command
 from sharded_milter.protocol.negotiation import Agreement, Handling
 from sharded_milter.protocol.replies import Accept, Discard, Reject, ReplyCode, TempFail
 from sharded_milter.protocol.stages import NO_PROTOCOL, STAGES, Protocol, Stage
@@ -230,21 +231,96 @@ class Step:
     offer: Negotiate | None = None  # the MTA offers options and waits for ours
 
 
-class _Known:
-    """What commands do under an agreement, by the state before, in which they come.
+# What is content is kept unread; of the rest the transcript notes some.
+_CONTENT = frozenset((Header.letter[0], Body.letter[0]))
 
-    Working that out costs more than all the rest of a packet, and there are few of these.
+
+# The key of a macro packet, which is told apart by the stage that it is for.
+def _macro_key(letter: int) -> int:
+    return _MACRO << 8 | letter
+
+
+class Run(NamedTuple):
+    """A packet that is only kept: the state after, its shape, and whether it is no content.
+
+    With no shape the payload is anything: `start` is its own, `counts` is None.
     """
 
-    def __init__(self) -> None:
-        self.steps: dict[State, dict[int, tuple[State, Step]]] = {}  # the state after, the step
-        # Of those that are only kept: the state after, and how many strings the payload is.
-        self.runs: dict[State, dict[int, tuple[State, int]]] = {}
+    after: State
+    start: int
+    counts: range | None
+    noted: bool
 
 
-# The content of a message: a field is two strings, a piece of the body is anything.
-_STRINGS = {Header.letter[0]: 2, Body.letter[0]: 0}
-_TO_BE_CHECKED = -1  # by check_command
+class Compiled(NamedTuple):
+    """What each packet does under one agreement, by the state in which it comes and its key.
+
+    The key is its letter, or that of a macro packet. `steps` has the state after and what is to
+    be done. `runs` has those that are only kept. A key that is missing cannot come there.
+    """
+
+    steps: Mapping[State, Mapping[int, tuple[State, Step]]]
+    runs: Mapping[State, Mapping[int, Run]]
+
+
+def compiled(agreement: Agreement) -> Compiled:
+    """The tables above as they hold under an agreement; worked out once for each."""
+    known: Compiled | None = agreement.known.get(Compiled)
+    if known is None:
+        steps = {state: _steps_in(state, agreement) for state in State}
+        runs = {
+            state: {
+                key: _run(key, after)
+                for key, (after, step) in row.items()
+                if step == Step(step.stage, keep=Keep.APPEND)
+            }
+            for state, row in steps.items()
+        }
+        known = agreement.known[Compiled] = Compiled(steps, runs)
+    return known
+
+
+def _run(key: int, after: State) -> Run:
+    letter = key >> 8 or key
+    start, counts = SHAPES.get(letter, (PAYLOAD, None))
+    return Run(after, start, counts, letter not in _CONTENT)
+
+
+def _steps_in(state: State, agreement: Agreement) -> dict[int, tuple[State, Step]]:
+    steps = {
+        code: (cell.after, _step(code, cell, agreement))
+        for code, cell in TRANSITIONS[state].items()
+        if not cell.passes & ~agreement.protocol
+    }
+    macros = MACROS.get(state)
+    if macros is not None:
+        for letter in range(256):
+            cell = macros.get(letter, Cell(state))
+            steps[_macro_key(letter)] = cell.after, Step(keep=cell.keep, leaves=cell.leaves)
+    return steps
+
+
+def _step(code: int, cell: Cell, agreement: Agreement) -> Step:
+    stage = STAGES.get(code)
+    if stage is None:
+        return Step(leaves=cell.leaves)
+    handling = agreement.handling[code]
+    if handling is Handling.ASK and not cell.asked:
+        handling = Handling.CONTINUE
+    keep = cell.keep if code in agreement.recorded else Keep.NO
+    return Step(stage, handling, keep, cell.leaves)
+
+
+# Before anything is agreed.
+_AT_START = Compiled(
+    {
+        State.START: {
+            code: (cell.after, Step(leaves=cell.leaves))
+            for code, cell in TRANSITIONS[State.START].items()
+        }
+    },
+    {},
+)
 
 
 class Decision(NamedTuple):
@@ -258,13 +334,22 @@ class Decision(NamedTuple):
 class Session:
     """One MTA connection's place in the protocol; no I/O."""
 
-    __slots__ = ("_agreement", "_runs", "_steps", "state")
+    __slots__ = ("_agreement", "_runs", "_state", "_steps")
 
-    def __init__(self) -> None:
-        self.state = State.START
+    def __init__(self, state: State = State.START) -> None:
+        self._state = state
         self._agreement: Agreement | None = None
-        self._steps: dict[State, dict[int, tuple[State, Step]]] = {}
-        self._runs: dict[State, dict[int, tuple[State, int]]] = {}
+        self._steps, self._runs = _AT_START
+
+    @property
+    def state(self) -> State:
+        """Where the MTA is."""
+        return self._state
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the MTA has left, or we have; no command may come any more."""
+        return self._state is State.CLOSED
 
     @property
     def agreement(self) -> Agreement:
@@ -276,8 +361,11 @@ class Session:
     def agree(self, agreement: Agreement) -> None:
         """Option negotiation ended with this."""
         self._agreement = agreement
-        known = agreement.known.setdefault(_Known, _Known())
-        self._steps, self._runs = known.steps, known.runs
+        self._steps, self._runs = compiled(agreement)
+
+    def close(self) -> None:
+        """We end the connection."""
+        self._state = State.CLOSED
 
     def receive(self, packet: bytes) -> Step:
         """What a whole packet of the MTA asks for; moves on to the state after it.
@@ -286,25 +374,36 @@ class Session:
         come here. What was received is well-formed, and so are transcripts.
         """
         code = packet[LETTER]
-        # A macro packet is told apart by the stage that it is for.
-        key = code if code != _MACRO else _MACRO << 8 | packet[PAYLOAD] if packet[PAYLOAD:] else -1
-        row = self._steps.get(self.state)
-        known = row.get(key) if row is not None else None
+        if code == _MACRO:
+            code = _MACRO << 8 | (packet[PAYLOAD] if len(packet) > PAYLOAD else 0)
+        row = self._steps.get(self._state)
+        known = row.get(code) if row is not None else None
         if known is None:
-            return self._receive_first(code, key, packet)
+            raise self._illegal(code)
         check_command(packet)
-        self.state, step = known
-        return step
+        offer = Negotiate.offer(packet[PAYLOAD:]) if code == _NEGOTIATE else None
+        self._state, step = known
+        return step if offer is None else Step(offer=offer)
+
+    def _illegal(self, code: int) -> RemoteProtocolError:
+        """Why a packet cannot come here."""
+        state = self._state.name
+        if code > 255:
+            return RemoteProtocolError(f"macros in state {state}")
+        cell = TRANSITIONS[self._state].get(code)
+        if cell is None:
+            return RemoteProtocolError(f"{_name(code)} in state {state}")
+        missing = cell.passes & ~self.agreement.protocol
+        return RemoteProtocolError(f"{_name(code)} in state {state} without {missing.name}")
 
     def receive_run(self, buffer: bytearray, at: int) -> tuple[int, list[bytes]]:
         """Follows the packets from `at` on that are only kept, as most of a message's are.
 
         Returns where they end in `buffer`, and those among them that are no content. That costs a
-        fraction of `receive`, to which the next one is left. Raises RemoteProtocolError as that
-        does.
+        fraction of `receive`, to which the next one is left, malformed ones included.
         """
         noted: list[bytes] = []
-        state = self.state
+        state = self._state
         row = self._runs.get(state)
         size = len(buffer)
         last = size - PAYLOAD  # where a packet can begin that has a letter
@@ -319,68 +418,20 @@ class Session:
             known = row.get(key)
             if known is None:
                 break
-            after, strings = known
-            if strings == _TO_BE_CHECKED:
-                packet = bytes(buffer[at:end])
-                check_command(packet)
-                noted.append(packet)
-            elif strings and (buffer.count(0, at + PAYLOAD, end) != strings or buffer[end - 1]):
-                break  # `receive` says what is wrong
+            after, start, counts, is_noted = known
+            if counts is not None:
+                start += at
+                strings = buffer.count(0, start, end)
+                if end < start or strings not in counts or (end > start and buffer[end - 1]):
+                    break  # `receive` says what is wrong
+            if is_noted:
+                noted.append(bytes(buffer[at:end]))
             if after is not state:
                 state = after
                 row = self._runs.get(state)
             at = end
-        self.state = state
+        self._state = state
         return at, noted
-
-    def _receive_first(self, code: int, key: int, packet: bytes) -> Step:
-        before = self.state
-        step = self._receive_macro(packet) if code == _MACRO else self._receive_command(packet)
-        if step.offer is None and self._agreement is not None:
-            self._steps.setdefault(before, {})[key] = self.state, step
-            if step == Step(step.stage, keep=Keep.APPEND):
-                strings = _STRINGS.get(code, _TO_BE_CHECKED)
-                self._runs.setdefault(before, {})[key] = self.state, strings
-        return step
-
-    def _receive_command(self, packet: bytes) -> Step:
-        code = packet[LETTER]
-        cell = TRANSITIONS[self.state].get(code)
-        if cell is None:
-            raise RemoteProtocolError(f"{_name(code)} in state {self.state.name}")
-        if cell.passes:
-            self._check_passed(code, cell.passes)
-        check_command(packet)
-        stage = STAGES.get(code)
-        if stage is None:
-            self.state = cell.after
-            offer = Negotiate.offer(packet[PAYLOAD:]) if code == _NEGOTIATE else None
-            return Step(leaves=cell.leaves, offer=offer)
-        agreement = self.agreement
-        self.state = cell.after
-        handling = agreement.handling[code]
-        if handling is Handling.ASK and not cell.asked:
-            handling = Handling.CONTINUE
-        keep = cell.keep if code in agreement.recorded else Keep.NO
-        return Step(stage, handling, keep, cell.leaves)
-
-    def _check_passed(self, code: int, passes: Protocol) -> None:
-        missing = passes & ~self.agreement.protocol
-        if missing:
-            raise RemoteProtocolError(
-                f"{_name(code)} in state {self.state.name} without {missing.name}"
-            )
-
-    def _receive_macro(self, packet: bytes) -> Step:
-        row = MACROS.get(self.state)
-        if row is None:
-            raise RemoteProtocolError(f"macros in state {self.state.name}")
-        check_command(packet)
-        cell = row.get(packet[PAYLOAD])
-        if cell is None:
-            return Step()
-        self.state = cell.after
-        return Step(keep=cell.keep, leaves=cell.leaves)
 
     def decide(self, stage: Stage, replies: bytes) -> Decision:
         """Checks what is about to be sent as the answer at `stage`; moves on to the state after.
@@ -388,10 +439,12 @@ class Session:
         `replies` are whole packets, any number of intermediate ones and one final. Raises
         LocalProtocolError, and changes nothing, when they must not reach the MTA.
         """
-        final = check_replies(stage, replies, self.agreement)
+        if self._agreement is None:
+            raise LocalProtocolError("nothing is negotiated yet")
+        final = check_replies(stage, replies, self._agreement)
         after = AFTER_VERDICT.get(stage, {}).get(final)
         if after is not None:
-            self.state = after
+            self._state = after
         refused = stage in (Stage.RCPT, Stage.DATA) and final in _REFUSALS
         return Decision(final, REFUSED if refused else b"", after is not None or stage is Stage.EOM)
 

@@ -72,11 +72,17 @@ class Framer:
         Raises RemoteProtocolError on a length that no packet can have, before waiting for or
         storing what it announces.
         """
-        start, end = self.at, self._end(self.at)
-        if not end:
+        start, buffer = self.at, self.buffer
+        if len(buffer) - start < LENGTH_BYTES:
+            return b""
+        length = int.from_bytes(buffer[start : start + LENGTH_BYTES], "big")
+        if not 1 <= length <= MAX_PACKET:
+            checked_length(buffer[start : start + LENGTH_BYTES])
+        end = start + LENGTH_BYTES + length
+        if end > len(buffer):
             return b""
         self.at = end
-        with memoryview(self.buffer) as view:
+        with memoryview(buffer) as view:
             return bytes(view[start:end])
 
     def peek(self, start: int) -> Iterator[tuple[int, int]]:

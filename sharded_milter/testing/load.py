@@ -3,7 +3,8 @@
 It sends only what was negotiated, waits only for what was promised and does what the answers say.
 As Postfix does, it writes what needs no answer together with the next command that does; or, as
 Sendmail does, every packet by itself, with Nagle's algorithm on. Its own CPU time is reported,
-because on a small machine it competes with what it measures.
+because on a small machine it competes with what it measures. It is one file, because whoever
+reads a figure of it must be able to read all that has made the figure.
 """
 
 from __future__ import annotations

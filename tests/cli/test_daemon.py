@@ -26,6 +26,7 @@ from sharded_milter.cli.daemon import (
 from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
 from sharded_milter.mta.addresses import parse_listen
 from sharded_milter.ops.config import DEFAULT_LISTEN, Settings
+from sharded_milter.pool import spawned as spawning
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_what_does_not_go_together_is_a_usage_error(
         worker_specs(settings(monkeypatch, *arguments))
 
 
-class FakeService:
+class FakeServer:
     """Starts and stops as the test says."""
 
     def __init__(self, listeners: list[Any], *rest: Any, logs_messages: bool) -> None:
@@ -105,9 +106,9 @@ class FakeService:
         self.started: Deferred[None] = Deferred()
         self.stopped: Deferred[None] = Deferred()
         self.pool = self
-        FakeService.latest = self
+        FakeServer.latest = self
 
-    latest: FakeService
+    latest: FakeServer
 
     def start(self) -> Any:
         return self.started
@@ -142,7 +143,7 @@ class FakeReactor(Clock):
 
     def run(self) -> None:
         self.begin()
-        self.script(FakeService.latest)
+        self.script(FakeServer.latest)
         assert self.stopped
 
     def stop(self) -> None:
@@ -151,12 +152,12 @@ class FakeReactor(Clock):
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serves with a fake reactor and service, which do what the script says."""
+    """Serves with a fake reactor and server, which do what the script says."""
 
     def run(script: Any, *arguments: str) -> int:
         chosen = settings(monkeypatch, *arguments)
         monkeypatch.setattr("twisted.internet.reactor", FakeReactor(script), raising=False)
-        monkeypatch.setattr("sharded_milter.server.Service", FakeService)
+        monkeypatch.setattr("sharded_milter.server.Server", FakeServer)
         monkeypatch.setattr("sharded_milter.ops.logs.begin", lambda level: None)
         return serve(chosen)
 
@@ -166,11 +167,11 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_scripts_socket_is_bound_as_the_operator_wants_it(running: Any, tmp_path: Path) -> None:
     found = []
 
-    def script(service: FakeService) -> None:
-        bind = service.rest[-1]
+    def script(server: FakeServer) -> None:
+        bind = server.rest[-1]
         [listener] = bind(f"unix:{tmp_path}/s")
         found.append((listener.address.path, (tmp_path / "s").stat().st_mode & 0o777))
-        begin_and_end(service)
+        begin_and_end(server)
 
     assert running(script, "--socket-mode", "606", "--pymilter", "x.py") == 0
     assert found == [(f"{tmp_path}/s", 0o606)]
@@ -192,16 +193,16 @@ def test_a_script_and_its_arguments_are_what_workers_get(monkeypatch: pytest.Mon
     assert worker_specs(found) == ("x.py", "-v", "conf")
 
 
-def begin_and_end(service: FakeService) -> None:
-    service.started.callback(None)
+def begin_and_end(server: FakeServer) -> None:
+    server.started.callback(None)
     os.kill(os.getpid(), signal.SIGTERM)
-    service.stopped.callback(None)
+    server.stopped.callback(None)
 
 
 def test_what_has_started_is_not_looked_at_by_collections(running: Any, socket_path: Path) -> None:
-    def script(service: FakeService) -> None:
+    def script(server: FakeServer) -> None:
         assert not gc.isenabled()
-        begin_and_end(service)
+        begin_and_end(server)
 
     assert running(script, "--listen", str(socket_path)) == 0
     assert gc.isenabled()
@@ -209,16 +210,16 @@ def test_what_has_started_is_not_looked_at_by_collections(running: Any, socket_p
 
 
 def test_signals_are_orders(running: Any, socket_path: Path) -> None:
-    def script(service: FakeService) -> None:
-        service.started.callback(None)
+    def script(server: FakeServer) -> None:
+        server.started.callback(None)
         for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2,
                        signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):  # fmt: skip
             os.kill(os.getpid(), number)
-        service.stopped.callback(None)
+        server.stopped.callback(None)
 
     assert running(script, "--listen", str(socket_path)) == 0
     orders = ["reload", "resize +1", "resize -1", "dump", "stop"]
-    assert FakeService.latest.told == [*orders, *["quick stop"] * 3]
+    assert FakeServer.latest.told == [*orders, *["quick stop"] * 3]
     assert not socket_path.exists()
 
 
@@ -242,10 +243,10 @@ def test_what_keeps_it_from_starting_is_raised_when_all_has_ended(
 ) -> None:
     error = MilterLoadError("milter x: no", "traceback")
 
-    def script(service: FakeService) -> None:
-        service.started.errback(error)
-        assert service.told == ["quick stop"]
-        service.stopped.callback(None)
+    def script(server: FakeServer) -> None:
+        server.started.errback(error)
+        assert server.told == ["quick stop"]
+        server.stopped.callback(None)
 
     with pytest.raises(MilterLoadError) as caught:
         running(script, "--listen", str(socket_path))
@@ -282,17 +283,16 @@ def test_as_many_connections_are_allowed_as_the_system_lets_us_have(
 def test_workers_are_started_as_the_operator_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from sharded_milter.pool.shard import Shard
-
-    started: list[Shard] = []
-    monkeypatch.setattr(Shard, "start", lambda shard: started.append(shard))
     monkeypatch.setenv("SECRET", "x")
     chosen = settings(monkeypatch, "--nice=3", "--worker-memory-limit=10", "--cpu-affinity=spread",
                       "--scanner-rules", str(tmp_path))  # fmt: skip
-    start = module.shard_starter(chosen, (SCANNER,), Clock())
-    shard = start(2, None)
-    assert started == [shard]
-    place = shard.workplace
+    spawned: list[tuple[Any, int]] = []
+    monkeypatch.setattr(
+        spawning, "Spawned", lambda workplace, slot, reactor: spawned.append((workplace, slot))
+    )
+    shard = module.shard_maker(chosen, (SCANNER,), None, Clock())(2, None)
+    ((place, slot),) = spawned
+    assert slot == shard.slot == 2
     assert (place.specs, place.nice, place.memory_limit) == ((SCANNER,), 3, 10)
     assert place.cpus == tuple(sorted(os.sched_getaffinity(0)))
     assert place.env[SCANNER_RULES] == str(tmp_path)

@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from sharded_milter.dialects.loader import load
+from sharded_milter.dialects.loader import code_digest, load
 from sharded_milter.dialects.spec import checked_spec, split_spec
 from sharded_milter.errors import ConfigError, MilterLoadError, UsageError
 
@@ -198,3 +199,114 @@ def test_a_file_that_no_loader_takes_is_refused(
     nothing: Any = lambda name, path: None  # noqa: E731
     monkeypatch.setattr("importlib.util.spec_from_file_location", nothing)
     assert str(refusal("good.py:milter")) == "milter file good.py is not a Python file"
+
+
+# What tells whether two workers run the same code
+
+
+def written(folder: Path, name: str, source: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(source)
+
+
+@pytest.mark.parametrize(
+    "spec", ["here/good.py:milter", "./here/good.py:milter", "here.good:milter"]
+)
+def test_the_digest_of_code_changes_with_its_file_and_with_nothing_else(
+    folder: Path, spec: str
+) -> None:
+    written(folder, "here/good.py", GOOD)
+    written(folder, "here/idle.py", "NOBODY_IMPORTS = 'this'")
+    load(spec)
+    first = code_digest([spec])
+    written(folder, "here/idle.py", "")
+    assert code_digest([spec]) == first
+    written(folder, "here/good.py", f"{GOOD}# changed")
+    second = code_digest([spec])
+    (folder / "here/good.py").unlink()
+    third = code_digest([spec])
+    assert len({first, second, third}) == 3
+
+
+@pytest.mark.parametrize("beside", ["near", "below.deep"])
+def test_the_digest_of_code_changes_with_the_modules_that_lie_beside_it(
+    folder: Path, beside: str
+) -> None:
+    path = f"here/{beside.replace('.', '/')}.py"
+    written(folder, path, "")
+    written(folder, "here/good.py", f"import {beside}\n{GOOD}")
+    load("here/good.py:milter")
+    first = code_digest(["here/good.py:milter"])
+    written(folder, path, "CHANGED = True")
+    assert code_digest(["here/good.py:milter"]) != first
+
+
+@pytest.mark.parametrize("elsewhere", ["elsewhere", "here-too"])
+def test_a_module_from_elsewhere_is_not_the_milters_code(folder: Path, elsewhere: str) -> None:
+    written(folder, f"{elsewhere}/distant.py", "")
+    search = f"import sys; sys.path.append({elsewhere!r})"
+    written(folder, "here/good.py", f"{search}\nimport distant\n{GOOD}")
+    load("here/good.py:milter")
+    first = code_digest(["here/good.py:milter"])
+    written(folder, f"{elsewhere}/distant.py", "CHANGED = True")
+    assert code_digest(["here/good.py:milter"]) == first
+
+
+def test_in_a_folder_of_many_packages_a_milter_is_its_own_file_or_package(folder: Path) -> None:
+    library = folder / "site-packages"
+    written(library, "near.py", "")
+    written(library, "package/within.py", "")
+    written(library, "package/__init__.py", f"import near, package.within\n{GOOD}")
+    written(library, "good.py", f"import near\n{GOOD}")
+    sys.path.append(str(library))
+    specs = ["good:milter", "package:milter"]
+    for spec in specs:
+        load(spec)
+    first = [code_digest([spec]) for spec in specs]
+    written(library, "near.py", "CHANGED = True")
+    assert [code_digest([spec]) for spec in specs] == first
+    written(library, "package/within.py", "CHANGED = True")
+    assert [code_digest([spec]) == before for spec, before in zip(specs, first, strict=True)] == [
+        True,
+        False,
+    ]
+
+
+def test_several_milters_have_one_digest_in_any_order(folder: Path) -> None:
+    specs = ["one.py:milter", "two.py:milter"]
+    for spec in specs:
+        written(folder, spec.partition(":")[0], GOOD)
+        load(spec)
+    both = code_digest(specs)
+    assert code_digest(specs[::-1]) == both
+    written(folder, "two.py", f"{GOOD}# changed")
+    assert code_digest(specs) != both
+
+
+@pytest.mark.parametrize("name", ["script.py", "script", "a:script", "my-milter"])
+def test_a_script_is_its_file_and_what_lies_beside_it(folder: Path, name: str) -> None:
+    written(folder, name, "# a script")
+    first = code_digest([str(folder / name)])
+    written(folder, name, "# another")
+    assert code_digest([str(folder / name)]) != first
+
+
+class Refuses:
+    """Stands in for a module, and for nothing else."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(name)
+
+
+@pytest.mark.parametrize("odd", [None, object(), Refuses()], ids=["nothing", "object", "refuses"])
+def test_what_stands_in_for_a_module_does_no_harm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, odd: Any
+) -> None:
+    written(folder, "good.py", GOOD)
+    load("good:milter")
+    first = code_digest(["good:milter"])
+    monkeypatch.setitem(sys.modules, "odd", odd)
+    empty = ModuleType("empty")
+    empty.__file__ = None
+    monkeypatch.setitem(sys.modules, "empty", empty)
+    assert code_digest(["good:milter"]) == first

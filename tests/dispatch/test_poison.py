@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sharded_milter.dispatch import poison as module
-from sharded_milter.dispatch.poison import REMEMBERED_FOR, Keep, Poison, as_eml, digest
+from sharded_milter.dispatch.poison import REMEMBERED_FOR, SLACK, Keep, Poison, as_eml, digest
 from sharded_milter.protocol.commands import Body, Data, Eoh, Eom, Header, Macro, Mail, Rcpt
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.replies import Reject
@@ -34,24 +34,24 @@ def packed(*packets: Packet) -> memoryview:
 def test_one_death_may_be_the_machines_fault() -> None:
     poison = Poison()
     assert len(poison) == 0
-    assert not poison.died(b"m", 0.0)
-    assert not poison.is_poison(b"m", 0.0)
-    assert poison.died(b"m", 1.0)
-    assert poison.is_poison(b"m", 1.0)
-    assert not poison.is_poison(b"other", 1.0)
+    assert not poison.died(b"m", 10, 0.0)
+    assert poison.deaths(b"m", 0.0) == 1
+    assert poison.died(b"m", 10, 1.0)
+    assert poison.deaths(b"m", 1.0) == 2
+    assert poison.deaths(b"other", 1.0) == 0
     assert len(poison) == 1
 
 
 def test_two_deaths_may_be_told_at_once() -> None:
-    assert Poison().died(b"m", 0.0, 2)
+    assert Poison().died(b"m", 10, 0.0, 2)
 
 
 def test_poison_is_forgotten_an_hour_after_its_last_death() -> None:
     poison = Poison()
-    poison.died(b"m", 0.0)
-    poison.died(b"m", 100.0)
-    assert poison.is_poison(b"m", 100.0 + REMEMBERED_FOR - 1)
-    assert not poison.is_poison(b"m", 100.0 + REMEMBERED_FOR)
+    poison.died(b"m", 10, 0.0)
+    poison.died(b"m", 10, 100.0)
+    assert poison.deaths(b"m", 100.0 + REMEMBERED_FOR - 1) == 2
+    assert poison.deaths(b"m", 100.0 + REMEMBERED_FOR) == 0
     assert len(poison) == 0
 
 
@@ -59,8 +59,22 @@ def test_the_oldest_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "MAX_REMEMBERED", 2)
     poison = Poison()
     for number in range(3):
-        poison.died(b"%d" % number, 0.0, 2)
-    assert [poison.is_poison(b"%d" % n, 0.0) for n in range(3)] == [False, True, True]
+        poison.died(b"%d" % number, 10, 0.0, 2)
+    assert [poison.deaths(b"%d" % n, 0.0) for n in range(3)] == [0, 2, 2]
+
+
+def test_only_messages_of_about_the_size_of_a_remembered_one_are_likely() -> None:
+    poison = Poison()
+    assert not poison.is_likely(5000, 0.0)
+    poison.died(b"m", 5000, 0.0)
+    poison.died(b"n", 5000, 0.0)
+    poison.died(b"n", 5000, 1.0)
+    likely = [size for size in range(10_000) if poison.is_likely(size, 1.0)]
+    assert set(range(5000 - SLACK, 5000 + SLACK)) <= set(likely)
+    assert (min(likely) > 5000 - 2 * SLACK, max(likely) < 5000 + 2 * SLACK) == (True, True)
+    assert poison.is_likely(5000, REMEMBERED_FOR)  # the other one is remembered yet
+    assert not poison.is_likely(5000, REMEMBERED_FOR + 1.0)
+    assert poison.sizes == {}
 
 
 def test_a_message_is_known_by_envelope_and_content() -> None:

@@ -17,6 +17,7 @@ from sharded_milter.dispatch.policy import (
 from sharded_milter.errors import (
     CallbackFailed,
     DeadlineExceeded,
+    InvalidValue,
     LocalProtocolError,
     Overloaded,
     Poisoned,
@@ -108,3 +109,11 @@ def test_the_masters_own_answers_say_why(answer: bytes, text: str) -> None:
     reply = parse_reply(answer)
     assert isinstance(reply, ReplyCode)
     assert reply.text.startswith(text)
+
+
+@pytest.mark.parametrize("name", ["on_error", "on_poison"])
+@pytest.mark.parametrize("choice", ["temp_fail", "Accept", "", "discard"])
+def test_another_choice_is_refused_when_the_policy_is_made(name: str, choice: str) -> None:
+    words = f"{name} is '{choice}'; it must be one of tempfail, accept, reject"
+    with pytest.raises(InvalidValue, match=words):
+        Policy(**{name: choice})

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,78 @@ def test_a_worker_that_starts_too_slowly_is_given_up(tmp_path: Path) -> None:
         assert set(flow.verdicts()) == {"accept"}
         assert set(seen(flow)) == {"1"}
         until(server.is_whole, "those that were too slow are gone")
+
+
+LEAVES = """
+    import atexit, time
+    from sharded_milter import Milter
+
+    milter = Milter("leaves")
+
+    def leave():
+        time.sleep(2)
+        print("has left", flush=True)
+
+    atexit.register(leave)
+
+    @milter.eom
+    def eom(message):
+        return None
+"""
+
+
+def test_a_worker_that_is_replaced_has_its_time_to_exit(tmp_path: Path) -> None:
+    with Server(tmp_path, source=LEAVES, workers=1) as server:
+        server.signal(signal.SIGHUP)
+        server.wait_log("has left")
+        assert "has left" in server.log()
+        assert "killed" not in server.log()
+
+
+ONE_IS_SLOW = """
+    import time
+    from sharded_milter import Milter
+
+    milter = Milter("slow")
+    try:
+        open("first", "x").close()
+    except FileExistsError:
+        time.sleep(600)
+
+    @milter.eom
+    def eom(message):
+        return None
+"""
+
+
+def test_it_is_ready_without_the_last_worker_if_that_is_not_wanted_any_more(
+    tmp_path: Path,
+) -> None:
+    server = Server(tmp_path, source=ONE_IS_SLOW)
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    try:
+        until(lambda: "is ready, pid" in server.log(), "the first has loaded the milter")
+        server.signal(signal.SIGTTOU)
+        starting.join()
+        with server.client() as client:
+            assert word(client.deliver(mail())) == "continue"
+        assert server.is_whole(1)
+    finally:
+        server.__exit__(None, None, None)
+
+
+def test_a_worker_that_has_died_does_not_come_back_with_other_code(tmp_path: Path) -> None:
+    with Server(tmp_path, source=version(1)) as server:
+        with Flow(server) as flow:
+            flow.wait()
+            write(tmp_path, version(2))
+            os.kill(server.workers()[0], signal.SIGKILL)
+            server.wait_log("the milter's files have changed: all workers are replaced")
+            server.wait_log("reloaded: 2 new workers serve")
+            flow.wait(20)
+        assert set(flow.verdicts()) == {"accept"}
+        versions = seen(flow)
+        assert versions == sorted(versions), "an answer of old code came after one of new code"
+        assert set(versions[-8:]) == {"2"}
+        assert server.unforeseen() == [], server.log()

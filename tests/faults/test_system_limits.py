@@ -38,7 +38,7 @@ def test_a_spawn_that_fails_is_tried_again(tmp_path: Path) -> None:
             flow.wait()
             with Lowered(server, resource.RLIMIT_NOFILE, server.descriptors() + 2):
                 os.kill(server.workers()[0], signal.SIGKILL)
-                server.wait_log("cannot start shard")
+                server.wait_log("cannot start a worker")
                 flow.wait()
             until(server.is_whole, "two workers run again")
             flow.wait()

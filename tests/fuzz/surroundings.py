@@ -6,19 +6,19 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, LogEvent, LogLevel
-from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from sharded_milter.context import Home
-from sharded_milter.dispatch.affinity import Pin
+from sharded_milter.context import ServerContext
+from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
-from sharded_milter.ipc.messages import Memory
+from sharded_milter.errors import JobFailed
+from sharded_milter.ipc.memory import Memory
 from sharded_milter.limits import Limits
-from sharded_milter.mta.milters import workers_members
+from sharded_milter.mta.members import workers_members
 from sharded_milter.protocol.negotiation import Manifest
 
 from . import packets
@@ -28,7 +28,7 @@ LIMITS = Limits(max_message_size=3000, max_waiting=200, progress_interval=5.0, i
 
 
 def size_of(part: bytes | Memory) -> int:
-    return part.size if isinstance(part, Memory) else len(part)
+    return len(part)
 
 
 @implementer(ILogObserver)
@@ -49,38 +49,41 @@ class RandomPool:
     def __init__(self, asked: Callable[[Job], None], cancelled: Callable[[Job], None]) -> None:
         self._asked = asked
         self._cancelled = cancelled
-        self.prompt: deque[bytes | Exception] = deque()
+        self.prompt: deque[bytes | JobFailed] = deque()
         self.open: Job | None = None
         self.late: list[Job] = []
         self.counters: Counter[str] = Counter()
 
-    def submit(self, job: Job) -> Deferred[bytes]:
+    def submit(self, job: Job) -> bytes | Deferred[bytes]:
         assert self.open is None, "two jobs of one connection at once"
         self._asked(job)
         if self.prompt:
             answer = self.prompt.popleft()
-            if isinstance(answer, Exception):
-                return fail(answer)
-            return succeed(in_full(answer, job))
+            if isinstance(answer, JobFailed):
+                raise answer
+            return in_full(answer, job)
         self.open = job
-        return job.result
+        job.answer = Deferred()
+        return job.answer
 
     def cancel(self, job: Job) -> None:
         assert job is self.open, "a job is cancelled that is not out"
-        self.open = None
+        self.open = job.answer = None
         self.late.append(job)
         self._cancelled(job)
 
-    def release(self, pin: Pin) -> None:
-        raise AssertionError("functions are not pinned")
+    def release(self, affinity: Affinity) -> None:
+        raise AssertionError("functions are no objects")
 
-    def answer(self, answer: bytes | Exception) -> None:
+    def answer(self, answer: bytes | JobFailed) -> None:
         job, self.open = self.open, None
         assert job is not None
-        if isinstance(answer, Exception):
-            job.result.errback(Failure(answer))
+        awaited, job.answer = job.answer, None
+        assert awaited is not None
+        if isinstance(answer, JobFailed):
+            awaited.errback(answer)
         else:
-            job.result.callback(in_full(answer, job))
+            awaited.callback(in_full(answer, job))
 
 
 def in_full(answer: bytes, job: Job) -> bytes:
@@ -88,7 +91,7 @@ def in_full(answer: bytes, job: Job) -> bytes:
     return packets.signed(job.letter.decode()) if answer == packets.SIGNED else answer
 
 
-class Place(Home):
+class Surroundings(ServerContext):
     """What a connection needs around it."""
 
     def __init__(self, manifest: Manifest, on_error: str, inflight: int, pool: RandomPool) -> None:

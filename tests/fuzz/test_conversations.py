@@ -32,14 +32,14 @@ from twisted.logger import globalLogPublisher
 
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import CHOICES
-from sharded_milter.errors import CallbackFailed, Overloaded, WorkerLost
+from sharded_milter.errors import CallbackFailed, JobFailed, Overloaded, WorkerLost
 from sharded_milter.mta.connection import MilterConnection
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Actions, Protocol
 
 from . import packets
 from .mta import FINAL, MODIFICATIONS, PROGRESS, REPLY_BEARING, Reader, packet
-from .surroundings import LIMITS, Place, Problems, RandomPool, size_of
+from .surroundings import LIMITS, Problems, RandomPool, Surroundings, size_of
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
 
@@ -55,7 +55,7 @@ MARK = 5
 CONNECTIONS_KEPT = 300
 
 SETTINGS = settings(
-    max_examples=25,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
@@ -63,7 +63,7 @@ SETTINGS = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-ERRORS: list[Callable[[], Exception]] = [
+ERRORS: list[Callable[[], JobFailed]] = [
     lambda: CallbackFailed("it raised"),
     lambda: WorkerLost("it died"),
     lambda: Overloaded("no room"),
@@ -101,12 +101,13 @@ class Conversation(RuleBasedStateMachine):
     ) -> None:
         manifest = Manifest("random", Actions(actions), Protocol(protocol))
         pool = RandomPool(self._asked, self._cancelled)
-        self.home = Place(manifest, on_error, inflight, pool)
+        self.context = Surroundings(manifest, on_error, inflight, pool)
         self.offer = packet("O", offer)
         self._connect()
 
     def _connect(self) -> None:
-        self.due: deque[str] = deque()
+        self.due: deque[tuple[str, int]] = deque()  # each with the place of its end in what we fed
+        self.fed = self.read = self.asked_at = 0
         self.negotiated: int | None = None
         self.postfix = False
         self.stopping = False
@@ -115,7 +116,7 @@ class Conversation(RuleBasedStateMachine):
         self.heard = Reader()
         self.told = Reader()
         self.transport = StringTransport()
-        self.connection = MilterConnection(self.home)
+        self.connection = MilterConnection(self.context)
         self.everything.add(self.connection)
         self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]
         self._say(self.offer, [])
@@ -127,11 +128,12 @@ class Conversation(RuleBasedStateMachine):
     def _lose(self) -> None:
         """The socket is gone: nothing of the connection stays."""
         self.connection.connectionLost()
-        assert self.home.pool.open is None
-        assert self.home.connections == set()
-        assert not self.home.idle._due
-        assert not self.home.progress._due
-        assert self.home.inflight.used == 0
+        assert self.context.pool.open is None
+        assert self.context.connections == set()
+        assert not self.context.idle._due
+        assert not self.context.progress._due
+        assert not self.context.closing._due
+        assert self.context.inflight.used == 0
 
     # The MTA
 
@@ -150,34 +152,39 @@ class Conversation(RuleBasedStateMachine):
             self.largest = max(self.largest, len(data))
             for letter, payload in self.told.read(data):
                 self._expect(letter, payload)
+            self.fed += len(data)
             self.connection.dataReceived(data)
             self._hear()
 
     def _expect(self, letter: str, payload: bytes) -> None:
+        self.read += len(packet(letter, payload))
         if letter == "O" and self.negotiated is None:
-            self.due.append("O")
+            self.due.append(("O", self.read))
         elif letter in REPLY_BEARING and not (self.negotiated or 0) & REPLY_BEARING[letter]:
-            self.due.append(letter)
+            self.due.append((letter, self.read))
         elif letter == "D" and payload == packets.POSTFIX:
             self.postfix = True
 
     def _asked(self, job: Job) -> None:
         self._hear()
+        self.asked_at = self.fed - self.connection._framer.waiting
         assert size_of(job.message) <= LIMITS.max_message_size + MARK
         assert size_of(job.connection) <= CONNECTION_PART
 
     def _cancelled(self, job: Job) -> None:
         self._hear()
-        assert self.due[0] == job.letter.decode()
-        if not self.stopping:
-            self.due.popleft()
+        cancelled = (job.letter.decode(), self.asked_at)
+        if self.stopping:
+            assert self.due[0] == cancelled
+        else:  # the answers to what came before it in the segment may still come
+            self.due.remove(cancelled)
 
     def _hear(self) -> None:
         data = bytes(self.transport.value())
         self.transport.clear()
         for letter, payload in self.heard.read(data):
             assert self.due, f"reply {letter!r} to nobody"
-            command = self.due[0]
+            command, _ = self.due[0]
             if letter in FINAL:
                 assert command in FINAL[letter], f"reply {letter!r} to {command!r}"
                 self.due.popleft()
@@ -215,45 +222,45 @@ class Conversation(RuleBasedStateMachine):
     def a_farewell(self, data: bytes) -> None:
         self._say(data, [])
 
-    @precondition(lambda self: self.home.pool.open is not None)
+    @precondition(lambda self: self.context.pool.open is not None)
     @rule(answer=packets.answers)
     def an_answer(self, answer: bytes) -> None:
-        self.home.pool.answer(answer)
+        self.context.pool.answer(answer)
         self._flush()
 
-    @precondition(lambda self: self.home.pool.open is not None)
+    @precondition(lambda self: self.context.pool.open is not None)
     @rule(answer=packets.intermediate, accept=st.sampled_from("ca"))
     def a_modification(self, answer: bytes, accept: str) -> None:
-        self.home.pool.answer(answer + packet(accept))
+        self.context.pool.answer(answer + packet(accept))
         self._flush()
 
-    @precondition(lambda self: self.home.pool.open is not None)
+    @precondition(lambda self: self.context.pool.open is not None)
     @rule(error=st.sampled_from(ERRORS))
-    def a_failure(self, error: Callable[[], Exception]) -> None:
-        self.home.pool.answer(error())
+    def a_failure(self, error: Callable[[], JobFailed]) -> None:
+        self.context.pool.answer(error())
         self._flush()
 
-    @rule(answers=st.lists(packets.answers, max_size=8))
-    def the_next_answers_come_at_once(self, answers: list[bytes]) -> None:
-        self.home.pool.prompt.extend(answers)
+    @rule(answers=st.lists(packets.answers | st.sampled_from(ERRORS), max_size=8))
+    def the_next_answers_come_at_once(self, answers: list[bytes | Callable[[], JobFailed]]) -> None:
+        prompt = self.context.pool.prompt
+        prompt.extend(said if isinstance(said, bytes) else said() for said in answers)
 
-    @precondition(lambda self: self.home.pool.late)
-    @rule(answer=packets.answers)
-    def an_answer_that_nobody_wants_any_more(self, answer: bytes) -> None:
-        self._hear()
-        self.home.pool.late.pop().result.callback(answer)
-        assert self.transport.value() == b""
+    @precondition(lambda self: self.context.pool.open is not None)
+    @rule(farewell=st.sampled_from("AQK"), cuts=st.lists(st.integers(1, 5), max_size=2))
+    def a_farewell_behind_a_question(self, farewell: str, cuts: list[int]) -> None:
+        self._say(packet(farewell), cuts)
 
-    @precondition(lambda self: self.home.pool.open is not None)
-    @rule(answer=packets.answers)
-    def an_answer_after_an_abort(self, answer: bytes) -> None:
-        self._say(packet("A"), [])
-        if self.home.pool.late:
-            self.an_answer_that_nobody_wants_any_more(answer)
+    @rule(read=st.booleans())
+    def the_mta_reads_or_does_not(self, read: bool) -> None:
+        """As the transport says it: what it has buffered is more than it likes."""
+        if not self.over:
+            connection = self.connection
+            connection.resumeProducing() if read else connection.pauseProducing()
+            self._flush()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0, 30.0, 601.0]))
     def time_passes(self, seconds: float) -> None:
-        self.home.reactor.advance(seconds)
+        self.context.reactor.advance(seconds)
         self._flush()
 
     @rule()
@@ -263,7 +270,7 @@ class Conversation(RuleBasedStateMachine):
 
     @rule()
     def the_service_stops(self) -> None:
-        answers = 0 if self.home.pool.open is None else 1
+        answers = 0 if self.context.pool.open is None else 1
         count = len(self.due)
         self.stopping = True
         self.connection.finish()
@@ -275,8 +282,8 @@ class Conversation(RuleBasedStateMachine):
 
     @invariant()
     def every_command_is_answered(self) -> None:
-        if not self.over and self.home.pool.open is None:
-            assert not self.due, f"no answer to {''.join(self.due)}"
+        if not self.over and self.context.pool.open is None:
+            assert not self.due, f"no answer to {self.due}"
             assert not self.told.broken
 
     @invariant()
@@ -285,14 +292,14 @@ class Conversation(RuleBasedStateMachine):
         transcript = connection._conversation._transcript
         assert transcript.size <= LIMITS.max_message_size + MARK
         assert len(transcript.connection_part()) <= CONNECTION_PART
-        assert self.home.inflight.used >= transcript.size
+        assert self.context.inflight.used >= transcript.size
         if connection._conversation.asked is not None:
             assert connection._framer.waiting <= LIMITS.max_waiting + 2 * self.largest
 
     @invariant()
     def after_its_end_a_connection_is_silent(self) -> None:
         if self.over:
-            self.home.reactor.advance(2 * LIMITS.progress_interval)
+            self.context.reactor.advance(2 * LIMITS.progress_interval)
             assert self.transport.value() == b""
             self._lose()
             self._connect()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_milter.errors import RemoteProtocolError
-from sharded_milter.ipc.messages import Memory
+from sharded_milter.ipc.memory import Memory
 from sharded_milter.mta.inflight import Inflight
 from sharded_milter.mta.transcript import SPOOL_ABOVE, Transcript
 from sharded_milter.protocol import commands
@@ -141,13 +141,11 @@ def test_memory_that_a_job_has_lives_as_long_as_the_job() -> None:
 @pytest.mark.parametrize("name", ["i", "{i}"])
 def test_the_queue_id_is_the_latest_of_the_message(name: str) -> None:
     transcript = with_message(macros("M", **{name: "old"}), macros("T", x="y"))
-    about = transcript.about()
-    assert about() == "qid=old"
+    assert (transcript.queue_id, transcript.about) == ("old", "qid=old")
     transcript.append(macros("E", **{name: "new"}))
-    assert about() == "qid=new"
+    assert (transcript.queue_id, transcript.about) == ("new", "qid=new")
     transcript.clear_message()
-    assert transcript.about()() == "message without queue id"
-    assert about() == "qid=new"
+    assert (transcript.queue_id, transcript.about) == ("", "message without queue id")
 
 
 @pytest.mark.parametrize("name", ["v", "{v}"])

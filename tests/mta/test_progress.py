@@ -11,13 +11,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from sharded_milter.context import Home
-from sharded_milter.dispatch.affinity import Pin
+from sharded_milter.context import ServerContext
+from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
-from sharded_milter.mta.milters import workers_members
+from sharded_milter.mta.members import workers_members
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
@@ -57,15 +57,17 @@ class SlowPool:
 
     def submit(self, job: Job) -> Deferred[bytes]:
         self.jobs.append(job)
-        return job.result
+        job.answer = Deferred()
+        return job.answer
 
     def cancel(self, job: Job) -> None:
+        self.jobs.remove(job)
         self.cancelled.append(job)
 
-    def release(self, pin: Pin) -> None: ...
+    def release(self, affinity: Affinity) -> None: ...
 
 
-class Slow(Home):
+class Slow(ServerContext):
     """A milter that answers all stages but header and body."""
 
     def __init__(self) -> None:
@@ -80,9 +82,9 @@ class Mta:
     """One conversation up to a command whose job is left unanswered."""
 
     def __init__(self, macros: dict[str, str], conversation: list[Packet]) -> None:
-        self.home = Slow()
+        self.context = Slow()
         self.transport = StringTransport()
-        self.connection = MilterConnection(self.home)
+        self.connection = MilterConnection(self.context)
         self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]
         self.say(commands.Negotiate(6, KNOWN_ACTIONS, KNOWN_PROTOCOL))
         self.say(commands.Macro("C", tuple(macros.items())))
@@ -96,18 +98,20 @@ class Mta:
 
     def answer(self, answer: bytes) -> None:
         """The job that is out, if any, gets its verdict."""
-        while self.home.pool.jobs:
-            self.home.pool.jobs.pop(0).result.callback(answer)
+        while self.context.pool.jobs:
+            awaited = self.context.pool.jobs.pop(0).answer
+            assert awaited is not None
+            awaited.callback(answer)
 
     def wait(self, seconds: float) -> bytes:
         """What we have said when so much time has passed."""
         self.transport.clear()
-        self.home.reactor.pump([STEP] * round(seconds / STEP))
+        self.context.reactor.pump([STEP] * round(seconds / STEP))
         return bytes(self.transport.value())
 
     def pending(self) -> int:
         """The timers that run, beside that of an idle connection."""
-        return len(armed(self.home.reactor)) - 1
+        return len(armed(self.context.reactor)) - 1
 
 
 @pytest.mark.parametrize("macros", [POSTFIX, SENDMAIL, {}], ids=["postfix", "sendmail", "nobody"])
@@ -166,7 +170,7 @@ def test_the_next_command_begins_a_new_interval() -> None:
 def test_nobody_is_told_who_wants_no_answer_any_more(farewell: Packet) -> None:
     mta = Mta(POSTFIX, MESSAGE)
     mta.say(farewell)
-    assert len(mta.home.pool.cancelled) == 1
+    assert len(mta.context.pool.cancelled) == 1
     assert mta.wait(3 * INTERVAL) == b""
 
 
@@ -174,7 +178,7 @@ def test_nobody_is_told_who_is_gone() -> None:
     mta = Mta(POSTFIX, MESSAGE)
     mta.connection.connectionLost()
     assert mta.wait(3 * INTERVAL) == b""
-    assert armed(mta.home.reactor) == []
+    assert armed(mta.context.reactor) == []
 
 
 def test_who_the_mta_is_holds_for_the_next_client_on_the_connection() -> None:

@@ -6,7 +6,7 @@ import pytest
 from one_mta import EVERYTHING, Mta, packed
 
 from sharded_milter.dispatch.policy import NO_ROOM
-from sharded_milter.ipc.messages import Memory
+from sharded_milter.ipc.memory import Memory
 from sharded_milter.mta.inflight import Inflight
 from sharded_milter.mta.transcript import SPOOL_ABOVE, Refusal, Transcript
 from sharded_milter.protocol import commands, replies
@@ -32,7 +32,7 @@ def test_all_messages_share_the_room() -> None:
     assert inflight.take(600)
     assert not inflight.take(401)
     assert inflight.take(400)
-    inflight.give_back(600)
+    inflight.used -= 600
     assert inflight.used == 400
 
 
@@ -96,6 +96,23 @@ def test_a_question_for_which_there_is_no_memory_is_answered(
     mta.say(commands.Unknown("x" * 100_000))
     assert mta.written() == [NO_ROOM]
     assert mta.pool.counters["refused_no_memory"] == 1
+
+
+def test_a_message_that_finds_no_memory_when_it_is_asked_about_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest = Manifest("end", EVERYTHING.actions, NO_REPLIES)
+    mta = Mta(CLIENT, *ENVELOPE, commands.Eoh(), manifest=manifest)
+    mta.say(commands.Body(b"x" * SPOOL_ABOVE), commands.Body(b"x"))
+
+    def refuse(memory: Memory, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Memory, "append", refuse)
+    mta.say(commands.Eom())
+    assert mta.written() == [NO_ROOM]
+    assert mta.pool.counters["refused_no_memory"] == 1
+    assert mta.pool.jobs == []
 
 
 @pytest.mark.parametrize(

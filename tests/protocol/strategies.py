@@ -159,10 +159,9 @@ def agreement(protocol: int = 0, actions: int = ALL_ACTIONS) -> Agreement:
 
 def session_in(state: State, agreed: Agreement | None = None) -> Session:
     """A session that has just come to a state."""
-    session = Session()
+    session = Session(state)
     if state is not State.START:
         session.agree(agreed or agreement())
-    session.state = state
     return session
 
 

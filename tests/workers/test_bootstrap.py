@@ -14,10 +14,11 @@ import psutil
 import pytest
 from twisted.internet.task import Clock
 
-from sharded_milter.ipc.channel import Asking
-from sharded_milter.ipc.messages import LoadFailed, Question, Ready
+from sharded_milter.ipc.channel import MasterChannel
+from sharded_milter.ipc.messages import Answer
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.stages import Stage
+from sharded_milter.workers.child import MAX_IN_A_TURN
 
 MILTER = """
 import os, resource, signal, sys
@@ -34,13 +35,16 @@ def connect(connection):
 PATIENCE = 60.0
 
 
-class Master(Asking):
-    """Speaks AMP over a blocking socket."""
+class Master(MasterChannel):
+    """The master's end over a blocking socket; it keeps what the worker says."""
 
     def __init__(self, sock: socket.socket) -> None:
-        super().__init__(Clock())
+        self.clock = Clock()
+        super().__init__(self, self.clock)
         self.sock = sock
         self.told: list[str] = []
+        self.answers: list[Answer] = []
+        self.code = b""
         self.makeConnection(self)  # type: ignore[no-untyped-call]
 
     disconnecting = False
@@ -53,15 +57,20 @@ class Master(Asking):
 
     getHost = getPeer
 
-    @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
+    def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
         self.told += [milter["name"].decode() for milter in milters]
-        return {}
+        self.code = code
 
-    @LoadFailed.responder
-    def load_failed(self, reason: bytes, details: bytes) -> Any:
+    def load_failed(self, reason: bytes, details: bytes) -> None:
         self.told.append(reason.decode())
-        return {}
+
+    def answered(self, number: int, answer: Answer) -> None:
+        self.answers.append(answer)
+
+    def broke_rule(self, why: str) -> None:
+        raise AssertionError(why)
+
+    def channel_closed(self) -> None: ...
 
     def until(self, ended: list[Any]) -> Any:
         """Reads until there is something in the list."""
@@ -72,12 +81,18 @@ class Master(Asking):
         return ended[-1]
 
     def evaluated(self) -> str:
-        ended: list[Any] = []
-        asked = self.ask(Question(Stage.CONNECT.value, b"", b""))
-        asked.addCallbacks(ended.append, ended.append)
-        answer, error = self.until(ended)
-        assert error == b""
-        reply: Any = replies.parse_reply(answer)
+        self.put(1)
+        return self.answer()
+
+    def put(self, number: int) -> None:
+        self.ask(number, (Stage.CONNECT.value, 0, 0, 0), b"", b"")
+
+    def answer(self) -> str:
+        """The next."""
+        self.until(self.answers)
+        answer = self.answers.pop(0)
+        assert answer == Answer(answer.replies)
+        reply: Any = replies.parse_reply(answer.replies)
         return str(reply.text.removeprefix("550 5.7.1 "))
 
 
@@ -134,6 +149,30 @@ def folder(tmp_path: Path) -> Path:
 def test_a_worker_is_ready_and_answers(folder: Path) -> None:
     with Worker(folder, env={"EXPRESSION": "os.getppid()"}) as worker:
         assert worker.ready().master.evaluated() == str(os.getpid())
+
+
+def test_timers_of_a_milter_have_their_turn_between_questions(folder: Path) -> None:
+    timer = "sys.modules['twisted.internet.reactor'].callLater(0, turns.append, 1)"
+    expression = f"(turns := globals().setdefault('turns', []), {timer}, len(turns))[-1]"
+    count = 2 * MAX_IN_A_TURN
+    with Worker(folder, env={"EXPRESSION": expression}) as worker:
+        master = worker.ready().master
+        for number in range(count):
+            master.put(number)
+        master.clock.advance(0)
+        answers = [int(master.answer()) for _ in range(count)]
+    assert answers[0] == 0
+    assert answers[-1] > 0
+
+
+def test_workers_with_the_same_files_say_so(folder: Path) -> None:
+    codes = []
+    for text in ("one", "one", "two"):
+        (folder / "beside.py").write_text(f"TEXT = {text!r}")
+        (folder / "mine.py").write_text(f"import beside\n{MILTER}")
+        with Worker(folder, spec="./mine.py:milter") as worker:
+            codes.append(worker.ready().master.code)
+    assert codes[0] == codes[1] != codes[2]
 
 
 def test_collections_look_at_what_came_after_the_start_only(folder: Path) -> None:

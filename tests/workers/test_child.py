@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import mmap
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +16,19 @@ import pytest
 from amp_link import Link, deliver
 from ampoule.commands import Echo
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock
 from twisted.protocols import amp
+from twisted.python.failure import Failure
 
-from sharded_milter.ipc.channel import Asking
-from sharded_milter.ipc.messages import MAX_INLINE, LoadFailed, Memory, Question, Ready, blob
+from sharded_milter.ipc.channel import MasterChannel
+from sharded_milter.ipc.memory import MAX_INLINE, Memory, packed
+from sharded_milter.ipc.messages import WITHDRAWN, Answer, Ask
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
-from sharded_milter.workers.child import Child
+from sharded_milter.workers.child import MAX_IN_A_TURN, Child
 
 MILTER = """
 import asyncio, json, sys
@@ -74,54 +80,85 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-class Master(Asking):
-    """Keeps what it is told."""
+class Owner:
+    """Keeps what the master is told, and the answers by their numbers."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(clock)
+    def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
+        self.answers: dict[int, Answer] = {}
+        self.code = b""
 
-    @Ready.responder
-    def ready(self, milters: list[dict[str, bytes]], socket: bytes) -> Any:
+    def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
         self.told.append(("ready", *milters))
-        self.socket = socket
-        return {}
+        self.code, self.socket = code, socket
 
-    @LoadFailed.responder
-    def load_failed(self, reason: bytes, details: bytes) -> Any:
+    def load_failed(self, reason: bytes, details: bytes) -> None:
         self.told.append(("load failed", reason, details))
-        return {}
+
+    def answered(self, number: int, answer: Answer) -> None:
+        assert number not in self.answers
+        self.answers[number] = answer
+
+    def broke_rule(self, why: str) -> None:
+        raise AssertionError(why)
+
+    def channel_closed(self) -> None:
+        raise AssertionError
 
 
 class Room:
     """A child and its master, connected in memory."""
 
     def __init__(self, spec: str = "child_milter:milter") -> None:
-        self.clock = Clock()
-        self.master, self.child = Master(self.clock), Child([spec])
+        self.clock, self.owner = Clock(), Owner()
+        self.master, self.child = MasterChannel(self.owner, self.clock), Child([spec])
         self.ours, self.theirs = Link(), Link()
         self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
         self.child.makeConnection(self.theirs)
         self.pump()
 
+    @property
+    def answers(self) -> dict[int, Answer]:
+        return self.owner.answers
+
+    @property
+    def told(self) -> list[tuple[Any, ...]]:
+        return self.owner.told
+
     def pump(self) -> None:
         deliver((self.ours, self.child), (self.theirs, self.master))
 
-    def ask(self, stage: Stage, message: bytes, connection: bytes = b"") -> list[Any]:
-        """What comes back: the replies as bytes and the error, or a failure."""
-        ended: list[Any] = []
-        asked = self.master.ask(Question(stage.value, blob(connection), blob(message)))
-        asked.addCallbacks(ended.append, ended.append)
+    def together(self) -> None:
+        """What the master has said arrives in one read; then everything else."""
+        self.clock.advance(0)
+        self.ours.sent = [b"".join(part for part in self.ours.sent if isinstance(part, bytes))]
         self.pump()
-        return ended
 
-    def scan(self, body: bytes) -> tuple[bytes, bytes]:
-        ((answer, error),) = self.ask(Stage.EOM, commands.Eom(body).encode())
-        return answer, error
+    def put(self, number: int, stage: Stage, message: bytes, connection: bytes = b"") -> None:
+        """A question leaves, sooner or later."""
+        self.master.ask(number, (stage.value, 0, 0, 0), packed(connection), packed(message))
 
-    def call(self, expression: str) -> tuple[bytes, bytes]:
+    def ask(self, stage: Stage, message: bytes, connection: bytes = b"") -> Answer:
+        """What comes back."""
+        number = 1000 + len(self.answers)
+        self.put(number, stage, message, connection)
+        self.pump()
+        return self.answers[number]
+
+    def put_scan(self, number: int, body: bytes) -> None:
+        self.put(number, Stage.EOM, commands.Eom(body).encode())
+
+    def scan(self, body: bytes) -> Answer:
+        return self.ask(Stage.EOM, commands.Eom(body).encode())
+
+    def call(self, expression: str) -> Answer:
         """The end of message callback returns, or raises, what the expression does."""
         return self.scan(b"call " + expression.encode())
+
+
+def accepted(body: bytes) -> Answer:
+    """The answer of `scan` to a body."""
+    return Answer(replies.ReplaceBody(body).encode() + replies.Accept().encode())
 
 
 def descriptors() -> int:
@@ -133,7 +170,7 @@ def descriptors() -> int:
 
 
 def test_a_milter_that_is_loaded_is_told_with_its_manifest() -> None:
-    ((_, milter),) = Room().master.told
+    ((_, milter),) = Room().told
     negotiation = milter.pop("negotiation")
     assert milter == {
         "name": b"child", "light": b"H", "shard_by": b"client", "pinning": b"none",
@@ -147,7 +184,7 @@ def test_a_milter_that_is_loaded_is_told_with_its_manifest() -> None:
 
 def test_a_milter_that_fails_is_told_with_its_traceback(folder: Path) -> None:
     (folder / "child_milter.py").write_text("1/0")
-    ((kind, reason, details),) = Room().master.told
+    ((kind, reason, details),) = Room().told
     assert kind == "load failed"
     assert b"ZeroDivisionError" in reason
     assert b'child_milter.py", line 1' in details
@@ -155,21 +192,21 @@ def test_a_milter_that_fails_is_told_with_its_traceback(folder: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["none:milter", "child_milter:none", "nonsense", "./none.py:x"])
 def test_a_milter_that_is_not_there_is_told(spec: str) -> None:
-    ((kind, reason, details),) = Room(spec).master.told
+    ((kind, reason, details),) = Room(spec).told
     assert (kind, details) == ("load failed", b"")
     assert spec.rpartition(":")[2].encode() in reason or b"./none.py" in reason
 
 
 def test_a_milter_that_needs_too_much_memory_is_told(folder: Path) -> None:
     (folder / "child_milter.py").write_text("raise MemoryError")
-    ((kind, reason, _),) = Room().master.told
+    ((kind, reason, _),) = Room().told
     assert (kind, b"MemoryError" in reason) == ("load failed", True)
 
 
 @pytest.mark.parametrize("text", ["x" * 200_000, "\\ud800", "caf\\udce9", "\\n" * 100_000 + "end"])
 def test_whatever_a_failing_milter_says_can_be_told(folder: Path, text: str) -> None:
     (folder / "child_milter.py").write_text(f"raise ValueError('{text}')")
-    ((kind, reason, _),) = Room().master.told
+    ((kind, reason, _),) = Room().told
     assert (kind, b"ValueError" in reason) == ("load failed", True)
 
 
@@ -179,16 +216,15 @@ def test_whatever_a_failing_milter_says_can_be_told(folder: Path, text: str) -> 
 def test_a_job_is_answered_with_reply_packets() -> None:
     room = Room()
     answer = replies.ReplyCode("550 5.7.1 no").encode()
-    assert room.ask(Stage.HELO, b"", commands.Helo("me").encode()) == [(answer, b"")]
+    assert room.ask(Stage.HELO, b"", commands.Helo("me").encode()) == Answer(answer)
 
 
 @pytest.mark.parametrize("size", [0, 1000, MAX_INLINE, MAX_INLINE + 1, 300_000])
 def test_messages_and_answers_have_any_size(size: int) -> None:
     body = b"x" * size
-    answer, error = Room().scan(body)
+    answer = Room().scan(body)
     parts = [replies.ReplaceBody(body[n : n + 65_535]) for n in range(0, size or 1, 65_535)]
-    assert answer == b"".join(p.encode() for p in [*parts, replies.Accept()])
-    assert error == b""
+    assert answer == Answer(b"".join(p.encode() for p in [*parts, replies.Accept()]))
 
 
 def test_no_descriptor_is_left_behind() -> None:
@@ -203,22 +239,18 @@ def test_no_descriptor_is_left_behind() -> None:
 
 def test_a_piece_that_the_milter_keeps_costs_the_others_nothing() -> None:
     room = Room()
-    assert room.call("kept.append(message)" + " " * 60_000)[1] == b""
-    assert room.scan(b"x")[1] == b""
+    assert room.call("kept.append(message)" + " " * 60_000).error == b""
+    assert room.scan(b"x").error == b""
 
 
 def test_questions_that_arrive_together_are_answered_in_order() -> None:
     room = Room()
     bodies = [b"one", b"two", b"three"]
-    answered: list[tuple[bytes, bytes]] = []
-    for body in bodies:
-        asked = room.master.ask(Question(b"E", b"", commands.Eom(body).encode()))
-        asked.addCallback(answered.append)
-    room.clock.advance(0)
-    room.ours.sent = [b"".join(part for part in room.ours.sent if isinstance(part, bytes))]
-    room.pump()
-    assert answered == [
-        (replies.ReplaceBody(body).encode() + replies.Accept().encode(), b"") for body in bodies
+    for number, body in enumerate(bodies):
+        room.put_scan(number, body)
+    room.together()
+    assert list(room.answers.items()) == [
+        (number, accepted(body)) for number, body in enumerate(bodies)
     ]
 
 
@@ -253,30 +285,28 @@ def test_what_a_callback_raises_is_one_line_and_the_next_job_is_fine(
     expression: str, error: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     room = Room()
-    answer, told = room.call(expression)
-    assert (answer, told[: len(error)]) == (b"", error)
-    assert b"\n" not in told
+    told = room.call(expression)
+    assert told == Answer(error=told.error)
+    assert told.error.startswith(error)
+    assert b"\n" not in told.error
     assert "Traceback (most recent call last)" in capfd.readouterr().err
-    assert room.scan(b"fine") == (
-        replies.ReplaceBody(b"fine").encode() + replies.Accept().encode(),
-        b"",
-    )
+    assert room.scan(b"fine") == accepted(b"fine")
 
 
 def test_a_long_error_is_cut() -> None:
-    assert len(Room().call("fail(ValueError('x' * 10**6))")[1]) == 60_000
+    assert len(Room().call("fail(ValueError('x' * 10**6))").error) == 60_000
 
 
 def test_an_exception_that_cannot_be_printed_is_told_all_the_same() -> None:
     room = Room()
-    _, error = room.call("fail(type('Odd', (Exception,), {'__str__': lambda s: 1/0})())")
-    assert b"Odd" in error
+    told = room.call("fail(type('Odd', (Exception,), {'__str__': lambda s: 1/0})())")
+    assert b"Odd" in told.error
 
 
 def test_a_malformed_transcript_is_an_error_and_not_the_end() -> None:
-    ((answer, error),) = Room().ask(Stage.EOM, b"\0\0\0\1")
-    assert answer == b""
-    assert error.startswith(b"sharded_milter.errors.RemoteProtocolError")
+    told = Room().ask(Stage.EOM, b"\0\0\0\1")
+    assert told == Answer(error=told.error)
+    assert told.error.startswith(b"sharded_milter.errors.RemoteProtocolError")
 
 
 def test_an_answer_for_which_there_is_no_memory_is_an_error(
@@ -287,83 +317,302 @@ def test_an_answer_for_which_there_is_no_memory_is_an_error(
     def refuse(memory: Memory) -> None:
         raise OSError(24, "Too many open files")
 
-    message = commands.Eom(b"call Accept(ReplaceBody(b'x' * 100_000))").encode()
-    monkeypatch.setattr(Memory, "__init__", refuse)
-    ((answer, error),) = room.ask(Stage.EOM, message)
-    assert (answer, error) == (b"", b"OSError: [Errno 24] Too many open files")
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "__init__", refuse)
+        told = room.call("Accept(ReplaceBody(b'x' * 100_000))")
+    assert told == Answer(error=b"no memory for the answer: Too many open files")
+    assert room.scan(b"fine") == accepted(b"fine")
+
+
+# Questions that cannot be read
+
+
+def test_a_question_that_cannot_be_mapped_is_an_error_and_the_next_is_fine(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = descriptors()
+    room = Room()
+
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", refuse)
+        told = room.ask(Stage.EOM, bytes(MAX_INLINE + 1), bytes(MAX_INLINE + 1))
+    assert told == Answer(error=b"OSError: [Errno 12] Cannot allocate memory")
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+    assert room.scan(b"x" * 300_000).error == b""
+    room.scan(b"")
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {b"head": b"short"},
+        {b"head": b"E" + bytes(18), b"message": b"?"},
+        {b"head": b"E" + bytes(18), b"message": b"@0 1"},
+        {b"head": b"E\0\1" + bytes(16)},  # there is no second milter
+    ],
+)
+def test_a_question_that_cannot_be_read_is_an_error_and_the_next_is_fine(
+    values: dict[bytes, bytes],
+) -> None:
+    room = Room()
+    room.ours.write(
+        amp.AmpBox({amp.COMMAND: Ask.commandName, amp.ASK: b"q7", **values}).serialize()
+    )
+    room.put_scan(8, b"fine")
+    room.together()
+    assert room.answers == {7: Answer(error=room.answers[7].error), 8: accepted(b"fine")}
+    assert room.answers[7].error
+
+
+# Questions that are withdrawn
+
+
+def test_a_withdrawn_question_that_has_not_begun_is_not_begun() -> None:
+    room = Room()
+    for number in (1, 2, 3):
+        room.put_scan(number, b"call kept.append(%d)" % number)
+    room.master.withdraw(2)
+    room.together()
+    assert room.answers[2] == WITHDRAWN
+    assert list(room.answers) == [2, 1, 3]
+    assert sys.modules["child_milter"].kept == [1, 3]
+
+
+def test_the_descriptor_of_a_withdrawn_question_is_closed() -> None:
+    before = descriptors()
+    room = Room()
+    author = sys.modules["child_milter"]
+    author.waiting.append(Deferred())
+
+    async def main() -> None:
+        room.put(1, Stage.MAIL, commands.Mail("wait").encode())
+        room.put(2, Stage.EOM, bytes(MAX_INLINE + 1))
+        room.master.withdraw(2)
+        room.pump()
+        author.waiting[0].callback(None)
+        while 1 not in room.answers:
+            await asyncio.sleep(0)
+            room.pump()
+
+    asyncio.run(main())
+    assert room.answers[2] == WITHDRAWN
+    assert descriptors() == before
+
+
+def test_a_question_that_is_answered_or_was_never_asked_cannot_be_withdrawn() -> None:
+    room = Room()
+    room.put_scan(1, b"fine")
+    room.pump()
+    for number in (1, 99):
+        room.master.withdraw(number)
+    room.pump()
+    assert room.answers == {1: accepted(b"fine")}
+
+
+class Socket:
+    """A child's transport over one end of a real socket pair."""
+
+    connected = True
+    disconnecting = False
+    dataBuffer = b""
+    _tempDataBuffer: tuple[()] = ()
+
+    def __init__(self, sock: socket.socket, child: Child) -> None:
+        self.sock = sock
+        self.child = child
+        self.fileno = sock.fileno
+        self.writeSomeData = sock.send
+
+    def doRead(self) -> None:
+        self.child.dataReceived(self.sock.recv(65_536))
+
+    def getPeer(self) -> str:
+        return "peer"
+
+    getHost = getPeer
+
+
+def test_all_that_has_arrived_is_read_before_a_question_begins_that_has_waited() -> None:
+    room, (ours, theirs) = Room(), socket.socketpair()
+    author: Any = sys.modules["child_milter"]
+
+    def send() -> None:
+        room.clock.advance(0)
+        for part in room.ours.sent:
+            assert isinstance(part, bytes)
+            ours.sendall(part)
+        room.ours.sent.clear()
+
+    def say_more() -> None:
+        room.master.withdraw(2)
+        room.put_scan(4, b"call kept.append(4)")
+        send()
+
+    author.say_more = say_more
+    with ours, theirs:
+        child = Child(["child_milter:milter"])
+        wire = Socket(theirs, child)
+        child.makeConnection(wire)
+        room.put_scan(1, b"call kept.append(say_more())")  # while it is being answered
+        for number in (2, 3):
+            room.put_scan(number, b"call kept.append(%d)" % number)
+        send()
+        wire.doRead()
+        room.master.dataReceived(ours.recv(65_536))
+    assert author.kept == [None, 3, 4]
+    assert list(room.answers) == [1, 2, 3, 4]
+    assert [number for number, answer in room.answers.items() if answer == WITHDRAWN] == [2]
 
 
 # Coroutines
 
 
 @pytest.mark.parametrize(
-    ("sender", "answer", "error"),
+    ("sender", "answer"),
     [
-        ("later", replies.ReplyCode("451 4.7.1 later").encode(), b""),
-        ("exit", b"", b"sharded_milter.errors.CallbackFailed: the callback raised SystemExit(3)"),
+        ("later", Answer(replies.ReplyCode("451 4.7.1 later").encode())),
+        (
+            "exit",
+            Answer(
+                error=b"sharded_milter.errors.CallbackFailed: the callback raised SystemExit(3)"
+            ),
+        ),
     ],
 )
-def test_a_coroutine_is_answered_when_it_ends(sender: str, answer: bytes, error: bytes) -> None:
-    async def main() -> list[Any]:
+def test_a_coroutine_is_answered_when_it_ends(sender: str, answer: Answer) -> None:
+    async def main() -> dict[int, Answer]:
         room = Room()
-        ended = room.ask(Stage.MAIL, commands.Mail(sender).encode())
-        assert ended == []
-        while not ended:
+        room.put(1, Stage.MAIL, commands.Mail(sender).encode())
+        room.pump()
+        assert room.answers == {}
+        while not room.answers:
             await asyncio.sleep(0)
             room.pump()
-        return ended
+        return room.answers
 
-    assert asyncio.run(main()) == [(answer, error)]
+    assert asyncio.run(main()) == {1: answer}
 
 
 def test_a_coroutine_whose_answer_cannot_be_sent_ends_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(box: amp.AmpBox) -> None:
+    def refuse(data: bytes) -> int:
         raise OSError
 
     async def main() -> None:
         room = Room()
-        monkeypatch.setattr(room.child, "sendBox", refuse)
-        room.ask(Stage.MAIL, commands.Mail("later").encode())
+        monkeypatch.setattr(room.theirs, "writeSomeData", refuse)
+        room.put(1, Stage.MAIL, commands.Mail("later").encode())
+        room.pump()
         while not room.theirs.lost:
             await asyncio.sleep(0)
 
     asyncio.run(main())
 
 
-def test_coroutines_are_asked_one_after_the_other() -> None:
+def test_coroutines_are_asked_one_after_the_other_and_may_be_withdrawn_until_then() -> None:
     room = Room()
     author = sys.modules["child_milter"]
     author.waiting.append(Deferred())
-    ended: list[Any] = []
 
     async def main() -> None:
-        for sender in ("wait 1", "2", "3"):
-            asked = room.master.ask(Question(b"M", b"", commands.Mail(sender).encode()))
-            asked.addCallback(ended.append)
+        for number, sender in enumerate(("wait 1", "2", "3", "4")):
+            room.put(number, Stage.MAIL, commands.Mail(sender).encode())
         room.clock.advance(0)
         room.pump()
         await asyncio.sleep(0)
         assert author.began == ["wait 1"]
+        room.master.withdraw(0)  # it has begun
+        room.master.withdraw(2)
+        room.pump()
+        assert room.answers == {2: WITHDRAWN}
         author.waiting[0].callback(None)
-        while len(ended) < 3:
+        while len(room.answers) < 4:
             room.pump()
             await asyncio.sleep(0)
 
     asyncio.run(main())
-    assert author.began == ["wait 1", "2", "3"]
-    texts = [str(replies.parse_reply(answer)) for answer, _ in ended]
-    assert [text.rstrip("')")[-1] for text in texts] == ["1", "2", "3"]
+    assert author.began == ["wait 1", "2", "4"]
+    texts = {n: str(replies.parse_reply(room.answers[n].replies)) for n in (0, 1, 3)}
+    assert {n: text.rstrip("')")[-1] for n, text in texts.items()} == {0: "1", 1: "2", 3: "4"}
+
+
+# Turns
+
+
+def test_a_master_that_always_has_one_more_question_leaves_the_milters_timers_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reactor = MemoryReactorClock()
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    room = Room()
+    count = 2 * MAX_IN_A_TURN + 1
+    for number in range(count):
+        room.put_scan(number, b"%d" % number)
+    room.together()
+    assert len(room.answers) == MAX_IN_A_TURN
+    room.put_scan(count, b"one more")
+    room.clock.advance(0)
+    room.pump()
+    assert len(room.answers) == MAX_IN_A_TURN
+    for _ in range(2):
+        reactor.advance(0)
+    room.pump()
+    assert list(room.answers) == [*range(count + 1)]
+    assert reactor.getDelayedCalls() == []
+
+
+def test_when_the_master_is_gone_nothing_more_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    reactor = MemoryReactorClock()
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    room = Room()
+    for number in range(MAX_IN_A_TURN + 1):
+        room.put_scan(number, b"call kept.append(1)")
+    room.together()
+    room.child.stop()
+    room.child.connectionLost(Failure(ConnectionDone()))
+    reactor.advance(0)
+    assert len(sys.modules["child_milter"].kept) == MAX_IN_A_TURN
+    assert (reactor.hasStopped, room.theirs.lost) == (True, True)
+
+
+# The code
+
+
+def test_the_masters_are_told_whether_workers_run_the_same_code(folder: Path) -> None:
+    (folder / "beside.py").write_text("TEXT = 'one'")
+    (folder / "mine.py").write_text(f"import beside\n{MILTER}")
+
+    def code() -> bytes:
+        for name in ("mine", "beside"):
+            sys.modules.pop(name, None)
+        return Room("mine:milter").owner.code
+
+    first = code()
+    assert (len(first), code()) == (32, first)
+    (folder / "beside.py").write_text("TEXT = 'two'")
+    second = code()
+    (folder / "mine.py").write_text(f"import beside\n{MILTER}#")
+    third = code()
+    assert len({first, second, third}) == 3
+
+
+# Memory
 
 
 def test_the_memory_of_an_answer_is_kept_until_the_socket_has_it() -> None:
+    before = descriptors()
     room = Room()
     large = bytes(MAX_INLINE)
     room.theirs.dataBuffer = b"the socket is full"
     room.scan(large)
     room.scan(large)
-    assert len(room.child._replies) == 2
+    assert descriptors() == before + 2
     room.theirs.dataBuffer = b""
-    room.scan(b"small")
-    assert room.child._replies == []
+    room.scan(large)
+    assert descriptors() == before

@@ -10,8 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from amp_link import Link
+from twisted.protocols import amp
 
 from sharded_milter.errors import MilterLoadError
+from sharded_milter.ipc.messages import Ready
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.workers import pymilter_script as script_module
 from sharded_milter.workers.child import Child
@@ -59,11 +62,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class Worker:
     """Runs a script; the loop ends at once."""
 
-    def __init__(self, source: str, *arguments: str, halts: bool = False) -> None:
-        Path("mine.py").write_text(source)
+    name = "mine.py"
+
+    def __init__(self, source: str, *arguments: str) -> None:
+        Path(self.name).write_text(source)
         self.children: list[Child] = []
         self.halted: list[Child] = []
-        self.script = Script("mine.py", arguments, self.serve, self.halted.append)
+        self.script = Script(self.name, arguments, self.serve, self.halted.append)
 
     def serve(self, child: Child) -> None:
         self.children.append(child)
@@ -89,6 +94,35 @@ def test_a_script_serves_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert (dialect.manifest.name, worker.child._socket) == ("x", "unix:/run/s")
     assert dialect.manifest.answers(Stage.EOM)
     assert capsys.readouterr().out == "over ['mine.py', '-a', 'b'] __main__\n"
+
+
+class Odd(Worker):
+    """A script whose name says nothing; keeps what its child says to the master."""
+
+    name = "mine"
+
+    def serve(self, child: Child) -> None:
+        super().serve(child)
+        link = Link()
+        child.makeConnection(link)
+        data = b"".join(part for part in link.sent if isinstance(part, bytes))
+        [self.said] = amp.parseString(data)
+
+
+def test_its_code_is_told_whatever_it_is_called_and_wherever_it_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "elsewhere").mkdir()
+    codes = []
+    for comment in ("# one", "# one", "# two"):
+        monkeypatch.chdir(folder)
+        for name in ("milter", "Milter"):  # each is a process of its own
+            sys.modules.pop(name, None)
+        worker = Odd(f"import os\nos.chdir('elsewhere')\n{RUN}{comment}")
+        worker.run()
+        assert worker.said[amp.COMMAND] == Ready.commandName
+        codes.append(worker.said[b"code"])
+    assert codes[0] == codes[1] != codes[2]
 
 
 def test_numbers_are_unique_among_processes(capsys: pytest.CaptureFixture[str]) -> None:

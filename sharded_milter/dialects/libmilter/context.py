@@ -7,6 +7,8 @@ then on, whatever is asked about it later.
 
 The law, from libmilter's documentation and its behaviour: `eom`, `abort` or a verdict of our own
 ends a message, one of them; `close` ends the connection, once; nothing is called in between.
+
+It is one long class, because authors call all of it on one object.
 """
 
 from __future__ import annotations

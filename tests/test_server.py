@@ -1,4 +1,4 @@
-"""The service: from the first READY to the last QUIT."""
+"""The server: from the first READY to the last QUIT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
-from sharded_milter.server import FLUSH_GRACE, Service
+from sharded_milter.server import FLUSH_GRACE, Server
 
 MANIFEST = Manifest("test")
 BEGIN = [
@@ -67,35 +67,35 @@ class FakePool:
         self.told.append("dump stacks")
 
 
-class FakeDispatch:
+class FakeDispatcher:
     """Answers nothing."""
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter(retries=2, deadlines=1)
-        self.schedule: list[Job] = []
+        self.queued = 3
         self.jobs: list[Job] = []
         self.parting: Deferred[Any] = succeed(None)
 
     def submit(self, job: Job) -> Deferred[bytes]:
         self.jobs.append(job)
-        return job.result
+        job.answer = Deferred()
+        return job.answer
+
+    def answer(self, answer: bytes) -> None:
+        """The first job is answered."""
+        awaited = self.jobs[0].answer
+        assert awaited is not None
+        awaited.callback(answer)
 
     def cancel(self, job: Job) -> None:
         self.jobs.remove(job)
 
-    def farewells(self) -> Deferred[Any]:
+    def sessions_ended(self) -> Deferred[Any]:
         return self.parting
 
 
-class AbortableTransport(Transport):
-    aborted = False
-
-    def abortConnection(self) -> None:
-        self.aborted = True
-
-
 class House:
-    """A service with all that it stands on faked."""
+    """A server with all that it stands on faked."""
 
     def __init__(
         self,
@@ -108,15 +108,15 @@ class House:
         self.told: list[str] = []
         self.clock = Clock()
         self.pool = cast("Any", FakePool(self.told))
-        self.dispatch = cast("Any", FakeDispatch())
+        self.dispatcher = cast("Any", FakeDispatcher())
         self.listener = cast("Any", FakeListener(self.told, refusal))
-        self.service = Service(
-            *([] if late else [self.listener], self.pool, self.dispatch, Limits(**limits)),
+        self.server = Server(
+            *([] if late else [self.listener], self.pool, self.dispatcher, Limits(**limits)),
             *(Policy(), self.clock),
             bind=self._bind,
         )
         self.outcome: list[Any] = []
-        self.service.start().addCallbacks(
+        self.server.start().addCallbacks(
             self.outcome.append, lambda f: self.outcome.append(f.value)
         )
         if ready:
@@ -127,13 +127,13 @@ class House:
         self.told.append(f"bind {socket}")
         return [self.listener]
 
-    def mta(self) -> tuple[MilterConnection, AbortableTransport]:
+    def mta(self) -> tuple[MilterConnection, Transport]:
         connection = self.listener.factory.buildProtocol(None)
-        transport = AbortableTransport()
+        transport = Transport()
         connection.makeConnection(transport)
         return connection, transport
 
-    def busy_mta(self) -> tuple[MilterConnection, AbortableTransport]:
+    def busy_mta(self) -> tuple[MilterConnection, Transport]:
         """One that waits for the answer of a milter."""
         connection, transport = self.mta()
         connection.dataReceived(packed(*BEGIN))
@@ -148,7 +148,15 @@ def test_mtas_are_served_when_the_workers_are_ready_and_not_before() -> None:
     house.pool.started.callback((MANIFEST,))
     assert house.told == ["serve"]
     assert house.outcome == [None]
-    assert [member.manifest for member in house.service.members] == [MANIFEST]
+    assert [member.manifest for member in house.server.members] == [MANIFEST]
+
+
+def test_new_connections_have_the_milters_that_a_reload_brought() -> None:
+    house = House()
+    before = house.server.members
+    assert house.server.members is before
+    house.pool.manifests = (MANIFEST, Manifest("other"))
+    assert [member.manifest.name for member in house.server.members] == ["test", "other"]
 
 
 def test_workers_that_cannot_start_end_the_start() -> None:
@@ -164,13 +172,13 @@ def test_a_scripts_socket_is_bound_when_the_workers_have_named_it() -> None:
     assert house.told == []
     house.pool.started.callback((MANIFEST,))
     assert house.told == ["bind unix:/script", "serve"]
-    house.service.stop()
+    house.server.stop()
     assert "close" in house.told
 
 
-def test_a_service_that_stops_binds_no_socket_any_more() -> None:
+def test_a_server_that_stops_binds_no_socket_any_more() -> None:
     house = House(ready=False, late=True)
-    house.service.stop()
+    house.server.stop()
     house.pool.started.callback((MANIFEST,))
     assert house.told == ["stop workers"]
 
@@ -182,7 +190,7 @@ def test_a_socket_that_was_taken_meanwhile_ends_the_start() -> None:
 
 def test_without_connections_the_workers_are_stopped_at_once() -> None:
     house = House()
-    stopped = house.service.stop()
+    stopped = house.server.stop()
     assert house.told == ["serve", "close", "stop workers"]
     assert not stopped.called
     house.pool.stopped.callback(None)
@@ -193,7 +201,7 @@ def test_without_connections_the_workers_are_stopped_at_once() -> None:
 def test_before_the_workers_are_ready_there_is_nobody_to_wait_for() -> None:
     house = House(ready=False)
     with capturedLogs() as events:
-        house.service.stop()
+        house.server.stop()
     assert house.told == ["close", "stop workers"]
     assert list(events) == []
 
@@ -201,9 +209,9 @@ def test_before_the_workers_are_ready_there_is_nobody_to_wait_for() -> None:
 def test_sessions_may_reach_their_end() -> None:
     house = House(graceful_timeout=30.0)
     connection, transport = house.busy_mta()
-    house.service.stop()
+    house.server.stop()
     house.clock.advance(29.0)
-    house.dispatch.jobs[0].result.callback(packed(replies.Continue()))
+    house.dispatcher.answer(packed(replies.Continue()))
     assert transport.writes == [packed(replies.Continue())]
     assert house.told == ["serve", "close"]
     connection.connectionLost()
@@ -216,20 +224,20 @@ def test_after_the_grace_whoever_waits_is_told_and_disconnected() -> None:
     house = House(graceful_timeout=30.0)
     _, transport = house.busy_mta()
     _, idle = house.mta()
-    house.service.stop()
+    house.server.stop()
     house.clock.advance(30.0)
     assert transport.writes == [STOPPING]
     assert idle.writes == []
     assert transport.disconnecting
     assert idle.disconnecting
-    assert house.dispatch.jobs == []
+    assert house.dispatcher.jobs == []
     assert not transport.aborted
 
 
 def test_who_does_not_read_the_last_answer_is_cut_off() -> None:
     house = House(graceful_timeout=30.0)
     connection, transport = house.busy_mta()
-    house.service.stop()
+    house.server.stop()
     house.clock.advance(30.0)
     house.clock.advance(FLUSH_GRACE)
     assert transport.aborted
@@ -242,12 +250,12 @@ def test_a_quick_stop_waits_for_nobody(first: bool) -> None:
     house = House(graceful_timeout=30.0)
     _, transport = house.busy_mta()
     if not first:
-        house.service.stop()
+        house.server.stop()
         house.clock.advance(10.0)
-    stopped = house.service.stop(quick=True)
+    stopped = house.server.stop(quick=True)
     house.clock.advance(0)
     assert transport.writes == [STOPPING]
-    assert stopped is house.service.stop(quick=True)
+    assert stopped is house.server.stop(quick=True)
     assert house.told == ["serve", "close"]
 
 
@@ -255,11 +263,11 @@ def test_quick_stops_are_the_same_stop_at_any_time() -> None:
     house = House()
     connection, transport = house.busy_mta()
     for _ in range(3):
-        house.service.stop(quick=True)
+        house.server.stop(quick=True)
         house.clock.advance(0.5)
     assert transport.writes == [STOPPING]
     connection.connectionLost()
-    house.service.stop(quick=True)
+    house.server.stop(quick=True)
     assert house.told == ["serve", "close", "stop workers"]
 
 
@@ -267,21 +275,21 @@ def test_one_connection_too_many_is_told_to_come_back() -> None:
     house = House(max_connections=1)
     house.mta()
     connection, transport = house.mta()
-    assert house.service.full
+    assert house.server.full
     connection.dataReceived(packed(*BEGIN))
     assert transport.writes[-1].endswith(BUSY)
-    assert house.dispatch.jobs == []
+    assert house.dispatcher.jobs == []
     connection.connectionLost()
-    assert not house.service.full
+    assert not house.server.full
 
 
 def test_the_state_of_things_is_one_line() -> None:
     house = House()
     house.mta()
     with capturedLogs() as events:
-        house.service.dump()
+        house.server.dump()
     assert [event["log_format"].format(**event) for event in events] == [
-        "1 connections, 0 jobs queued, 0 bytes in flight; deadlines=1 retries=2"
+        "1 connections, 3 jobs queued, 0 bytes in flight; deadlines=1 retries=2"
     ]
     assert house.told == ["serve", "dump stacks"]
 
@@ -289,11 +297,11 @@ def test_the_state_of_things_is_one_line() -> None:
 @pytest.mark.parametrize("ends", [True, False])
 def test_the_workers_end_after_the_last_objects_but_not_for_ever(ends: bool) -> None:
     house = House()
-    house.dispatch.parting = Deferred()
-    stopped = house.service.stop()
+    house.dispatcher.parting = Deferred()
+    stopped = house.server.stop()
     assert "stop workers" not in house.told
     if ends:
-        house.dispatch.parting.callback(None)
+        house.dispatcher.parting.callback(None)
     else:
         house.clock.advance(FLUSH_GRACE)
     assert "stop workers" in house.told

@@ -1,19 +1,15 @@
-"""Sending at once over a real socket pair: nothing is overtaken, lost or sent twice."""
+"""Sending and reading at once over real socket pairs: nothing is overtaken, lost or waited for."""
 
 from __future__ import annotations
 
 import socket
-from itertools import pairwise
 from typing import Any
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.testing import StringTransport
-from twisted.protocols.amp import AmpBox
 
-from sharded_milter.ipc.sending import QuickBoxes, send_now
+from sharded_milter.ipc.sockets import is_still, read_now, send_now
 
 
 class Reactor:
@@ -78,6 +74,17 @@ def test_what_the_socket_does_not_take_leaves_later_and_nothing_overtakes_it() -
         assert received == large + b"behind"
 
 
+def test_a_transport_is_still_while_nothing_waits_in_it() -> None:
+    _, transport, peer = pair()
+    with transport.sock, peer:
+        assert is_still(transport)
+        transport.write(b"in the next turn")
+        assert not is_still(transport)
+        transport.doWrite()  # type: ignore[no-untyped-call]
+        assert is_still(transport)
+    assert not is_still(None)
+
+
 def test_a_lost_connection_is_the_reactors_to_find() -> None:
     reactor, transport, peer = pair()
     with transport.sock:
@@ -102,48 +109,56 @@ def test_other_transports_are_written_to_as_always() -> None:
     assert transport.value() == b"data"
 
 
-class Reader(QuickBoxes):
-    """Keeps the boxes that it is sent."""
+class Reader:
+    """Takes one byte a read from one end of a socket pair, and its end as Twisted's readers do."""
 
-    def __init__(self) -> None:
-        self.boxes: list[AmpBox] = []
-        self.transport = self
-        self.lost = False
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.taken = b""
+        self.reads = 0
 
-    def ampBoxReceived(self, box: AmpBox) -> None:
-        self.boxes.append(box)
+    def fileno(self) -> int:
+        return self.sock.fileno()
 
-    def loseConnection(self) -> None:
-        self.lost = True
-
-
-KEYS = st.binary(min_size=1, max_size=255)
-BOXES = st.lists(st.dictionaries(KEYS, st.binary(max_size=70), min_size=1, max_size=4), max_size=4)
-
-
-@given(BOXES, st.lists(st.integers(0, 400)))
-def test_boxes_are_read_as_amp_writes_them_in_whatever_pieces(
-    boxes: list[dict[bytes, bytes]], cuts: list[int]
-) -> None:
-    data = b"".join(AmpBox(box).serialize() for box in boxes)
-    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    reader = Reader()
-    for start, end in pairwise(places):
-        reader.dataReceived(data[start:end])
-    assert reader.boxes == boxes
-    assert not reader.lost
+    def doRead(self) -> object:
+        self.reads += 1
+        byte = self.sock.recv(1)
+        self.taken += byte
+        return None if byte else CONNECTION_DONE
 
 
-def test_the_longest_value_is_read() -> None:
-    box = AmpBox({b"k": b"x" * 0xFFFF})
-    reader = Reader()
-    reader.dataReceived(box.serialize())
-    assert reader.boxes == [box]
+def test_what_has_arrived_is_read_at_once_and_what_has_not_is_not_waited_for() -> None:
+    pairs = [socket.socketpair() for _ in range(3)]
+    readers = [Reader(ours) for ours, _ in pairs]
+    pairs[0][1].sendall(b"abc")
+    pairs[2][1].sendall(b"d")
+    read_now(readers, 9)
+    assert [reader.taken for reader in readers] == [b"abc", b"", b"d"]
+    assert [reader.reads for reader in readers] == [3, 0, 1]
+    close(pairs)
 
 
-@pytest.mark.parametrize("data", [b"\x01\x00" + b"x" * 256, b"GET / HTTP/1.1\r\n"])
-def test_who_sends_something_else_is_not_listened_to(data: bytes) -> None:
-    reader = Reader()
-    reader.dataReceived(AmpBox({b"k": b"v"}).serialize() + data)
-    assert len(reader.boxes) == 1
-    assert reader.lost
+def test_who_sends_without_an_end_is_read_so_often_only() -> None:
+    pairs = [socket.socketpair()]
+    reader = Reader(pairs[0][0])
+    pairs[0][1].sendall(b"abcdef")
+    read_now([reader], 4)
+    assert reader.taken == b"abcd"
+    close(pairs)
+
+
+def test_behind_the_end_nothing_is_read_but_others_are() -> None:
+    pairs = [socket.socketpair() for _ in range(2)]
+    readers = [Reader(ours) for ours, _ in pairs]
+    pairs[0][1].sendall(b"a")
+    pairs[0][1].close()
+    pairs[1][1].sendall(b"bcd")
+    read_now(readers, 9)
+    assert [(reader.taken, reader.reads) for reader in readers] == [(b"a", 2), (b"bcd", 3)]
+    close(pairs)
+
+
+def close(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
+    for pair in pairs:
+        for end in pair:
+            end.close()

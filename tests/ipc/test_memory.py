@@ -1,0 +1,127 @@
+"""Memory that processes share: it grows, is sealed, is passed on, and nothing of it is left."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import mmap
+import os
+
+import pytest
+
+from sharded_milter.ipc.memory import MAX_INLINE, Memory, mapped, packed, release, view_of
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def received(memory: Memory) -> memoryview:
+    """The memory as another process maps it, with a descriptor of its own."""
+    return mapped(os.dup(memory.fd), memory.size)
+
+
+@pytest.mark.parametrize("size", [0, 1, MAX_INLINE])
+def test_little_data_travels_as_it_is(size: int) -> None:
+    data = os.urandom(size)
+    assert packed(data) is data
+    assert view_of(data) == data
+
+
+@pytest.mark.parametrize("size", [MAX_INLINE + 1, 65_536, 3_000_000])
+def test_much_data_is_sealed_memory_that_the_receiver_maps(size: int) -> None:
+    before = descriptors()
+    data = os.urandom(size)
+    memory = packed(data)
+    assert isinstance(memory, Memory)
+    assert fcntl.fcntl(memory.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    view = received(memory)
+    assert view.readonly
+    assert view == view_of(memory) == data
+    release(view)
+    del memory, view
+    assert descriptors() == before
+
+
+def test_memory_grows_until_it_is_sealed() -> None:
+    memory = Memory()
+    memory.append(b"one")
+    memory.append(bytearray(b" two"))
+    memory.append(memoryview(b" three"))
+    assert (len(memory), os.pread(memory.fd, 100, 0)) == (13, b"one two three")
+    memory.seal()
+    with pytest.raises(PermissionError):
+        memory.append(b"x")
+    assert len(memory) == 13
+
+
+def test_empty_memory_is_nothing() -> None:
+    assert not Memory()
+
+
+def test_what_the_system_takes_in_pieces_is_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:3])))
+    memory = Memory()
+    memory.append(b"0123456789")
+    assert bytes(memory.view()) == b"0123456789"
+
+
+def test_data_that_could_not_be_written_can_be_changed_afterwards() -> None:
+    memory, data = Memory(), bytearray(b"data")
+    memory.seal()
+    with pytest.raises(PermissionError):
+        memory.append(data)
+    data += b"more"
+
+
+def test_memory_that_could_not_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError("none left")
+
+    before = descriptors()
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(OSError, match="none left"):
+        Memory()
+    assert descriptors() == before
+
+
+def test_a_descriptor_does_not_survive_a_mapping_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = Memory()
+    memory.append(b"x")
+    before = descriptors()
+
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OSError, match="no memory"):
+        received(memory)
+    assert descriptors() == before
+
+
+def test_more_than_there_is_cannot_be_mapped() -> None:
+    memory = Memory()
+    memory.append(b"x")
+    before = descriptors()
+    with pytest.raises(ValueError, match="length"):
+        mapped(os.dup(memory.fd), 4_000_000)
+    assert descriptors() == before
+
+
+def test_bytes_need_no_release() -> None:
+    release(b"data")
+
+
+def test_a_piece_that_a_milter_keeps_stays_readable() -> None:
+    memory = Memory()
+    memory.append(b"x" * 9)
+    view = received(memory)
+    piece = view[:3]
+    release(view)
+    assert bytes(piece) == b"xxx"
+    with pytest.raises(ValueError, match="released"):
+        len(view)

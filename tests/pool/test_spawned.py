@@ -1,0 +1,317 @@
+"""A process that is started for a shard. Only the reactor and the process are faked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import psutil
+import pytest
+from amp_link import Link
+from twisted.internet import error
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from sharded_milter.pool.spawned import (
+    MAX_CATCH_UP,
+    MAX_LOG_LINE,
+    OUTPUT_GRACE,
+    Spawned,
+    Workplace,
+    worker_environment,
+)
+
+NO_PROCESS = 2**22 + 1  # above every process id that Linux gives
+
+
+class Pipe:
+    """A pipe that the worker writes to; what waits in it comes piece by piece."""
+
+    def __init__(self, process: Process, fd: int) -> None:
+        self.process = process
+        self.fd = fd
+        self.pieces: list[int] = []
+        self.reads = 0
+        self.reader, self.writer = os.pipe()
+
+    def say(self, *pieces: bytes) -> None:
+        self.pieces += map(len, pieces)
+        os.write(self.writer, b"".join(pieces))
+
+    def fileno(self) -> int:
+        return self.reader
+
+    def doRead(self) -> None:
+        self.reads += 1
+        self.process.protocol.childDataReceived(self.fd, os.read(self.reader, self.pieces.pop(0)))
+
+    def __del__(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class Process:
+    """What spawnProcess returns."""
+
+    def __init__(self, protocol: Any, arguments: dict[str, Any]) -> None:
+        self.protocol = protocol
+        self.arguments = arguments
+        self.pid: int | None = NO_PROCESS
+        self.signals: list[int] = []
+        self.closed: list[str] = []
+        self.pipes = {fd: Pipe(self, fd) for fd in (1, 2)}
+
+    def signalProcess(self, number: int) -> None:
+        if self.pid is None:
+            raise error.ProcessExitedAlready
+        self.signals.append(number)
+
+    def closeStdin(self) -> None:
+        self.closed.append("stdin")
+
+    def loseConnection(self) -> None:
+        self.closed.append("all")
+
+
+class Room(Clock):
+    """A reactor with one process, and what its shard hears of it."""
+
+    def __init__(self, *, started: bool = True) -> None:
+        super().__init__()
+        self.lines: list[bytes] = []
+        self.exits: list[str] = []
+        self.refuse: OSError | None = None
+        self.no_descriptor: OSError | None = None
+        self.channel = Protocol()
+        self.place = Spawned(Workplace(("x:milter",), {"LANG": "C"}), 3, self)
+        if started:
+            self.start()
+
+    def start(self) -> None:
+        self.place.start(self, self.channel)
+
+    # A reactor
+
+    def spawnProcess(self, protocol: Any, executable: str, args: list[str], **rest: Any) -> Process:
+        if self.refuse is not None:
+            raise self.refuse
+        process = Process(protocol, {"executable": executable, "args": args, **rest})
+        self.process = protocol.transport = process
+        protocol.connectionMade()
+        return process
+
+    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
+        if self.no_descriptor is not None:
+            raise self.no_descriptor
+        factory.buildProtocol(None).makeConnection(Link())
+
+    # A shard
+
+    def output(self, line: bytes) -> None:
+        self.lines.append(line)
+
+    def exited(self, reason: str) -> None:
+        self.exits.append(reason)
+
+    # What the test makes happen
+
+    def exit(self, code: int | None = None, number: int | None = None) -> None:
+        self.process.pid = None
+        status = error.ProcessTerminated(code, number) if code or number else error.ProcessDone(0)
+        self.process.protocol.processExited(Failure(status))
+
+    def write(self, fd: int, data: bytes) -> None:
+        self.process.protocol.childDataReceived(fd, data)
+
+
+# Starting
+
+
+def test_a_worker_is_started_without_the_current_directory_and_the_masters_secrets() -> None:
+    room = Room()
+    arguments = room.process.arguments
+    assert arguments["executable"] == sys.executable
+    assert arguments["args"][:3] == [sys.executable, "-P", "-c"]
+    assert arguments["args"][4:] == ["x:milter"]
+    assert f"main({os.getpid()}, sys.argv[1:], " in arguments["args"][3]
+    assert arguments["env"] == {"LANG": "C"}
+    assert {0: "w", 1: "r", 2: "r"}.items() <= arguments["childFDs"].items()
+    assert room.process.closed == ["stdin"]
+    assert room.place.pid == NO_PROCESS
+    assert isinstance(room.channel.transport, Link)
+
+
+def test_a_worker_gets_an_allow_list_of_the_environment() -> None:
+    environ = {"PATH": "/bin", "LC_ALL": "C", "SECRET": "x", "PYTHONSTARTUP": "x"}
+    kept = {"PATH": "/bin", "LC_ALL": "C", "PYTHONUNBUFFERED": "1", "EXTRA": "1"}
+    assert worker_environment(environ, {"EXTRA": "1"}) == kept
+
+
+@pytest.mark.parametrize(("slot", "cpus"), [(1, "(4,)"), (2, "(6,)"), (3, "(4,)")])
+def test_cpus_are_dealt_out_in_turn(slot: int, cpus: str) -> None:
+    workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6))
+    assert f"nice=5, memory_limit=10, cpus={cpus}, script=False)" in workplace.bootstrap(slot)
+    assert "cpus=(), script=True)" in Workplace(("x.py",), script=True).bootstrap(slot)
+
+
+def test_a_system_that_refuses_is_an_error_of_the_start() -> None:
+    room = Room(started=False)
+    room.refuse = OSError(11, "no more")
+    with pytest.raises(OSError, match="no more"):
+        room.start()
+    room.place.end_family()  # there is none, so no group is signalled
+
+
+def test_a_worker_that_cannot_be_spoken_to_is_killed() -> None:
+    room = Room(started=False)
+    room.no_descriptor = OSError(24, "none left")
+    with pytest.raises(OSError, match="none left"):
+        room.start()
+    assert room.process.signals == [signal.SIGKILL]
+    assert room.place.pid == NO_PROCESS  # whose group, and no other, is ended with it
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "reason"),
+    [
+        (None, None, "exited with code 0"),
+        (3, None, "exited with code 3"),
+        (None, signal.SIGSEGV, "killed by SIGSEGV"),
+        (None, signal.SIGKILL, "killed by SIGKILL, perhaps out of memory"),
+        (None, 40, "killed by signal 40"),
+    ],
+)
+def test_the_exit_says_why(code: int | None, number: int | None, reason: str) -> None:
+    room = Room()
+    room.exit(code, number)
+    assert room.exits == [reason]
+    room.place.end_family()
+
+
+def test_a_signal_to_a_process_that_is_gone_is_nothing() -> None:
+    room = Room()
+    room.process.pid = None
+    room.place.kill()
+    room.place.stacks()
+    assert room.process.signals == []
+
+
+def test_stacks_are_asked_for_by_a_signal() -> None:
+    room = Room()
+    room.place.stacks()
+    assert room.process.signals == [signal.SIGUSR1]
+
+
+def test_descendants_are_killed_too() -> None:
+    room = Room()
+    script = (
+        "import subprocess; child = subprocess.Popen(['sleep', '600'])\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        sleeper = psutil.Process(int(worker.stdout.readline()))
+        room.place.pid = worker.pid
+        room.place.kill()
+        sleeper.wait(10)
+        worker.kill()
+
+
+@pytest.mark.parametrize("exception", [psutil.NoSuchProcess(1), psutil.AccessDenied(1)], ids=repr)
+def test_a_descendant_that_is_gone_already_is_no_trouble(
+    exception: psutil.Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = []
+
+    class Child:
+        def kill(self) -> None:
+            killed.append(self)
+            raise exception
+
+    class Family:
+        def __init__(self, pid: int) -> None: ...
+
+        def children(self, recursive: bool) -> list[Child]:
+            return [Child(), Child()]
+
+    room = Room()
+    monkeypatch.setattr(psutil, "Process", Family)
+    room.place.kill()
+    assert len(killed) == 2
+    assert room.process.signals == [signal.SIGKILL]
+
+
+def test_killing_needs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> None:
+        raise OSError(24, "Too many open files")
+
+    room = Room()
+    monkeypatch.setattr(psutil, "Process", refuse)
+    room.place.kill()
+    assert room.process.signals == [signal.SIGKILL]
+
+
+def test_memory_is_that_of_the_process() -> None:
+    room = Room()
+    assert room.place.memory() == 0
+    room.place.pid = os.getpid()
+    assert room.place.memory() > 1_000_000
+
+
+# Output
+
+
+def test_output_comes_line_by_line() -> None:
+    room = Room()
+    room.write(2, b"one\ntwo\nthr")
+    assert room.lines == [b"one", b"two"]
+    room.write(1, b"other\n")
+    room.write(2, b"ee\n")
+    assert room.lines[2:] == [b"other", b"three"]
+
+
+def test_the_last_words_need_no_line_end() -> None:
+    room = Room()
+    room.write(2, b"Fatal")
+    room.write(1, b"x\n")
+    room.exit()
+    assert room.lines == [b"x", b"Fatal"]
+
+
+def test_an_endless_line_is_cut() -> None:
+    room = Room()
+    room.write(2, b"x" * (MAX_LOG_LINE + 1))
+    room.write(2, b"y\n")
+    assert room.lines == [b"x" * MAX_LOG_LINE, b"y"]
+
+
+def test_what_was_written_until_now_can_be_read_at_once() -> None:
+    room = Room()
+    room.process.pipes[1].say(b"o", b"ne\n")
+    room.process.pipes[2].say(b"two\n")
+    room.place.read_output()
+    assert sorted(room.lines) == [b"one", b"two"]
+
+
+def test_a_worker_that_writes_for_ever_does_not_keep_us() -> None:
+    room = Room()
+    room.process.pipes[1].say(*[b"x\n"] * 1000)
+    del room.process.pipes[2]
+    room.place.read_output()
+    assert room.process.pipes[1].reads == MAX_CATCH_UP
+
+
+def test_output_that_descendants_hold_open_is_read_for_a_while() -> None:
+    room = Room()
+    room.exit()
+    room.advance(OUTPUT_GRACE)
+    assert room.process.closed == ["stdin", "all"]
+    room.process.protocol.processEnded(Failure(error.ProcessDone(0)))
+    assert len(room.exits) == 1
