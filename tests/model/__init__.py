@@ -1,0 +1,1 @@
+"""The rules of dispatch and pool as a model, against the real code."""
