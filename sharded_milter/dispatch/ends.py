@@ -1,4 +1,7 @@
-"""How jobs end: each is answered once, or cancelled, and lets go of all that it held."""
+"""How jobs end: each is answered once, or cancelled, and lets go of all that it held.
+
+What ends a job must stop its clocks and take it from the queue and its shards; so both are here.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class Ends:
 
     def fail_hung(self, job: Job, reason: str) -> None:
         """Answers it and its repeats: its scan hangs, by which the message is known from now on."""
-        poison = self._retries.remember(job, 1, self._reactor.seconds())
+        poison = self._retries.remember(job, job.blamed + 1, self._reactor.seconds())
         self.fail(job, Poisoned(reason) if poison else DeadlineExceeded(reason))
 
     def tell(self, job: Job, outcome: bytes | JobFailed) -> None:
