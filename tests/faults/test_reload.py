@@ -167,14 +167,16 @@ def test_a_worker_that_is_replaced_has_its_time_to_exit(tmp_path: Path) -> None:
         assert "killed" not in server.log()
 
 
-ONE_IS_SLOW = """
-    import time
+#: Workers are started in the order of their slots, and the last slot is the one that goes.
+THE_LAST_IS_SLOW = """
+    import os, time
+    import psutil
     from sharded_milter import Milter
 
     milter = Milter("slow")
-    try:
-        open("first", "x").close()
-    except FileExistsError:
+    while len(workers := psutil.Process(os.getppid()).children()) < 2:
+        time.sleep(0.01)
+    if os.getpid() == max(worker.pid for worker in workers):
         time.sleep(600)
 
     @milter.eom
@@ -186,7 +188,7 @@ ONE_IS_SLOW = """
 def test_it_is_ready_without_the_last_worker_if_that_is_not_wanted_any_more(
     tmp_path: Path,
 ) -> None:
-    server = Server(tmp_path, source=ONE_IS_SLOW)
+    server = Server(tmp_path, source=THE_LAST_IS_SLOW)
     starting = threading.Thread(target=server.start)
     starting.start()
     try:
