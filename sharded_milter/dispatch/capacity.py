@@ -37,7 +37,7 @@ class Capacity(Generic[S]):
         self._room: dict[S, None] = {}  # those that take another behind what they do
         self._resting: dict[S, None] = {}  # idle ones that take their objects' jobs only
         self._heavy: set[S] = set()  # those that do a heavy job
-        self._homes: dict[bytes, S] = {}  # the shard of a key
+        self._preferred: dict[bytes, S] = {}  # the shard of a key
 
     # What shards have in hand
 
@@ -47,7 +47,7 @@ class Capacity(Generic[S]):
         self._room.pop(shard, None)
         if shard not in self._serving:
             self._serving[shard] = next(self._numbers)
-            self._homes.clear()
+            self._preferred.clear()
         self._idle[shard] = None
 
     def resting(self, shard: S) -> None:
@@ -89,7 +89,7 @@ class Capacity(Generic[S]):
 
     def _leave(self, shard: S) -> None:
         if self._serving.pop(shard, None) is not None:
-            self._homes.clear()
+            self._preferred.clear()
 
     # Which shard
 
@@ -138,22 +138,22 @@ class Capacity(Generic[S]):
             room = [shard for shard in self._room if shard in self._heavy] if behind else ()
             return min(room, key=_in_hand, default=None)
         if job.key and not job.light and self._serving:
-            home = self._home(job.key)
-            if home in self._idle or (behind and home in self._room):
-                return home
+            preferred = self._preferred_for(job.key)
+            if preferred in self._idle or (behind and preferred in self._room):
+                return preferred
         if self._idle:
             return next(reversed(self._idle))
         return min(self._room, key=_in_hand, default=None) if behind else None
 
-    def _home(self, key: bytes) -> S:
+    def _preferred_for(self, key: bytes) -> S:
         """Rendezvous hashing: each key ranks all slots; one that goes moves its own keys only."""
-        home = self._homes.get(key)
-        if home is None:
-            home = max(self._serving, key=lambda shard: _weight(shard.slot, key))
-            if len(self._homes) >= MAX_KEYS:
-                self._homes.clear()
-            self._homes[key] = home
-        return home
+        preferred = self._preferred.get(key)
+        if preferred is None:
+            preferred = max(self._serving, key=lambda shard: _weight(shard.slot, key))
+            if len(self._preferred) >= MAX_KEYS:
+                self._preferred.clear()
+            self._preferred[key] = preferred
+        return preferred
 
 
 def _in_hand(shard: Server) -> int:

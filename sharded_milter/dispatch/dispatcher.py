@@ -1,9 +1,10 @@
 """The dispatcher: from a submitted job to its one answer, whatever happens to the shards meanwhile.
 
 A job that was submitted is answered exactly once, with reply packets or with a JobFailed, or it
-is cancelled. Which shard does it, and when, is for `assignment` and its queue; processes are the
-pool's; of the protocol nothing is known here. Shards tell the dispatcher what they have answered,
-and it answers who submitted the job: nothing stands between.
+is cancelled. Which shard does it, and when, is for `assignment` and its queue; the pool starts and
+replaces shards. Shards tell the dispatcher what they have answered, and it answers the submitter:
+nothing stands between. It decides whether a job is tried again whose shard is lost; `retries`
+decides whether it then runs alone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A message whose scan has killed its process is tried again while `retries` allow; the attempt that
 could make it poison runs alone in a fresh process, so that no other message and no leftover is to
-blame. Poison is answered by policy at once. With --join-retries, a client's repeat of a message
+blame. Poison fails at once. With --join-retries, a client's repeat of a message
 waits for the answer to the first one.
 """
 

@@ -1,4 +1,6 @@
-"""Deadlines of jobs: when the MTA must hear something, and when a scan has had its time."""
+"""Clocks of jobs (queue wait, stack dump, deadline) and of attempts (waiting behind another job,
+running on when the answer is not wanted). They kill a shard whose scan hangs.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,7 @@ class AttemptClocks:
 
 
 class JobOwner(Protocol):
-    """Who ends jobs: the dispatcher."""
+    """Who ends jobs: `Ends`."""
 
     def fail(self, job: Job, error: JobFailed) -> None: ...
     def fail_alone(self, job: Job, error: JobFailed) -> None: ...

@@ -1,4 +1,4 @@
-"""The two ends of the connection between the master and one worker: AMP over a UNIX socket.
+"""The master's end of the connection to one worker, and what both ends share: AMP over a socket.
 
 Questions and answers are written and read here without AMP's own bookkeeping, which costs more
 than all the rest of a short message. Everything else is AMP's own business.
@@ -129,7 +129,7 @@ class MasterChannel(Boxes, amp.AMP):
         # Memory whose descriptor waits in the socket: a number that is closed and given to another
         # file would give the worker that.
         self._sending: list[Memory] = []
-        self._deaf = False
+        self._ignores_all = False
 
     def ask(
         self,
@@ -171,7 +171,7 @@ class MasterChannel(Boxes, amp.AMP):
 
     def ampBoxReceived(self, box: AmpBox) -> None:
         """Takes answers to questions here."""
-        if self._deaf:
+        if self._ignores_all:
             return
         tag = box.get(amp.ANSWER)
         if tag is None or not tag.startswith(_OURS):
@@ -219,7 +219,7 @@ class MasterChannel(Boxes, amp.AMP):
 
     def stop_listening(self) -> None:
         """Takes nothing more from a worker that has broken a rule."""
-        self._deaf = True
+        self._ignores_all = True
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The socket is closed; the exit that follows says why."""

@@ -1,6 +1,7 @@
 """A conversation with one MTA: from a command to its answer, if need be by way of a milter.
 
-It knows no socket: packets come in, answers go out. While a job is out it takes no command.
+It knows no socket: it takes packets from the connection's framer and returns answers. The
+connection hands it no command while a job is out.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every milter sees the original message, on whatever shard or in this process. The first refusal
 or discard to arrive is the answer, and the others are cancelled; a milter that accepts is not
 asked again about this message, or this client; and changes are made in the order in which the
-milters were named, whichever is done first.
+milters were named, whichever is done first. A milter that fails is answered for by policy, here.
 """
 
 from __future__ import annotations

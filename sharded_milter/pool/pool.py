@@ -1,8 +1,9 @@
 """The pool: the generations of shards, of which one serves, and one may load to succeed it.
 
-Start, reload and resizing are one act: a generation loads, and once all of its shards are READY
-it takes over and the one before drains. So a load that fails costs no shard that serves. The pool
-hears what happens to shards; no answer passes through it.
+Start and reload are one act: a generation loads, and once all of its shards are READY it takes over
+and the one before drains. So a load that fails costs no shard that serves. Resizing changes the
+generations that there are. The pool hears what happens to shards; no answer passes through it. Once
+a second it replaces shards that are worn, and one where a job waits for a fresh shard.
 """
 
 from __future__ import annotations

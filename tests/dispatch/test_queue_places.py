@@ -242,5 +242,5 @@ def test_the_shards_of_some_keys_are_remembered_and_no_more(
     monkeypatch.setattr(module, "MAX_KEYS", 4)
     house = Waiting("ABC")
     first = homes(house, range(10))
-    assert len(house.queue.shards._homes) <= 4
+    assert len(house.queue.shards._preferred) <= 4
     assert homes(house, range(10)) == first
