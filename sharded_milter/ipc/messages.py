@@ -240,6 +240,9 @@ class Withdraw(amp.Command):
     requiresAnswer = False
 
 
+_MANIFEST = (b"name", b"negotiation", b"light", b"shard_by", b"pinning")
+
+
 class Ready(amp.Command):
     """Worker to master: the milters are loaded; these are their manifests, in order.
 
@@ -248,18 +251,7 @@ class Ready(amp.Command):
     """
 
     arguments = [  # noqa: RUF012
-        (
-            b"milters",
-            amp.AmpList(
-                [
-                    (b"name", amp.String()),
-                    (b"negotiation", amp.String()),
-                    (b"light", amp.String()),
-                    (b"shard_by", amp.String()),
-                    (b"pinning", amp.String()),
-                ]
-            ),
-        ),
+        (b"milters", amp.AmpList([(name, amp.String()) for name in _MANIFEST])),
         (b"code", amp.String()),
         (b"socket", amp.String()),
     ]
