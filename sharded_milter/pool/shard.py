@@ -212,7 +212,7 @@ class Shard:
         if cell.act:
             getattr(self, cell.act)(*details)
 
-    # What the dispatcher calls
+    # What the dispatcher and the pool call
 
     def serves(self, milter: int, manifest: Manifest) -> bool:
         """Whether its milter of that number is the one with the manifest."""
@@ -248,8 +248,6 @@ class Shard:
         """Has the worker write the Python stacks of all its threads into the log."""
         if self.manifests:  # earlier, it would end the process
             self.place.stacks()
-
-    # What the pool calls
 
     def drain(self, linger: float = 0.0) -> None:
         """Takes no more jobs but its objects'; exits when they end, or `linger` seconds are over.
@@ -296,8 +294,6 @@ class Shard:
         self._work.unavailable(self)
         self._channel.catch_up()
         self._happens(Event.EXITED, reason)
-
-    # What follows
 
     def _introduce(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
         self.socket, self.code = to_text(socket), code
@@ -361,7 +357,6 @@ class Shard:
         self._events.shard_gone(self, ending if self.manifests else Ending.NOT_STARTED)
 
     def _cancel_calls(self) -> None:
-        """Nothing is due any more."""
         for call in self._calls:
             with suppress(error.AlreadyCalled, error.AlreadyCancelled):
                 call.cancel()
