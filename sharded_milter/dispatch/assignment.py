@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Attempt, Job
 from sharded_milter.dispatch.pipeline import Pipeline
 from sharded_milter.dispatch.queue import Queue
@@ -51,9 +52,8 @@ class Assignment:
 
         Raises a JobFailed where no shard can do the job.
         """
-        affinity = job.affinity
-        if affinity is not None and affinity.holder is None and not job.solo:
-            self.shards.settle(affinity, self.queue.shards.fewest_objects())
+        if job.affinity is not None:
+            self._choose_holder(job, job.affinity)
         pipeline = self.queue.place(job)
         if pipeline is not None:
             self._give(job, pipeline, now)
@@ -61,9 +61,8 @@ class Assignment:
 
     def enqueue(self, job: Job, *, again: bool = False) -> None:
         """The job waits in the queue; raises Overloaded when that is full."""
-        affinity = job.affinity
-        if affinity is not None and affinity.holder is None and not job.solo:
-            self.shards.settle(affinity, self.queue.shards.fewest_objects())
+        if job.affinity is not None:
+            self._choose_holder(job, job.affinity)
         try:
             self.queue.add(job, again=again)
         except Overloaded:
@@ -72,6 +71,11 @@ class Assignment:
         if job.stage is not None:
             self._job_clocks.queued(job)
         self.match()
+
+    def _choose_holder(self, job: Job, affinity: Affinity) -> None:
+        """A new object goes to the shard with the fewest, unless its job is to run alone."""
+        if affinity.holder is None and not job.solo:
+            self.shards.settle(affinity, self.queue.shards.fewest_objects())
 
     def match(self) -> None:
         """Gives jobs to shards until none fits; called after every change of capacity."""

@@ -2,8 +2,8 @@
 
 A message whose scan has killed its process is tried again while `retries` allow; the attempt that
 could make it poison runs alone in a fresh process, so that no other message and no leftover is to
-blame. Poison fails at once. With --join-retries, a client's repeat of a message
-waits for the answer to the first one.
+blame. Poison fails at once. With --join-retries, a client's repeat of a message waits for the
+answer to the first one.
 """
 
 from __future__ import annotations
