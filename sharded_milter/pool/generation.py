@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum, auto
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from twisted.logger import Logger
 
@@ -25,6 +25,7 @@ from sharded_milter.errors import ConfigError, MilterError, SystemRefused
 from sharded_milter.limits import Limits
 from sharded_milter.pool.shard import Ending, Shard
 from sharded_milter.pool.slot import Slot
+from sharded_milter.pool.table import Cell, row
 from sharded_milter.protocol.negotiation import Manifest
 
 # Shards that have loaded other code than the latest are started anew, all together, so often. Where
@@ -53,20 +54,9 @@ class Event(Enum):
     STOPPED = auto()  # the service stops
 
 
-class Cell(NamedTuple):
-    """The state after an event, and the method that acts on it, if anything is to be done."""
-
-    after: State
-    act: str = ""
-
-
-def _row(stay: State, **cells: Cell) -> Mapping[Event, Cell]:
-    named = {Event[name]: cell for name, cell in cells.items()}
-    return {event: named.get(event, Cell(stay)) for event in Event}
-
-
-TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
-    State.LOADING: _row(
+TRANSITIONS: Mapping[State, Mapping[Event, Cell[State]]] = {
+    State.LOADING: row(
+        Event,
         State.LOADING,
         READY=Cell(State.LOADING, "_check_loaded"),
         NOT_STARTED=Cell(State.ENDED, "_fail"),
@@ -75,7 +65,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
         COMPLETE=Cell(State.SERVING, "_take_over"),
         STOPPED=Cell(State.ENDED, "_end_all"),
     ),
-    State.SERVING: _row(
+    State.SERVING: row(
+        Event,
         State.SERVING,
         READY=Cell(State.SERVING, "_admit"),
         NOT_STARTED=Cell(State.SERVING, "_start_later"),
@@ -84,12 +75,13 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
         SUCCEEDED=Cell(State.DRAINING, "_retire_all"),
         STOPPED=Cell(State.ENDED, "_end_all"),
     ),
-    State.DRAINING: _row(
+    State.DRAINING: row(
+        Event,
         State.DRAINING,
         READY=Cell(State.DRAINING, "_kill_late"),
         STOPPED=Cell(State.ENDED, "_end_all"),
     ),
-    State.ENDED: _row(State.ENDED, READY=Cell(State.ENDED, "_kill_late")),
+    State.ENDED: row(Event, State.ENDED, READY=Cell(State.ENDED, "_kill_late")),
 }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum, auto
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from twisted.internet import error
 from twisted.logger import Logger
@@ -27,6 +27,7 @@ from sharded_milter.errors import MilterError, MilterLoadError
 from sharded_milter.ipc.channel import MasterChannel
 from sharded_milter.ipc.messages import Answer
 from sharded_milter.pool.places import Place
+from sharded_milter.pool.table import Cell, row
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import to_text
@@ -68,26 +69,14 @@ class Event(Enum):
     EXITED = auto()  # the process is reaped
 
 
-class Cell(NamedTuple):
-    """The state after an event, and the method that acts on it, if anything is to be done."""
-
-    after: State
-    act: str = ""
-
-
 _KILL = Cell(State.KILLED, "_kill_place")
 _BROKEN = Cell(State.KILLED, "_break_rule")
 _GONE = Cell(State.GONE, "_report")
 
 
-def _row(stay: State, **cells: Cell) -> Mapping[Event, Cell]:
-    """The cells of a state; events that are not named change nothing."""
-    named = {Event[name]: cell for name, cell in cells.items()}
-    return {event: named.get(event, Cell(stay)) for event in Event}
-
-
-TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
-    State.STARTING: _row(
+TRANSITIONS: Mapping[State, Mapping[Event, Cell[State]]] = {
+    State.STARTING: row(
+        Event,
         State.STARTING,
         READY=Cell(State.SERVING, "_introduce"),
         LOAD_FAILED=Cell(State.LEAVING, "_note_failure"),
@@ -100,7 +89,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
         SILENT=_KILL,
         EXITED=_GONE,
     ),
-    State.SERVING: _row(
+    State.SERVING: row(
+        Event,
         State.SERVING,
         READY=_BROKEN,
         LOAD_FAILED=_BROKEN,
@@ -112,7 +102,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
         SILENT=_KILL,
         EXITED=_GONE,
     ),
-    State.DRAINING: _row(
+    State.DRAINING: row(
+        Event,
         State.DRAINING,
         READY=_BROKEN,
         LOAD_FAILED=_BROKEN,
@@ -125,7 +116,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
         SILENT=_KILL,
         EXITED=_GONE,
     ),
-    State.LEAVING: _row(
+    State.LEAVING: row(
+        Event,
         State.LEAVING,
         ANSWERED=Cell(State.LEAVING, "_take"),
         EXIT_DUE=_KILL,
@@ -133,8 +125,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell]] = {
         EXITED=_GONE,
     ),
     # What it had answered before is taken, unless it has broken a rule: then it is not read.
-    State.KILLED: _row(State.KILLED, ANSWERED=Cell(State.KILLED, "_take"), EXITED=_GONE),
-    State.GONE: _row(State.GONE),
+    State.KILLED: row(Event, State.KILLED, ANSWERED=Cell(State.KILLED, "_take"), EXITED=_GONE),
+    State.GONE: row(Event, State.GONE),
 }
 
 

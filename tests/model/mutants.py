@@ -14,6 +14,7 @@ from sharded_milter.dispatch.queue import Queue
 from sharded_milter.dispatch.shards import Shards
 from sharded_milter.ipc.channel import MasterChannel
 from sharded_milter.pool import generation, shard, slot
+from sharded_milter.pool.table import Cell
 from sharded_milter.protocol.stages import Stage
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
@@ -101,7 +102,7 @@ def does_not_hear_of_failures(patch: pytest.MonkeyPatch) -> None:
     """A generation does not hear that one of its shards cannot load."""
     table = dict(generation.TRANSITIONS)
     row = dict(table[generation.State.LOADING])
-    row[generation.Event.NOT_STARTED] = generation.Cell(generation.State.LOADING)
+    row[generation.Event.NOT_STARTED] = Cell(generation.State.LOADING)
     table[generation.State.LOADING] = row
     patch.setattr(generation, "TRANSITIONS", table)
 
@@ -110,7 +111,7 @@ def forgets_the_reason(patch: pytest.MonkeyPatch) -> None:
     """A shard does not say why it cannot load."""
     table = dict(shard.TRANSITIONS)
     row = dict(table[shard.State.STARTING])
-    row[shard.Event.LOAD_FAILED] = shard.Cell(shard.State.LEAVING, "_leave")
+    row[shard.Event.LOAD_FAILED] = Cell(shard.State.LEAVING, "_leave")
     table[shard.State.STARTING] = row
     patch.setattr(shard, "TRANSITIONS", table)
 
