@@ -41,8 +41,11 @@ def marks(outcome: Outcome) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
+    """What became of a message; `after` answers had come when it was begun."""
+
     mail: Mail
     outcome: Outcome
+    after: int
 
 
 class Flow:
@@ -55,6 +58,7 @@ class Flow:
     def __init__(self, server: Server, connections: int = 4, words: str = "mail") -> None:
         self.answers: list[Answer] = []
         self.lost: list[str] = []
+        self._under_way: set[str] = set()
         self._words = itertools.cycle(words.split())
         self._server = server
         self._stopping = threading.Event()
@@ -90,6 +94,11 @@ class Flow:
         enough = len(self.answers) + more
         until(lambda: len(self.answers) >= enough, f"{more} more verdicts")
 
+    def settle(self) -> None:
+        """Returns when all messages that are under way now have their verdict."""
+        now = set(self._under_way)
+        until(lambda: not now & self._under_way, "verdicts of what was under way")
+
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -101,9 +110,11 @@ class Flow:
         sock = self._server.socket()
         with MtaClient(sock, timeout=PATIENCE) as client:
             while not self._stopping.is_set():
-                message = mail(next(self._words))
+                message, after = mail(next(self._words)), len(self.answers)
+                self._under_way.add(subject(message))
                 outcome = client.deliver(message)
-                self.answers.append(Answer(message, outcome))
+                self.answers.append(Answer(message, outcome, after))
+                self._under_way.discard(subject(message))
                 if word(outcome) == "421":
                     return
             sock.setblocking(False)

@@ -13,23 +13,28 @@ from .server import Server, is_running, until
 pytestmark = pytest.mark.integration
 
 
+def deaths(server: Server) -> int:
+    return server.log().count("by SIGKILL")
+
+
 def test_twenty_workers_killed_at_random_cost_no_mail(tmp_path: Path) -> None:
     rng = random.Random(20261122)
     with Server(tmp_path, workers=4) as server:
         with Flow(server) as flow:
-            for _ in range(20):
+            for number in range(1, 21):
                 flow.wait(rng.randint(1, 12))
-                victim = rng.choice(server.workers())
-                os.kill(victim, signal.SIGKILL)
-                # Back-off would double with each death; what is tested here is the mail.
-                until(lambda gone=victim: gone not in server.workers(), "the worker is gone")  # type: ignore[misc]
-            flow.wait()
+                os.kill(rng.choice(server.workers()), signal.SIGKILL)
+                # The master must know of the death, and what it has cost must be answered: a
+                # message that loses two workers is refused as poison.
+                until(lambda n=number: deaths(server) == n, "the worker is gone")  # type: ignore[misc]
+                flow.settle()
             for pid in server.workers():
                 os.kill(pid, signal.SIGKILL)
+            flow.settle()
             flow.wait()
         assert set(flow.verdicts()) == {"accept"}, flow.verdicts()
         until(lambda: server.is_whole(4), "four workers run again")
-        assert server.log().count("SIGKILL") > 20
+        assert deaths(server) > 20
         assert server.unforeseen() == [], server.log()
 
 

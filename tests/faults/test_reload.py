@@ -213,6 +213,8 @@ def test_a_worker_that_has_died_does_not_come_back_with_other_code(tmp_path: Pat
             flow.wait(20)
         assert set(flow.verdicts()) == {"accept"}
         versions = seen(flow)
-        assert versions == sorted(versions), "an answer of old code came after one of new code"
+        for answer, answered_by in zip(flow.answers, versions, strict=True):
+            # Two answers of one moment come in any order.
+            assert answered_by == "2" or "2" not in versions[: answer.after], answer
         assert set(versions[-8:]) == {"2"}
         assert server.unforeseen() == [], server.log()
