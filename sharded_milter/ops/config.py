@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -64,7 +65,7 @@ class Settings:
 
 
 class OctalMode(ParamType):
-    """File permissions, as chmod takes them."""
+    """File permissions, as chmod takes them: 660, 0660 or 0o660."""
 
     name = "mode"
 
@@ -74,7 +75,11 @@ class OctalMode(ParamType):
         except ValueError:
             mode = -1
         if not 0 <= mode <= 0o777:
-            self.fail(f"{value!r} is not an octal mode from 0 to 777", param, ctx)
+            self.fail(
+                f"{value!r} is not an octal mode from 0 to 777; write 660, 0660 or 0o660",
+                param,
+                ctx,
+            )
         return mode
 
 
@@ -134,6 +139,13 @@ class Spelled(ParamType):
 _MILTER = Spelled("milter", checked_spec)
 _SECONDS = Seconds(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
+
+# TOML reads 0o660 as the number 432, refuses 0660, and means 660 by 660; chmod means the same by
+# all three. So a mode's digits are read as a string: only a number with a leading 0 needs that.
+_MODE = re.compile(
+    r"""((?:^|[{,])[ \t]*["']?(?:socket["']?[-_.]["']?)?mode["']?[ \t]*=[ \t]*)(0\w+)""",
+    re.MULTILINE,
+)
 
 # What may be given several times.
 _MANY = ("listen", "milters", "in_master")
@@ -359,7 +371,7 @@ def read_file(path: str, known: set[str]) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            tables = tomllib.load(file)
+            tables = tomllib.loads(_MODE.sub(r'\1"\2"', file.read().decode()))
     except OSError as error:
         raise ConfigError(f"configuration file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -241,6 +241,37 @@ def test_tables_and_numbers_are_read_as_they_would_be_typed() -> None:
     assert found.limits.join_retries
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["socket-mode = 0o660", 'socket-mode = "0660"', 'socket-mode = "660"', "socket-mode = 660",
+     "socket-mode = 0660", "socket_mode=0o660 # as chmod", 'socket-mode = "0o660"',
+     "[socket]\nmode = 0o660", "socket = { mode = 0o660 }", '"socket-mode" = 0o660',
+     "socket.mode = 0o660", "nice = 1\r\nsocket-mode = 0o660\r\n"],
+)  # fmt: skip
+def test_a_mode_means_the_same_however_it_is_spelled(line: str) -> None:
+    Path("x.toml").write_bytes(line.encode())
+    assert settings("--config", "x.toml").socket_mode == 0o660
+
+
+@pytest.mark.parametrize("value", ["660", "0660", "0o660"])
+def test_a_mode_means_the_same_outside_of_a_file(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert settings("--socket-mode", value).socket_mode == 0o660
+    monkeypatch.setenv("SHARDED_MILTER_SOCKET_MODE", value)
+    assert settings().socket_mode == 0o660
+
+
+@pytest.mark.parametrize("value", ["0x1b0", "0b110", "1000", "0o1777", "648", "6.6", "true"])
+def test_what_is_no_mode_is_refused_with_how_to_write_it(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("x.toml").write_text(f"socket-mode = {value}")
+    code, line = refused(capsys, "--config", "x.toml")
+    assert code == os.EX_CONFIG
+    assert line.endswith("is not an octal mode from 0 to 777; write 660, 0660 or 0o660")
+
+
 # Mistakes
 
 BAD: list[tuple[str, str]] = [
