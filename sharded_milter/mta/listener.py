@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import grp
 import os
 import socket
-import stat
-from contextlib import suppress
 from typing import Any
 
 from twisted.internet.interfaces import IReadDescriptor
@@ -23,6 +20,7 @@ from sharded_milter.errors import (
     SystemRefused,
 )
 from sharded_milter.mta.addresses import Address
+from sharded_milter.mta.unix_path import UnixPath
 
 # Connections that the kernel holds while the reactor is busy; the kernel's own limit
 # (net.core.somaxconn) is 4096 on Linux.
@@ -52,16 +50,14 @@ class Listener:
         SocketTaken, NotPermitted, ConfigError or SystemRefused, naming the socket and the reason.
         """
         self.address = address
-        self._inode = 0
+        self._path: UnixPath | None = None
         self._reactor: Any = None
         self._factory: Any = None
         self._accepted: socket.socket | None = None  # and not given to a protocol yet
         try:
-            self._socket = (
-                _bound_unix(address.path, mode, group) if address.path else _bound(address)
-            )
             if address.path:
-                self._inode = os.stat(address.path).st_ino
+                self._path = UnixPath(address.path, mode, group)
+            self._socket = self._path.socket if self._path is not None else _bound(address)
         except OSError as error:
             raise _explained(address, error) from None
 
@@ -77,7 +73,7 @@ class Listener:
         """
         self._factory, self._reactor = factory, reactor
         try:
-            if self._inode and os.stat(self.address.path).st_ino != self._inode:
+            if self._path is not None and not self._path.is_ours():
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             self._socket.listen(BACKLOG)
         except OSError as error:
@@ -93,11 +89,18 @@ class Listener:
         self._socket.close()
         if self._accepted is not None:
             self._accepted.close()
-        if self._inode:
-            with suppress(FileNotFoundError):
-                if os.stat(self.address.path).st_ino == self._inode:
-                    os.unlink(self.address.path)
-            self._inode = 0
+        if self._path is not None:
+            self._remove(self._path)
+
+    def _remove(self, path: UnixPath) -> None:
+        try:
+            path.remove()
+        except OSError as error:  # the service gave up the rights that it was started with
+            self.log.warn(
+                "cannot remove {path}: {why}; the next start takes it over",
+                path=self.address.path,
+                why=error.strerror,
+            )
 
     # What the reactor calls (IReadDescriptor)
 
@@ -158,48 +161,6 @@ def _bound(address: Address) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _bound_unix(path: str, mode: int, group: str) -> socket.socket:
-    gid = _group_id(group) if group else -1
-    if os.path.lexists(path):
-        _take_over(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old_umask = os.umask(0o177)  # nobody connects before mode and group are set
-    try:
-        sock.bind(path)
-        if gid != -1:
-            os.chown(path, -1, gid)
-        os.chmod(path, mode)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(old_umask)
-    return sock
-
-
-def _take_over(path: str) -> None:
-    """Removes the socket that a server left behind; refuses when one is still there."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise ConfigError(f"cannot listen on unix:{path}: it exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:  # its backlog is full: it lives
-            pass
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-
-def _group_id(group: str) -> int:
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ConfigError(f"--socket-group {group!r}: there is no such group") from None
 
 
 def _explained(address: Address, error: OSError) -> StartError:

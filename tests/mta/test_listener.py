@@ -168,6 +168,167 @@ def test_a_unix_socket_has_the_group_that_was_asked_for(path: str) -> None:
     listener.close()
 
 
+def test_a_group_may_be_a_number(path: str) -> None:
+    listener = Listener(parse_listen(path), 0o660, str(os.getgid()))
+    assert os.stat(path).st_gid == os.getgid()
+    listener.close()
+
+
+def test_a_path_that_may_not_be_removed_stays_with_a_line_that_says_so(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    listener = Listener(parse_listen(path), 0o660, "")
+    monkeypatch.setattr(os, "unlink", refuse)
+    with capturedLogs() as events:
+        listener.close()
+        listener.close()
+    assert [event["log_format"].format(**event) for event in events] == [
+        f"cannot remove {path}: Permission denied; the next start takes it over"
+    ]
+    monkeypatch.undo()
+    Listener(parse_listen(path), 0o660, "").close()
+
+
+# Directories of somebody else
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """A file that nobody but its owner should be able to read."""
+    file = tmp_path / "precious"
+    file.write_text("precious")
+    file.chmod(0o600)
+    return file
+
+
+def on_bind(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """What another process does between bind and the next call."""
+
+    class Watched(socket.socket):
+        def bind(self, where: Any) -> None:
+            super().bind(where)
+            act(where)
+
+    monkeypatch.setattr(socket, "socket", Watched)
+
+
+def replaced_by(target: Path) -> Any:
+    """Moves the socket away and puts a link in its place."""
+
+    def act(path: str) -> None:
+        os.rename(path, f"{path}.moved")
+        os.symlink(target, path)
+
+    return act
+
+
+def unchanged(file: Path) -> bool:
+    found = file.lstat()
+    return (stat.S_IMODE(found.st_mode), found.st_gid) == (0o600, os.getgid())
+
+
+def test_no_other_file_gets_the_mode_of_a_socket_that_was_moved(
+    path: str, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_bind(monkeypatch, replaced_by(precious))
+    with pytest.raises(SocketTaken):
+        Listener(parse_listen(path), 0o666, str(os.getgid()))
+    assert unchanged(precious)
+    assert os.readlink(path) == str(precious)  # which is not ours to remove
+
+
+def test_no_other_file_gets_the_group_of_a_socket_that_was_moved(
+    path: str, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def chown(where: str, uid: int, gid: int) -> None:
+        replaced_by(precious)(path)
+        given.append((os.stat(where).st_ino, os.stat(f"{path}.moved").st_ino))
+
+    monkeypatch.setattr(os, "chown", chown)
+    listener = Listener(parse_listen(path), 0o666, str(os.getgid()))
+    [(given_to, moved)] = given
+    assert given_to == moved
+    assert unchanged(precious)
+    factory: Any = "factory"
+    with pytest.raises(SocketTaken):
+        listener.serve(factory, Reactor())
+    listener.close()
+    assert os.path.islink(path)
+
+
+def test_a_socket_has_its_mode_from_the_first_moment_on(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    on_bind(monkeypatch, lambda path: modes.append(stat.S_IMODE(os.stat(path).st_mode)))
+    Listener(parse_listen(path), 0o640, "").close()
+    assert modes == [0o640]
+
+
+def test_a_directory_whose_default_is_another_mode_does_not_change_it(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_bind(monkeypatch, lambda path: os.chmod(path, 0o777))  # a default ACL does that
+    listener = Listener(parse_listen(path), 0o600, "")
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    listener.close()
+
+
+def test_a_socket_of_another_user_in_its_place_is_left_alone(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(SocketTaken):
+        Listener(parse_listen(path), 0o666, "")
+    assert os.path.exists(path)
+
+
+@pytest.mark.parametrize("after", ["file", "nothing"])
+def test_what_takes_the_place_of_a_stale_socket_is_not_removed(
+    after: str, path: str, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(socket.socket):
+        def connect(self, where: Any) -> None:
+            os.rename(path, f"{path}.moved")
+            if after == "file":
+                os.rename(precious, path)
+            super().connect(where)
+
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    monkeypatch.setattr(socket, "socket", Watched)
+    with pytest.raises(SocketTaken):
+        Listener(parse_listen(path), 0o660, "")
+    assert os.path.exists(f"{path}.moved")
+    assert (Path(path).read_text() == "precious") if after == "file" else precious.exists()
+
+
+def test_a_path_is_removed_from_the_directory_that_it_was_made_in(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    listener = Listener(parse_listen(f"{folder}/s"), 0o660, "")
+    (other / "s").write_text("precious")
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(other)
+    listener.close()
+    assert (other / "s").read_text() == "precious"
+    assert list((tmp_path / "moved").iterdir()) == []
+
+
+def test_a_closed_listener_keeps_no_descriptor(path: str) -> None:
+    before = os.listdir("/proc/self/fd")
+    Listener(parse_listen(path), 0o660, "").close()
+    with pytest.raises(ConfigError):
+        Listener(parse_listen(f"{path}/none"), 0o660, "")
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_an_unknown_group_is_named(path: str) -> None:
     with pytest.raises(ConfigError, match="'no-such-group': there is no such group"):
         Listener(parse_listen(path), 0o660, "no-such-group")
@@ -181,8 +342,12 @@ def test_a_group_that_may_not_be_given_is_a_matter_of_rights(
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "chown", refuse)
-    with pytest.raises(NotPermitted, match="Operation not permitted"):
-        Listener(parse_listen(path), 0o660, grp.getgrgid(os.getgid()).gr_name)
+    group = grp.getgrgid(os.getgid()).gr_name
+    with pytest.raises(NotPermitted, match="Operation not permitted") as caught:
+        Listener(parse_listen(path), 0o660, group)
+    assert f"to --socket-group '{group}'; make " in str(caught.value)
+    assert "a member of that group, or start as root with --user " in str(caught.value)
+    assert not os.path.lexists(path)
 
 
 def test_a_socket_that_nobody_serves_is_taken_over(path: str, listeners: list[Listener]) -> None:
