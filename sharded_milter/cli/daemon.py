@@ -174,7 +174,9 @@ class _Run:
         clock: Any = reactor
         clock.seconds = time.monotonic
         limits = settings.limits
-        keep = Keep(Path(settings.keep_dir), settings.keep_quota) if settings.keep_dir else None
+        keep = None
+        if settings.keep_dir:
+            keep = Keep(Path(settings.keep_dir), settings.keep_quota, clock.callInThread)
         dispatcher = Dispatcher(limits, reactor, keep)
         make_shard = shard_maker(settings, specs, dispatcher, reactor)
         workers = settings.workers if specs else 0

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import threading
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +33,18 @@ DEADLY = 2
 
 # Transcripts of the same message differ by this much at the most, bytes: queue ids and ports.
 SLACK = 512
+
+# How the name of a copy ends that is being written, and after how many seconds such a file is one
+# that a killed process has left behind: writing takes seconds.
+PARTIAL = ".partial"
+LEFT_BEHIND = 600.0
+
+_ENVELOPE = {
+    Mail.letter[0]: b"X-Envelope-Sender: ",
+    Rcpt.letter[0]: b"X-Envelope-Recipient: ",
+}
+_HEADER = (Header.letter[0],)
+_TEXT = (Body.letter[0], Eom.letter[0])
 
 _CONTENT = frozenset(kind.letter[0] for kind in (Mail, Rcpt, Header, Body, Eom))
 
@@ -101,46 +117,92 @@ class Poison:
 
 
 class Keep:
-    """A directory for copies of poisonous messages, under a quota in bytes."""
+    """A directory for copies of poisonous messages, under a quota in bytes.
 
-    def __init__(self, folder: Path, quota: int) -> None:
+    A copy is complete or absent, also after a power failure. `run` has a function called, in
+    another thread where a disk must not hold anything up; without it the function is called now.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        quota: int,
+        run: Callable[[Callable[[], None]], None] = lambda function: function(),
+    ) -> None:
+        self.run = run
         self._folder = folder
         self._quota = quota
+        self._turn = threading.Lock()  # so that two copies do not use the same room
 
     def save(self, name: str, message: memoryview) -> Path | None:
         """Writes the message as `name`.eml and returns its path; None when the quota is used up.
 
-        Raises OSError where the system refuses.
+        Raises OSError where the system refuses; then nothing is left of the copy.
         """
-        lines = list(as_eml(message))
-        used = sum(entry.stat().st_size for entry in os.scandir(self._folder) if entry.is_file())
-        if used + sum(map(len, lines)) > self._quota:
-            return None
-        path = self._folder / f"{name}.eml"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with self._turn:
+            size = sum(map(len, as_eml(message)))
+            folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if _used(folder) + size > self._quota:
+                    return None
+                _write(folder, f"{name}.eml", as_eml(message))
+            finally:
+                os.close(folder)
+        return self._folder / f"{name}.eml"
+
+
+def _used(folder: int) -> int:
+    """The bytes of all files in a directory, less what was begun and left behind there."""
+    used = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # another process has removed it meanwhile
+                found = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(found.st_mode):
+                    continue
+                if entry.name.endswith(PARTIAL) and time.time() - found.st_mtime > LEFT_BEHIND:
+                    os.unlink(entry.name, dir_fd=folder)
+                else:
+                    used += found.st_size
+    return used
+
+
+def _write(folder: int, name: str, pieces: Iterable[bytes]) -> None:
+    """Writes a file of that name, which replaces whatever had it: a link is not followed."""
+    partial = f".{name}.{os.getpid()}{PARTIAL}"
+    with suppress(FileNotFoundError):  # of an earlier process with this number
+        os.unlink(partial, dir_fd=folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(partial, flags, 0o600, dir_fd=folder)
+    try:
         with open(descriptor, "wb") as file:
-            file.writelines(lines)
-        return path
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(descriptor)
+        os.rename(partial, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.unlink(partial, dir_fd=folder)
+        raise
+    os.fsync(folder)
 
 
 def as_eml(message: memoryview) -> Iterator[bytes]:
-    """The message of a transcript as an RFC 5322 file, its envelope in fields of its own."""
-    envelope: list[bytes] = []
-    header: list[bytes] = []
-    body: list[bytes] = []
+    """The message of a transcript as an RFC 5322 file, its envelope in fields of its own.
+
+    Comes in pieces, the largest of which is a packet.
+    """
+    for code, payload in _payloads(message, _ENVELOPE):
+        yield _ENVELOPE[code] + payload.partition(b"\0")[0] + b"\r\n"
+    for _, payload in _payloads(message, _HEADER):
+        name, value = payload.split(b"\0")[:2]
+        blank = b"" if value[:1] in (b" ", b"\t") else b" "
+        yield name + b":" + blank + value.replace(b"\n", b"\r\n") + b"\r\n"
+    yield b"\r\n"
+    for _, payload in _payloads(message, _TEXT):
+        yield payload
+
+
+def _payloads(message: memoryview, codes: Container[int]) -> Iterator[tuple[int, bytes]]:
     for code, start, end in packets(message):
-        payload = bytes(message[start:end])
-        strings = payload.split(b"\0")
-        if code == Mail.letter[0]:
-            envelope.append(b"X-Envelope-Sender: " + strings[0] + b"\r\n")
-        elif code == Rcpt.letter[0]:
-            envelope.append(b"X-Envelope-Recipient: " + strings[0] + b"\r\n")
-        elif code == Header.letter[0]:
-            blank = b"" if strings[1][:1] in (b" ", b"\t") else b" "
-            value = strings[1].replace(b"\n", b"\r\n")
-            header.append(strings[0] + b":" + blank + value + b"\r\n")
-        elif code in (Body.letter[0], Eom.letter[0]):
-            body.append(payload)
-    parts: Iterable[list[bytes]] = (envelope, header, [b"\r\n"], body)
-    for part in parts:
-        yield from part
+        if code in codes:
+            yield code, bytes(message[start:end])

@@ -8,6 +8,7 @@ answer to the first one.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 from twisted.logger import Logger
@@ -15,13 +16,16 @@ from twisted.logger import Logger
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.poison import DEADLY, SLACK, Keep, Poison
 from sharded_milter.errors import JobFailed, Poisoned, WorkerLost
-from sharded_milter.ipc.memory import view_of
+from sharded_milter.ipc.memory import Memory, view_of
 from sharded_milter.limits import Limits
 from sharded_milter.protocol.stages import Stage
 
 # A client that gives up and comes back has waited for minutes; a message that has been in hand for
 # this long is worth waiting for instead of starting it again.
 JOIN_AFTER = 10.0
+
+# Copies of poison that may wait for a slow disk at a time: each is a message in memory.
+MAX_SAVING = 4
 
 
 class Retries:
@@ -33,6 +37,7 @@ class Retries:
         self._limits = limits
         self._counters = counters
         self._keep = keep
+        self._saving = threading.BoundedSemaphore(MAX_SAVING)
         self._poison = Poison()
         self._open: dict[Job, None] = {}  # messages in hand, while repeats may join them
 
@@ -71,13 +76,23 @@ class Retries:
         return True
 
     def _save(self, keep: Keep, job: Job) -> None:
+        if self._saving.acquire(blocking=False):
+            name, message = job.digest.hex()[:16], job.message  # which the job lets go soon
+            keep.run(lambda: self._write(keep, name, message))
+        else:
+            self.log.error("cannot keep a copy: {n} are being written", n=MAX_SAVING)
+
+    def _write(self, keep: Keep, name: str, message: bytes | Memory) -> None:
+        """May run in a thread of its own."""
         try:
-            with view_of(job.message) as view:
-                path = keep.save(job.digest.hex()[:16], view)
+            with view_of(message) as view:
+                path = keep.save(name, view)
         except OSError as error:
             self.log.error("cannot keep a copy: {why}", why=str(error))
         else:
             self.log.info("copy kept: {path}", path=path or "no, the quota is used up")
+        finally:
+            self._saving.release()
 
     # Repeats
 

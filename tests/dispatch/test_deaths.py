@@ -14,6 +14,7 @@ from twisted.logger import LogLevel, capturedLogs
 from sharded_milter.dispatch import job as job_module
 from sharded_milter.dispatch.job import Blame
 from sharded_milter.dispatch.poison import REMEMBERED_FOR, SLACK, Keep
+from sharded_milter.dispatch.retries import MAX_SAVING
 from sharded_milter.dispatch.timeouts import PATIENCE
 from sharded_milter.errors import Overloaded, Poisoned, WorkerLost
 from sharded_milter.ipc.memory import Memory, packed
@@ -304,6 +305,22 @@ def test_a_copy_that_cannot_be_kept_is_a_line_in_the_log(
         poisoned(workers, message(Body(b"text" * 10)))
     assert list(tmp_path.iterdir()) == []
     assert (format_, level) in [(event["log_format"], event["log_level"]) for event in events]
+
+
+def test_a_slow_disk_holds_nothing_up_and_few_messages_in_memory(tmp_path: Path) -> None:
+    later: list[Callable[[], None]] = []
+    workers = Workers(1, Keep(tmp_path, 10_000, later.append))
+    with capturedLogs() as events:
+        for number in range(MAX_SAVING + 1):
+            poisoned(workers, message(Body(b"%d" % number)))
+        assert list(tmp_path.iterdir()) == []
+        for write in later:
+            write()
+        poisoned(workers, message(Body(b"again")))
+    assert len(later) == MAX_SAVING + 1
+    assert len(list(tmp_path.iterdir())) == MAX_SAVING
+    said = [event["log_format"].format(**event) for event in events]
+    assert said.count(f"cannot keep a copy: {MAX_SAVING} are being written") == 1
 
 
 def test_a_shard_is_named_in_the_log_when_it_dies() -> None:
