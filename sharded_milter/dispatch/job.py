@@ -25,6 +25,7 @@ from sharded_milter.ipc.memory import Memory, view_of
 from sharded_milter.ipc.messages import SESSION_END
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
+from sharded_milter.protocol.text import quoted
 
 if TYPE_CHECKING:
     from sharded_milter.dispatch.pipeline import Pipeline
@@ -98,7 +99,7 @@ class Job:
     @property
     def about(self) -> str:
         """What log lines call it."""
-        return f"qid={self.queue_id}" if self.queue_id else "message without queue id"
+        return f"qid={quoted(self.queue_id)}" if self.queue_id else "message without queue id"
 
     @property
     def size(self) -> int:

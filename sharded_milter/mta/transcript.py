@@ -17,7 +17,7 @@ from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.ipc.memory import MAX_INLINE, Memory
 from sharded_milter.mta.inflight import Inflight
 from sharded_milter.protocol.commands import Connect, Macro, Mail, Rcpt
-from sharded_milter.protocol.text import to_text
+from sharded_milter.protocol.text import quoted, to_text
 from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
 
 # What fits into one AMP box needs no memory of its own.
@@ -195,7 +195,7 @@ class Transcript:
     @property
     def about(self) -> str:
         """What log lines call the message."""
-        return f"qid={self.queue_id}" if self.queue_id else "message without queue id"
+        return f"qid={quoted(self.queue_id)}" if self.queue_id else "message without queue id"
 
     def is_refused(self) -> bool:
         """Whether the MTA itself has refused the latest recipient."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import io
 import os
 import sys
+import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, Protocol
 
 from twisted.logger import (
     FilteringLogObserver,
@@ -14,14 +17,20 @@ from twisted.logger import (
     LogLevel,
     LogLevelFilterPredicate,
     formatEvent,
-    formatEventAsClassicLogText,
     formatTime,
     globalLogBeginner,
 )
+from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from sharded_milter.ops.log_writer import LogWriter
+from sharded_milter.protocol.text import printable
 
 OURS = "sharded_milter"
 LEVELS = ("debug", "info", "warn", "error")
+
+# Characters of a line: a worker's are shorter (pool/output), and an MTA's values could be 64 KB.
+MAX_LINE = 16_384
 
 
 def takes(level: str, what: str) -> bool:
@@ -39,11 +48,21 @@ _SYSLOG = {
 }
 
 
+class Writes(Protocol):
+    """Where lines go."""
+
+    def write(self, text: str, /) -> object: ...
+
+
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as one line or, with a traceback, as several."""
+    """Writes each event as one line; a traceback follows as several.
 
-    def __init__(self, stream: TextIO, *, journald: bool) -> None:
+    Whatever a message, a worker or an MTA says stays within its line (`printable`). Only the text
+    of an event that `has_details` may be several, which are indented: none looks like an event.
+    """
+
+    def __init__(self, stream: Writes, *, journald: bool) -> None:
         self._stream = stream
         self._journald = journald
         self._second = -1
@@ -57,30 +76,94 @@ class LineObserver:
         return self._text
 
     def __call__(self, event: LogEvent) -> None:
-        message = _with_traceback(event) if "log_failure" in event else formatEvent(event)
-        message = message.rstrip("\n")
-        if not message:
-            return
-        level = event.get("log_level", LogLevel.info)
-        if self._journald:
+        message = formatEvent(event).rstrip("\n")
+        lines = []
+        if "has_details" in event:
+            message, *details = message.split("\n")
+            lines = [f"    {printable(line)}" for line in details]
+        elif "log_failure" in event:
+            lines = _traceback(event["log_failure"])
+        if message:
+            lines = [printable(message), *lines]
+        if lines:
+            self._stream.write(
+                self.text(event.get("log_level", LogLevel.info), event.get("log_time", 0.0), lines)
+            )
+
+    def text(self, level: Any, when: float, lines: list[str]) -> str:
+        """The lines of one event as they are written."""
+        lines = [line if len(line) <= MAX_LINE else _cut(line) for line in lines]
+        if self._journald:  # each line is an entry of its own
             prefix = f"<{_SYSLOG[level]}>"
-            message = message.replace("\n", "\n" + prefix)  # each line is an entry of its own
-        else:
-            prefix = f"{self._stamp(event['log_time'])} {level.name:<5} "
-        self._stream.write(prefix + message + "\n")
-        self._stream.flush()
+            return "".join(f"{prefix}{line}\n" for line in lines)
+        return f"{self._stamp(when)} {level.name:<5} " + "\n".join(lines) + "\n"
 
 
-def _with_traceback(event: LogEvent) -> str:
-    # The classic text is "time [system] message" with tabs before continuation lines.
-    text = formatEventAsClassicLogText(event, formatTime=lambda _: "") or ""
-    return text.partition("] ")[2].replace("\n\t", "\n")
+def _cut(line: str) -> str:
+    return f"{line[:MAX_LINE]}... and {len(line) - MAX_LINE} characters more"
+
+
+def _traceback(failure: Failure) -> list[str]:
+    """The lines of a traceback; the exception's own words are one of them."""
+    text = failure.getTraceback().rstrip("\n")
+    words = failure.getErrorMessage().rstrip("\n")
+    if words and text.endswith(words):
+        text = text.removesuffix(words) + printable(words)
+    return [printable(line) for line in text.split("\n")]
+
+
+class Stream(io.TextIOBase):
+    """What is written to standard error, line by line, once the log has begun."""
+
+    def __init__(self, writer: LogWriter, descriptor: int, encoding: str) -> None:
+        self._writer = writer
+        self._descriptor = descriptor
+        self._encoding = encoding
+        self._rest = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # an attribute that typeshed lets be set
+        return self._encoding
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, text: str, /) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        if len(self._rest) > MAX_LINE:
+            lines, self._rest = [*lines, self._rest], ""
+        if lines:
+            data = "".join(f"{printable(line)}\n" for line in lines)
+            self._writer.write(data.encode(self._encoding, "backslashreplace"))
+        return len(text)
 
 
 def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Sends what we log from `level` on, and others' warnings, to standard error from now on."""
+    """Sends what we log from `level` on, and others' warnings, to standard error from now on.
+
+    That waits for no reader from then on, whoever writes to it: what it does not take is dropped
+    and counted. At the exit of the process what still waits gets END_GRACE.
+    """
     predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
     predicate.setLogLevelForNamespace(OURS, LogLevel.levelWithName(level))
+    # Without a standard error its number may be a connection's by now.
+    there = sys.stderr is not None
+    descriptor = sys.stderr.fileno() if there else os.open(os.devnull, os.O_WRONLY)
+    encoding = sys.stderr.encoding if there else "utf-8"
+
+    def notice(dropped: int) -> bytes:
+        said = f"{dropped} log lines were dropped: standard error did not take them"
+        return observer.text(LogLevel.warn, time.time(), [said]).encode(encoding)
+
+    writer = LogWriter(descriptor, notice)
+    atexit.register(writer.close)
+    sys.stderr = Stream(writer, descriptor, encoding)
     observer = LineObserver(sys.stderr, journald="JOURNAL_STREAM" in environ)
     globalLogBeginner.beginLoggingTo(
         [FilteringLogObserver(observer, [predicate])], redirectStandardIO=False

@@ -259,7 +259,9 @@ class Generation:
 
     def _start_later(self, slot: Slot, shard: Shard) -> None:
         reason = described(_why_not_started(shard))
-        self.log.error("shard {n} has not started: {why}", n=slot.number, why=reason)
+        self.log.error(
+            "shard {n} has not started: {why}", n=slot.number, why=reason, has_details=True
+        )
         self._start_after(slot, slot.back_off(self._limits))
 
     def _replace(self, slot: Slot, shard: Shard) -> None:

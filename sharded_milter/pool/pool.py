@@ -178,7 +178,8 @@ class Pool:
             self._started.errback(Failure(error))
             return
         self._work.counters["reloads_failed"] += 1
-        self.log.error("not reloaded, the old workers go on: {why}", why=described(error))
+        why = described(error)
+        self.log.error("not reloaded, the old workers go on: {why}", why=why, has_details=True)
         self._reload_next()
 
     def _keep_until_gone(self, generation: Generation) -> None:

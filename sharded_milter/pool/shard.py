@@ -30,7 +30,7 @@ from sharded_milter.pool.places import Place
 from sharded_milter.pool.table import Cell, row
 from sharded_milter.protocol.negotiation import Manifest, Pinning
 from sharded_milter.protocol.stages import STAGES
-from sharded_milter.protocol.text import to_text
+from sharded_milter.protocol.text import quoted, to_text
 
 # A worker that was told to end gets this long.
 EXIT_GRACE = 5.0
@@ -277,7 +277,9 @@ class Shard:
 
     def output(self, line: bytes) -> None:
         """A line that the worker wrote."""
-        about = f"{self.slot} qid={self.working_on}" if self.working_on else str(self.slot)
+        about = str(self.slot)
+        if self.working_on:
+            about += f" qid={quoted(self.working_on)}"
         self.log.info("[{about}] {line}", about=about, line=to_text(line))
 
     def exited(self, reason: str) -> None:

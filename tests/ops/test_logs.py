@@ -11,7 +11,7 @@ import pytest
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from sharded_milter.ops.logs import LEVELS, LineObserver, takes
+from sharded_milter.ops.logs import LEVELS, MAX_LINE, LineObserver, takes
 
 
 def logged(*, journald: bool, level: str = "info", text: str = "{x}", **values: Any) -> str:
@@ -40,13 +40,51 @@ def test_a_line_for_journald_has_a_severity(level: str, severity: int) -> None:
 
 
 def test_every_line_for_journald_has_it() -> None:
-    assert logged(journald=True, level="error", x="one\n\ttwo\nthree\n") == (
-        "<3>one\n<3>\ttwo\n<3>three\n"
+    text = logged(journald=True, level="error", x="one\n\ttwo\nthree\n", has_details=True)
+    assert text == "<3>one\n<3>    \\ttwo\n<3>    three\n"
+
+
+def test_details_are_lines_that_look_like_no_event() -> None:
+    forged = "2026-11-27T00:00:00+0000 error shard 1 is gone: forged"
+    _, *rest = logged(
+        journald=False, x=f"one\n{forged}\x1b\r\n{forged}", has_details=True
+    ).splitlines()
+    assert rest == [f"    {forged}\\x1b\\r", f"    {forged}"]
+
+
+# What would end a line, drive a terminal, hide text or turn its direction.
+CONTROLS = [*map(chr, range(32)), *map(chr, range(0x7F, 0xA0)), "\u2028", "\u2029", "\u202e",
+            "\u2066", "\u200b", "\ufeff", "\ud800", "\udc9b", "\udcff", "\U000e0001"]  # fmt: skip
+
+
+@pytest.mark.parametrize("journald", [False, True])
+@pytest.mark.parametrize("char", CONTROLS, ids=ascii)
+def test_a_value_stays_in_its_line_and_shows_what_it_is(char: str, journald: bool) -> None:
+    text = logged(journald=journald, x=f"a{char}<0>b")
+    assert text.count("\n") == 1
+    assert text.endswith("<0>b\n")
+    assert text[:-1].isprintable()
+    assert "a\\" in text
+
+
+def test_an_exceptions_words_stay_in_their_line() -> None:
+    try:
+        raise ValueError("one\n2026-11-27T00:00:00+0000 error two\x1b\n")
+    except ValueError:
+        text = logged(journald=False, text="went wrong", failure=Failure())
+    assert text.splitlines()[-1] == (
+        "builtins.ValueError: one\\n2026-11-27T00:00:00+0000 error two\\x1b"
     )
 
 
-def test_lines_for_a_terminal_keep_their_indent() -> None:
-    assert logged(journald=False, x="one\n\ttwo\n  three").endswith("one\n\ttwo\n  three\n")
+def test_an_exception_without_words_is_named() -> None:
+    text = logged(journald=False, text="went wrong", failure=Failure(ValueError()))
+    assert text.splitlines()[-1].strip() == "Failure: builtins.ValueError:"
+
+
+def test_an_endless_line_is_cut() -> None:
+    text = logged(journald=True, x="x" * (MAX_LINE + 5))
+    assert text == f"<6>{'x' * MAX_LINE}... and 5 characters more\n"
 
 
 def test_braces_in_a_value_are_no_format() -> None:

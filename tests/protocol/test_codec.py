@@ -47,7 +47,15 @@ from sharded_milter.protocol.replies import (
     ReplyCode,
     parse_reply,
 )
-from sharded_milter.protocol.text import join_strings, split_strings, to_text, to_wire
+from sharded_milter.protocol.text import (
+    MAX_SHOWN,
+    join_strings,
+    printable,
+    quoted,
+    split_strings,
+    to_text,
+    to_wire,
+)
 from sharded_milter.protocol.wire import (
     MAX_CHUNK,
     MAX_PACKET,
@@ -60,6 +68,34 @@ from sharded_milter.protocol.wire import (
 from .strategies import commands_, encoded, packet, payloads, replies_, sliced, texts
 
 # Text
+
+
+def test_what_is_printable_is_shown_as_it_is() -> None:
+    text = "caf\u00e9 \u0645\u0631 \\ \"'="
+    assert printable(text) == text
+
+
+def test_what_is_not_printable_is_shown_by_its_number() -> None:
+    assert printable("a\t\r\n\x1b\x7f\x9b\u2028\u202e\udcff\ud800\U000e0001b") == (
+        r"a\t\r\n\x1b\x7f\x9b\u2028\u202e\xff\ud800\U000e0001b"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("4F3A2B1C0D", "4F3A2B1C0D"),
+        ("1tYJ5X-0000Xy-2B", "1tYJ5X-0000Xy-2B"),
+        ("C size=1 verdict=reject", r'"C\x20size\x3d1\x20verdict\x3dreject"'),
+        ('a" b="c', r'"a\x22\x20b\x3d\x22c"'),
+        ("a\nb", r'"a\nb"'),
+        ("a\x1b]", r'"a\x1b\x5d"'),
+        ("a\\x20b", r'"a\x5cx20b"'),
+        ("x" * (MAX_SHOWN + 1), "x" * MAX_SHOWN + "..."),
+    ],
+)
+def test_a_value_cannot_be_taken_for_another_field(value: str, shown: str) -> None:
+    assert quoted(value) == shown
 
 
 @given(st.binary())
