@@ -282,6 +282,16 @@ class Shard:
             about += f" qid={quoted(self.working_on)}"
         self.log.info("[{about}] {line}", about=about, line=to_text(line))
 
+    def output_dropped(self, lines: int, size: int) -> None:
+        """The worker has written more within a second than is shown."""
+        self.log.warn(
+            "shard {n} wrote more than the log takes in a second: {lines} lines, {size} bytes in"
+            " all, are dropped",
+            n=self.slot,
+            lines=lines,
+            size=size,
+        )
+
     def exited(self, reason: str) -> None:
         """The process is reaped. What it had answered before counts."""
         self._has_ended = True

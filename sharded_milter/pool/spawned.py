@@ -23,6 +23,7 @@ from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
 from sharded_milter.ipc.sockets import read_now
+from sharded_milter.pool.output import Output
 from sharded_milter.pool.places import Owner
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
@@ -45,9 +46,6 @@ PASSED_ENVIRONMENT = (
 
 # Output of a dead worker that its descendants still hold open is read for this long.
 OUTPUT_GRACE = 2.0
-
-# The longest piece of a line of output that is kept while its end has not come.
-MAX_LOG_LINE = 8192
 
 # Reads of 8 KB from a pipe before other work goes on: it holds 64 KB.
 MAX_CATCH_UP = 8
@@ -188,28 +186,29 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         super().__init__(protocol, slot)
         self._owner = owner
         self._reactor = reactor
-        self._pieces: dict[int, bytes] = {}
+        self._output = Output(owner, self._hold, reactor)
 
     def connectionMade(self) -> None:
         self.transport.closeStdin()
 
     def catch_up(self) -> None:
         """Takes what was written so far: it belongs to the job that was answered just now."""
+        if not self._output.held:
+            read_now(self._readers(), MAX_CATCH_UP)
+
+    def _readers(self) -> list[Any]:
         pipes = getattr(self.transport, "pipes", {})  # Twisted's own, by the child's number
-        read_now([pipes[fd] for fd in _OUTPUTS if fd in pipes], MAX_CATCH_UP)
+        return [pipes[fd] for fd in _OUTPUTS if fd in pipes]
+
+    def _hold(self, held: bool) -> None:
+        for reader in self._readers():
+            reader.stopReading() if held else reader.startReading()
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        *lines, rest = (self._pieces.get(childFD, b"") + data).split(b"\n")
-        if len(rest) > MAX_LOG_LINE:
-            lines, rest = [*lines, rest], b""
-        self._pieces[childFD] = rest
-        for line in lines:
-            self._owner.output(line[:MAX_LOG_LINE])
+        self._output.feed(childFD, data)
 
     def processExited(self, reason: Failure) -> None:
-        for rest in filter(None, self._pieces.values()):
-            self._owner.output(rest)
-        self._pieces.clear()
+        self._output.end()
         self._reactor.callLater(OUTPUT_GRACE, self.transport.loseConnection)
         self._owner.exited(_exit_reason(reason))
 

@@ -57,6 +57,7 @@ class Daemon:
         self.options = options
         self.cwd = cwd
         self.env = environment(env)
+        self.stderr: int | None = None  # where its log goes, if that is not a file
         self._process: subprocess.Popen[bytes] | None = None
         self._log = cwd / f"daemon-{id(self):x}.stderr"
 
@@ -89,7 +90,7 @@ class Daemon:
                     env=self.env,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
-                    stderr=log,
+                    stderr=log if self.stderr is None else self.stderr,
                     pass_fds=[writing],
                 )
             os.close(writing)

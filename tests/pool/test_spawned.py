@@ -16,9 +16,9 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+from sharded_milter.pool.output import MAX_READ, SECOND
 from sharded_milter.pool.spawned import (
     MAX_CATCH_UP,
-    MAX_LOG_LINE,
     OUTPUT_GRACE,
     Spawned,
     Workplace,
@@ -36,6 +36,7 @@ class Pipe:
         self.fd = fd
         self.pieces: list[int] = []
         self.reads = 0
+        self.held = False
         self.reader, self.writer = os.pipe()
 
     def say(self, *pieces: bytes) -> None:
@@ -44,6 +45,12 @@ class Pipe:
 
     def fileno(self) -> int:
         return self.reader
+
+    def stopReading(self) -> None:
+        self.held = True
+
+    def startReading(self) -> None:
+        self.held = False
 
     def doRead(self) -> None:
         self.reads += 1
@@ -83,6 +90,7 @@ class Room(Clock):
     def __init__(self, *, started: bool = True) -> None:
         super().__init__()
         self.lines: list[bytes] = []
+        self.dropped: list[tuple[int, int]] = []
         self.exits: list[str] = []
         self.refuse: OSError | None = None
         self.no_descriptor: OSError | None = None
@@ -113,6 +121,9 @@ class Room(Clock):
 
     def output(self, line: bytes) -> None:
         self.lines.append(line)
+
+    def output_dropped(self, lines: int, size: int) -> None:
+        self.dropped.append((lines, size))
 
     def exited(self, reason: str) -> None:
         self.exits.append(reason)
@@ -285,13 +296,6 @@ def test_the_last_words_need_no_line_end() -> None:
     assert room.lines == [b"x", b"Fatal"]
 
 
-def test_an_endless_line_is_cut() -> None:
-    room = Room()
-    room.write(2, b"x" * (MAX_LOG_LINE + 1))
-    room.write(2, b"y\n")
-    assert room.lines == [b"x" * MAX_LOG_LINE, b"y"]
-
-
 def test_what_was_written_until_now_can_be_read_at_once() -> None:
     room = Room()
     room.process.pipes[1].say(b"o", b"ne\n")
@@ -306,6 +310,22 @@ def test_a_worker_that_writes_for_ever_does_not_keep_us() -> None:
     del room.process.pipes[2]
     room.place.read_output()
     assert room.process.pipes[1].reads == MAX_CATCH_UP
+
+
+def test_a_worker_that_writes_more_than_is_read_has_to_wait_for_the_next_second() -> None:
+    room = Room()
+    for _ in range(MAX_READ // 8192 + 1):
+        room.write(1, b"x" * 8191 + b"\n")
+    assert [pipe.held for pipe in room.process.pipes.values()] == [True, True]
+    room.process.pipes[1].say(b"later\n")
+    room.place.read_output()
+    assert room.process.pipes[1].reads == 0
+    room.advance(SECOND)
+    assert [pipe.held for pipe in room.process.pipes.values()] == [False, False]
+    room.place.read_output()
+    assert room.lines[-1] == b"later"
+    shown = len(room.lines) - 1
+    assert room.dropped == [(MAX_READ // 8192 + 1 - shown, (MAX_READ // 8192 + 1 - shown) * 8192)]
 
 
 def test_output_that_descendants_hold_open_is_read_for_a_while() -> None:
