@@ -81,8 +81,8 @@ def measure(workers: int, ms: float, connections: int, messages: int) -> load.Re
         script.write_text(SCRIPT.format(ms=ms))
         command = [sys.executable, str(script), f"unix:{path}"]
         if workers:
-            ours = ["-m", "sharded_milter", "--workers", str(workers), "--pymilter"]
-            command = [sys.executable, *ours, str(script), "--", f"unix:{path}"]
+            ours = ["-m", "sharded_milter", "--workers", str(workers), "--allow-root"]
+            command = [sys.executable, *ours, "--pymilter", str(script), "--", f"unix:{path}"]
         with Path(folder, "log").open("wb") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log)
         try:

@@ -20,7 +20,7 @@ from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.mta.addresses import Address, parse_listen
 from sharded_milter.mta.listener import Listener
-from sharded_milter.ops import config, logs
+from sharded_milter.ops import config, logs, privileges
 
 NAME = "sharded-milter"
 SCANNER = "sharded_milter.scanner.milter:milter"
@@ -47,6 +47,8 @@ def serve(settings: config.Settings) -> int:
     Raises StartError when it cannot start.
     """
     specs = worker_specs(settings)
+    account = privileges.account(settings.user, settings.group)
+    privileges.check(account, kept_from_root(settings, specs), allow_root=settings.allow_root)
     gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
     logs.begin(settings.log_level)
     descriptors.allow()  # every MTA connection is one
@@ -56,6 +58,7 @@ def serve(settings: config.Settings) -> int:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
             listeners.append(listener)
+        take_rights(settings, account)
 
         def bind(wanted: str) -> list[Listener]:
             address = script_address(wanted)
@@ -64,6 +67,38 @@ def serve(settings: config.Settings) -> int:
             return [listener]
 
         return _Run(settings, specs, listeners, bind).run()
+
+
+def take_rights(settings: config.Settings, account: privileges.Account | None) -> None:
+    """Becomes the user that the service runs as, now that everything that root must open is open.
+
+    Raises NotPermitted or SystemRefused.
+    """
+    from twisted.logger import Logger
+
+    if account is not None:
+        privileges.become(account)
+    if os.geteuid() == privileges.ROOT:
+        Logger().warn(
+            "the service runs as root, and so do milters that read hostile mail; {cure}",
+            cure=privileges.CURE,
+        )
+    if settings.keep_dir:
+        privileges.check_folder("--keep-dir", settings.keep_dir)
+
+
+def kept_from_root(settings: config.Settings, specs: tuple[str, ...]) -> str:
+    """What of the milters does not run as root: old scripts, and what opens every attachment."""
+    if settings.pymilter is not None:
+        return f"--pymilter {settings.pymilter}"
+    return "the content scanner" if any(map(_is_scanner, (*specs, *settings.in_master))) else ""
+
+
+def _is_scanner(spec: str) -> bool:
+    """Whether it is the bundled one, by its module or by its file."""
+    where = spec.rpartition(":")[0]
+    folder = Path(__file__).parents[1] / "scanner"
+    return where.startswith("sharded_milter.scanner.") or folder in Path(where).resolve().parents
 
 
 def script_address(wanted: str) -> Address:

@@ -52,6 +52,9 @@ class Settings:
     scanner_rules: str | None
     socket_mode: int
     socket_group: str
+    user: str
+    group: str
+    allow_root: bool
     on_error: str
     on_poison: str
     keep_dir: str | None
@@ -241,6 +244,24 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--socket-group", default="", metavar="GROUP", help="Group of a UNIX socket: postfix."
+    ),
+    click.option(
+        "--user",
+        default="",
+        metavar="USER",
+        help="Whom master and workers run as, by name or number, when the service is started as"
+        " root: it binds its sockets first.",
+    ),
+    click.option(
+        "--group",
+        default="",
+        metavar="GROUP",
+        help="That user's group, by name or number; its own by default.",
+    ),
+    click.option(
+        "--allow-root",
+        is_flag=True,
+        help="Run --pymilter and the content scanner as root too.",
     ),
     click.option(
         "--on-error",

@@ -13,19 +13,31 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 
+from sharded_milter import scanner
 from sharded_milter.cli import daemon as module
 from sharded_milter.cli.daemon import (
     SCANNER,
     SCANNER_RULES,
     daemon,
+    kept_from_root,
     script_address,
     serve,
+    take_rights,
     worker_specs,
 )
-from sharded_milter.errors import ConfigError, MilterLoadError, SocketTaken, UsageError
+from sharded_milter.errors import (
+    ConfigError,
+    MilterLoadError,
+    NotPermitted,
+    SocketTaken,
+    UsageError,
+)
 from sharded_milter.mta.addresses import parse_listen
+from sharded_milter.ops import privileges
 from sharded_milter.ops.config import DEFAULT_LISTEN, Settings
+from sharded_milter.ops.privileges import Account
 from sharded_milter.pool import spawned as spawning
 
 
@@ -94,6 +106,53 @@ def test_what_does_not_go_together_is_a_usage_error(
         worker_specs(settings(monkeypatch, *arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ([], "the content scanner"),
+        ([SCANNER, "x:y"], "the content scanner"),
+        (["x:y", f"{Path(scanner.__file__).parent}/milter.py:milter"], "the content scanner"),
+        (["--in-master", SCANNER, "x:y"], "the content scanner"),
+        (["--pymilter", "s.py"], "--pymilter s.py"),
+        (["x:y", "./scanner/milter.py:milter"], ""),
+    ],
+)
+def test_root_runs_no_scanner_and_no_script(
+    arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = settings(monkeypatch, *arguments)
+    assert kept_from_root(found, worker_specs(found)) == what
+    if what:
+        monkeypatch.undo()  # of the serve() that only keeps the settings
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        with pytest.raises(NotPermitted, match=f"^{what} does not run as root"):
+            serve(found)
+
+
+@pytest.mark.parametrize("uid", [0, 1234])
+def test_root_is_warned_of_itself_with_the_cure(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(monkeypatch, "x:y")
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    with capturedLogs() as events:
+        take_rights(chosen, None)
+    said = [event["log_format"].format(**event) for event in events]
+    assert ["say --user NAME" in line for line in said] == [True] * (uid == 0)
+
+
+def test_a_keep_dir_is_looked_at_with_the_rights_that_will_use_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    become: list[Account] = []
+    monkeypatch.setattr(privileges, "become", become.append)
+    chosen = settings(monkeypatch, "x:y", "--keep-dir", str(tmp_path))
+    somebody = Account("somebody", 1, 1, (1,), "/")
+    take_rights(chosen, somebody)
+    assert become == [somebody]
+    tmp_path.rmdir()
+    with pytest.raises(NotPermitted, match=f"--keep-dir {tmp_path}: user "):
+        take_rights(chosen, somebody)
+
+
 class FakeServer:
     """Starts and stops as the test says."""
 
@@ -155,7 +214,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Serves with a fake reactor and server, which do what the script says."""
 
     def run(script: Any, *arguments: str) -> int:
-        chosen = settings(monkeypatch, *arguments)
+        chosen = settings(monkeypatch, "--allow-root", *arguments)
         monkeypatch.setattr("twisted.internet.reactor", FakeReactor(script), raising=False)
         monkeypatch.setattr("sharded_milter.server.Server", FakeServer)
         monkeypatch.setattr("sharded_milter.ops.logs.begin", lambda level: None)

@@ -21,7 +21,8 @@ STOP_TIMEOUT = 45.0
 REFUSAL_TIMEOUT = 90.0
 
 
-PROGRAM = ("-m", "sharded_milter")
+#: The tests run as root in CI, and the only mail is theirs.
+PROGRAM = ("-m", "sharded_milter", "--allow-root")
 
 
 def command(
@@ -193,11 +194,12 @@ class Refusal:
         *options: str,
         cwd: Path,
         wrapper: Sequence[str] = (),
+        program: Sequence[str] = PROGRAM,
         python: str = sys.executable,
     ) -> None:
         try:
             done = subprocess.run(
-                [*wrapper, *command(*options, python=python)],
+                [*wrapper, *command(*options, program=program, python=python)],
                 cwd=cwd,
                 env=environment(),
                 stdin=subprocess.DEVNULL,

@@ -36,6 +36,9 @@ VALUES: dict[str, tuple[tuple[str, str, str], Callable[[str], Any]]] = {
     "scanner_rules": (("/a", "/b", "/c"), str),
     "socket_mode": (("600", "666", "0640"), lambda v: int(v, 8)),
     "socket_group": (("a", "b", "c"), str),
+    "user": (("a", "b", "1"), str),
+    "group": (("a", "b", "1"), str),
+    "allow_root": (("true", "false", "true"), lambda v: v == "true"),
     "on_error": (("accept", "reject", "tempfail"), str),
     "on_poison": (("accept", "reject", "tempfail"), str),
     "keep_dir": (("/", "/usr", "/usr/bin"), str),
@@ -131,7 +134,7 @@ def value_of(settings: Settings, option: str) -> Any:
 
 def written(option: str, value: str) -> list[str]:
     flag = f"--{option.replace('_', '-')}"
-    if option == "join_retries":
+    if option in ("join_retries", "allow_root"):
         return [flag] if value == "true" else []
     return [flag, value]
 
