@@ -17,7 +17,7 @@ import click
 from sharded_milter import __version__
 from sharded_milter.cli import descriptors
 from sharded_milter.cli.programs import run
-from sharded_milter.errors import ConfigError, UsageError
+from sharded_milter.errors import ConfigError, NotPermitted, UsageError
 from sharded_milter.mta.addresses import Address, parse_listen
 from sharded_milter.mta.listener import Listener
 from sharded_milter.ops import config, logs, privileges
@@ -62,7 +62,11 @@ def serve(settings: config.Settings) -> int:
 
         def bind(wanted: str) -> list[Listener]:
             address = script_address(wanted)
-            listener = Listener(address, settings.socket_mode, settings.socket_group)
+            try:
+                listener = Listener(address, settings.socket_mode, settings.socket_group)
+            except NotPermitted as error:
+                cure = "; name it with --listen, which root binds" if account else ""
+                raise NotPermitted(f"{error}{cure}") from None
             stack.callback(listener.close)
             return [listener]
 

@@ -143,6 +143,12 @@ class Stream(io.TextIOBase):
             self._writer.write(data.encode(self._encoding, "backslashreplace"))
         return len(text)
 
+    def end(self) -> None:
+        """Writes what lacks its line's end, and gives what still waits a moment."""
+        if self._rest:
+            self.write("\n")
+        self._writer.close()
+
 
 def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
     """Sends what we log from `level` on, and others' warnings, to standard error from now on.
@@ -161,10 +167,10 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
         said = f"{dropped} log lines were dropped: standard error did not take them"
         return observer.text(LogLevel.warn, time.time(), [said]).encode(encoding)
 
-    writer = LogWriter(descriptor, notice)
-    atexit.register(writer.close)
-    sys.stderr = Stream(writer, descriptor, encoding)
-    observer = LineObserver(sys.stderr, journald="JOURNAL_STREAM" in environ)
+    stream = Stream(LogWriter(descriptor, notice), descriptor, encoding)
+    atexit.register(stream.end)
+    sys.stderr = stream
+    observer = LineObserver(stream, journald="JOURNAL_STREAM" in environ)
     globalLogBeginner.beginLoggingTo(
         [FilteringLogObserver(observer, [predicate])], redirectStandardIO=False
     )

@@ -237,6 +237,28 @@ def test_a_scripts_socket_is_bound_as_the_operator_wants_it(running: Any, tmp_pa
     assert not (tmp_path / "s").exists()
 
 
+def test_a_scripts_socket_that_the_user_may_not_bind_is_told_with_the_cure(
+    running: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = []
+
+    def refuse(*arguments: object) -> None:
+        raise NotPermitted("cannot listen")
+
+    def script(server: FakeServer) -> None:
+        with pytest.raises(NotPermitted) as caught:
+            server.rest[-1](f"unix:{tmp_path}/s")
+        said.append(str(caught.value))
+        begin_and_end(server)
+
+    monkeypatch.setattr(privileges, "become", lambda wanted: None)
+    monkeypatch.setattr(module, "Listener", refuse)
+    for user in ([], [f"--user={os.getuid()}"]):
+        assert running(script, *user, "--pymilter", "x.py") == 0
+        monkeypatch.setattr(module, "serve", serve)
+    assert said == ["cannot listen", "cannot listen; name it with --listen, which root binds"]
+
+
 @pytest.mark.parametrize("wanted", ["", "fd:3"])
 def test_a_socket_that_the_master_cannot_have_is_the_default(wanted: str) -> None:
     assert script_address(wanted) == parse_listen(DEFAULT_LISTEN)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +137,67 @@ def test_we_are_heard_from_the_level_on_and_others_when_they_warn(
 def test_a_level_takes_itself_and_what_is_worse() -> None:
     taken = {level: [what for what in LEVELS if takes(level, what)] for level in LEVELS}
     assert taken == {level: list(LEVELS[place:]) for place, level in enumerate(LEVELS)}
+
+
+def program(source: str, stderr: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """A program whose log has begun."""
+    begun = "import sys; from sharded_milter.ops import logs; logs.begin('info', {})\n"
+    return subprocess.run(
+        [sys.executable, "-c", begun + source],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_crash_shows_its_traceback_behind_what_was_logged() -> None:
+    done = program(
+        "from twisted.logger import Logger; Logger('sharded_milter.x').info('before')\n"
+        "raise ValueError('one\\n\\x1btwo')"
+    )
+    first, second, *_, words, last = done.stderr.splitlines()
+    assert first.endswith(" before")
+    assert (second, words, last) == (
+        "Traceback (most recent call last):",
+        "ValueError: one",
+        r"\x1btwo",
+    )
+
+
+def test_what_is_printed_to_standard_error_goes_the_same_way() -> None:
+    done = program(
+        "print('a', 'b\\x1b', file=sys.stderr); sys.stderr.write('no end'); sys.stderr.flush()\n"
+        "there = sys.stderr\n"
+        "print(there.fileno(), there.isatty(), there.writable(), there.encoding)"
+    )
+    assert done.stderr == "a b\\x1b\nno end\n"
+    assert done.stdout == "2 False True utf-8\n"
+
+
+def test_a_line_without_end_is_not_kept_for_ever() -> None:
+    done = program(f"sys.stderr.write('x' * {MAX_LINE}); sys.stderr.write('y'); print(1)")
+    assert done.stderr.strip() == "x" * MAX_LINE + "y"
+
+
+def test_the_program_ends_though_nobody_reads() -> None:
+    reader, writer = os.pipe()
+    try:
+        done = program("print('x' * 200_000, file=sys.stderr); raise ValueError", writer)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert done.returncode == 1
+
+
+def test_without_a_standard_error_no_other_file_gets_the_lines(tmp_path: Path) -> None:
+    source = (
+        "import os, sys; os.close(2); sys.stderr = None\n"
+        "from sharded_milter.ops import logs; logs.begin('info', {})\n"
+        f"file = open({str(tmp_path / 'other')!r}, 'w')\n"
+        "from twisted.logger import Logger; Logger('sharded_milter.x').info('line')\n"
+        "print('printed', file=sys.stderr)"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+    assert (tmp_path / "other").read_text() == ""
