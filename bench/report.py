@@ -117,8 +117,8 @@ class Report:
         self.say(facts)
 
     def say(self, line: str) -> None:
-        """Prints a line."""
-        self._console.print(line)
+        """Prints a line, in one piece."""
+        self._console.print(line, soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[Row]) -> None:
         """Prints rows with the same keys; numbers to the right."""

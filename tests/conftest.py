@@ -1,13 +1,17 @@
-"""Makes the modules beside this one importable for all tests below, and shares tests out.
+"""Makes the modules beside this one and the benches importable, and shares tests out.
 
 `pytest -n 2` needs nothing else: each process has its own MTAs, sockets and directories.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
 
 #: Slow tests that share nothing with their neighbours: any process may take any of them, so that
 #: none has much left to do when the others have ended.
