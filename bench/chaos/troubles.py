@@ -31,8 +31,8 @@ MAX_MESSAGES = 60
 DESCRIPTORS = 60
 
 # Connections that come and go without a word when descriptors are short, and how often, in seconds.
-IDLERS = 40
-IDLE_EVERY = 0.002
+IDLERS = 20
+IDLE_EVERY = 0.01
 
 Act = Callable[[Server, random.Random, Counter[str]], Coroutine[Any, Any, None]]
 
@@ -140,10 +140,10 @@ TROUBLES = {
     "hups": Trouble("a reload replaces workers when they are through", _of_reloads, acts=(reload,)),
     "descriptors": Trouble(
         "there is not room for all connections", _of_descriptors, acts=(come_and_go,),
-        descriptors=DESCRIPTORS, mtas=60,
+        descriptors=DESCRIPTORS, mtas=40,
     ),
     "all": Trouble(
         "there is not room for all connections", _of_all, ("--max-messages", str(MAX_MESSAGES)),
-        acts=(kill_workers, reload, come_and_go), descriptors=DESCRIPTORS, mtas=60,
+        acts=(kill_workers, reload, come_and_go), descriptors=DESCRIPTORS, mtas=40,
     ),
 }  # fmt: skip
