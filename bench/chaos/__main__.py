@@ -13,6 +13,7 @@ that it had. With --lie the answers are mixed on their way: then 1 shows that th
 from __future__ import annotations
 
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=10, help="failures of an attack, at most")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="logs of attacks that failed")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the daemon too
     seed = options.seed or f"{random.SystemRandom().randrange(1 << 32):08x}"
     plan = combinations(tuple(options.kinds), tuple(options.troubles), tuple(options.sockets))
     report = Report(__doc__)

@@ -31,8 +31,9 @@ MAX_MESSAGES = 60
 DESCRIPTORS = 60
 
 # Connections that come and go without a word when descriptors are short, and how often, in seconds.
-IDLERS = 20
-IDLE_EVERY = 0.01
+# A daemon that has none left accepts no more than some dozens of connections a second.
+IDLERS = 50
+IDLE_EVERY = 0.04
 
 Act = Callable[[Server, random.Random, Counter[str]], Coroutine[Any, Any, None]]
 
@@ -89,7 +90,7 @@ async def come_and_go(server: Server, rnd: random.Random, counts: Counter[str]) 
             with suppress(OSError):
                 held.append(await _connected(server.path))
                 counts["idlers"] += 1
-            while len(held) > IDLERS or (held and rnd.random() < 0.5):
+            while len(held) > rnd.randint(0, IDLERS):
                 held.pop(rnd.randrange(len(held))).close()
     finally:
         for writer in held:
@@ -140,10 +141,10 @@ TROUBLES = {
     "hups": Trouble("a reload replaces workers when they are through", _of_reloads, acts=(reload,)),
     "descriptors": Trouble(
         "there is not room for all connections", _of_descriptors, acts=(come_and_go,),
-        descriptors=DESCRIPTORS, mtas=40,
+        descriptors=DESCRIPTORS, mtas=24,
     ),
     "all": Trouble(
         "there is not room for all connections", _of_all, ("--max-messages", str(MAX_MESSAGES)),
-        acts=(kill_workers, reload, come_and_go), descriptors=DESCRIPTORS, mtas=40,
+        acts=(kill_workers, reload, come_and_go), descriptors=DESCRIPTORS, mtas=24,
     ),
 }  # fmt: skip
