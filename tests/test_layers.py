@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     ".coroutines": {".errors", "twisted"},
     ".limits": {".protocol"},
     ".alarms": set(),
+    ".prctl": set(),
     ".ipc": {".ipc", ".protocol.text", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
@@ -46,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     ".embedded": {".context", ".in_master", ".mta", ".dispatch", ".limits", ".dialects", "twisted"},
     ".scanner": {".scanner", ".api", ".errors", "yara_x"},
     ".workers": {
-        ".workers", ".dialects", ".ipc", ".coroutines", ".protocol", ".errors",
+        ".workers", ".dialects", ".ipc", ".coroutines", ".prctl", ".protocol", ".errors",
         "twisted", "ampoule",
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     ".cli": {
         ".cli", ".ops", ".server", ".in_master", ".mta", ".dispatch", ".pool", ".testing",
-        ".sizing", ".dialects", ".protocol", ".errors", ".__version__",
+        ".sizing", ".dialects", ".prctl", ".protocol", ".errors", ".__version__",
         "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip

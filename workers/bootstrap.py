@@ -16,6 +16,8 @@ import socket
 import sys
 from collections.abc import Collection, Sequence
 
+from ..prctl import hide_memory
+
 # The master's end of the socket pair is on the other side of this descriptor.
 CHANNEL = 3
 
@@ -39,6 +41,7 @@ def main(
     """
     gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
     _die_with(master)
+    hide_memory()  # from other workers: it is going to hold mail
     os.setsid()  # a process group of its own, which the master ends with the worker
     _restrict(nice, memory_limit, cpus)
     # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to

@@ -21,6 +21,7 @@ from sharded_milter.errors import ConfigError, NotPermitted, UsageError
 from sharded_milter.mta.addresses import Address, parse_listen
 from sharded_milter.mta.listener import Listener
 from sharded_milter.ops import config, logs, privileges
+from sharded_milter.prctl import hide_memory
 
 NAME = "sharded-milter"
 SCANNER = "sharded_milter.scanner.milter:milter"
@@ -293,6 +294,7 @@ class _Run:
     def _stop(self, quick: bool) -> None:
         again, self._stopping = self._stopping, True
         stopped = self._server.stop(quick=quick or again)
+        hide_memory()  # from workers, before the first message arrives
         if not again:
             stopped.addCallback(lambda _: self._reactor.stop())
 
