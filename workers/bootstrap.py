@@ -14,7 +14,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ..prctl import hide_memory
 
@@ -32,12 +33,13 @@ def main(
     memory_limit: int = 0,
     cpus: Collection[int] = (),
     script: bool = False,
+    sandbox: Mapping[str, Any] | None = None,
 ) -> None:
     """Serves the milters `specs` to the process `master` until that ends or says so.
 
     With `script` they are a pymilter script and its arguments instead.
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
-    `cpus` are those it may run on (none: any).
+    `cpus` are those it may run on (none: any), `sandbox` the arguments of its `Sandbox`.
     """
     gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
     _die_with(master)
@@ -62,7 +64,9 @@ def main(
 
     _log_warnings()
     from .child import Child
+    from .sandbox import Sandbox
 
+    shut_in = Sandbox(**(sandbox or {}))
     gc.freeze()
     gc.enable()  # before the author's code
     os.set_inheritable(CHANNEL, False)  # not for the milter's own children
@@ -82,14 +86,14 @@ def main(
         reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
     if not script:
-        serve(Child(specs))
+        serve(Child(specs, sandbox=shut_in))
         return
     from .pymilter_script import Script
 
     def halt(child: Child) -> None:
         reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
 
-    Script(specs[0], specs[1:], serve, halt).run()
+    Script(specs[0], specs[1:], serve, halt, shut_in).run()
 
 
 def _log_warnings() -> None:

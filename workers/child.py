@@ -30,6 +30,7 @@ from ..ipc.messages import (
     Ask,
     LoadFailed,
     Ready,
+    Sandboxed,
     Withdraw,
     answer_box,
     drop_question,
@@ -40,6 +41,7 @@ from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
 from ..protocol.wire import PAYLOAD
+from .sandbox import NO_SANDBOX, Sandbox
 
 Bytes = bytes | memoryview
 
@@ -55,16 +57,21 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     """Loads its milters when the master is there, then answers jobs with them.
 
     `loading` makes a milter of what the operator has named, `socket` is where a script wants to
-    be found.
+    be found. `sandbox` is entered once they are loaded.
     """
 
     def __init__(
-        self, specs: Sequence[str], loading: Callable[[str], Dialect] = load, socket: str = ""
+        self,
+        specs: Sequence[str],
+        loading: Callable[[str], Dialect] = load,
+        socket: str = "",
+        sandbox: Sandbox = NO_SANDBOX,
     ) -> None:
         super().__init__()
         self._specs = specs
         self._loading = loading
         self._socket = socket
+        self._sandbox = sandbox
         self._dialects: list[Dialect] = []
         self._questions: deque[amp.AmpBox] = deque()
         self._at_work = False
@@ -75,13 +82,17 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         super().connectionMade()
         try:
             self._dialects = [self._loading(spec) for spec in self._specs]
+            code = code_digest(self._specs)
+            report = self._sandbox.enter(self._dialects, self._specs)
         except (MilterError, MemoryError) as error:
             details = error.details if isinstance(error, MilterLoadError) else ""
             reason = _log_text(str(error))[:MAX_TEXT]
             self._tell(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
             return
         milters = [_introduced(dialect.manifest) for dialect in self._dialects]
-        code = code_digest(self._specs)
+        if report.text:
+            text = _log_text(report.text)[:MAX_TEXT]
+            self._tell(Sandboxed, text=text, incomplete=b"yes" * report.incomplete)
         self._tell(Ready, milters=milters, code=code, socket=to_wire(self._socket))
 
     def stop(self) -> None:
@@ -189,6 +200,9 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     def _failed(self, failure: Any) -> Answer:
         error = failure.value
         traceback.print_exception(type(error), error, failure.getTracebackObject())
+        cure = self._sandbox.cure(error)
+        if cure:
+            print(cure, file=sys.stderr)
         sys.stderr.flush()
         summary = " ".join("".join(traceback.format_exception_only(error)).split())
         return Answer(error=_log_text(summary)[:MAX_TEXT] or b"?")

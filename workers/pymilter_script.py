@@ -23,6 +23,7 @@ from ..dialects.pymilter.dialect import PymilterDialect
 from ..dialects.pymilter.module import Registration
 from ..errors import MilterLoadError
 from .child import Child
+from .sandbox import NO_SANDBOX, Sandbox
 from .takeover import Takeover
 
 # Where Debian's python3-milter is; a virtual environment does not look there.
@@ -35,7 +36,8 @@ UNIQUE_DIGITS = 9
 class Script:
     """A script that is to be run with `arguments`.
 
-    `serve` is the worker's loop, and `halt` ends it from any thread.
+    `serve` is the worker's loop, and `halt` ends it from any thread. The sandbox is entered when
+    the loop begins.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Script:
         arguments: Sequence[str],
         serve: Callable[[Child], None],
         halt: Callable[[Child], None],
+        sandbox: Sandbox = NO_SANDBOX,
     ) -> None:
         self._path = path
         self._file = os.path.abspath(path)  # also where the script changes the directory
         self._arguments = arguments
         self._serve = serve
         self._halt = halt
+        self._sandbox = sandbox
         self._child: Child | None = None  # that answers jobs
         self._failure: MilterLoadError | None = None
         self._factories: list[Any] = []  # every one that the script has set
@@ -138,7 +142,9 @@ class Script:
         except MilterLoadError as failure:
             self._failure = failure
             raise
-        self._child = Child([self._file], lambda _: dialect, self._registration.socket)
+        self._child = Child(
+            [self._file], lambda _: dialect, self._registration.socket, self._sandbox
+        )
         with self._takeover.suspended():
             self._serve(self._child)
             dialect.close()

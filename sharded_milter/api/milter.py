@@ -75,7 +75,9 @@ class Milter:
 
     `name` stands in logs. `macros` are the MTA's macros to ask for by stage, besides those that
     it sends anyway: `{"eom": ["{auth_authen}"]}`. `shard_by` keeps messages with an equal key on
-    the same worker while it is healthy, so that its caches stay warm.
+    the same worker while it is healthy, so that its caches stay warm. `sandbox=True` says that the
+    milter works in the sandbox: once imported, it only reads its own folder, writes nothing, and
+    uses no network and no other programs, unless the operator allows that.
 
     A function registered with `light=True` promises to be cheap and never to block; it may
     overtake heavy ones. Each may be `async def`. What it raises is logged with its traceback, and
@@ -88,6 +90,7 @@ class Milter:
         *,
         macros: Mapping[str, Sequence[str]] | None = None,
         shard_by: ShardBy = "",
+        sandbox: bool = False,
     ) -> None:
         if not name or not name.isprintable():
             raise InvalidValue(f"milter name {name!r} is empty or not printable")
@@ -98,6 +101,7 @@ class Milter:
             raise InvalidValue(f"macros {macros!r:.80} are not by stage, like {{'eom': ['i']}}")
         self.macros = {stage: _checked_macros(stage, m) for stage, m in (macros or {}).items()}
         self.shard_by = shard_by
+        self.sandbox = sandbox
         self.callbacks: dict[str, Callback] = {}
 
     def __repr__(self) -> str:

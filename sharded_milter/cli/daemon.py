@@ -152,6 +152,7 @@ def shard_maker(
         settings.worker_memory_limit,
         settings.cpu_affinity,
         settings.pymilter is not None,
+        sandbox_of(settings),
     )
 
     def make(slot: int, events: Any) -> Shard:
@@ -159,6 +160,19 @@ def shard_maker(
         return Shard(slot, place, dispatcher, events, reactor)
 
     return make
+
+
+def sandbox_of(settings: config.Settings) -> dict[str, Any]:
+    """The arguments of the workers' `Sandbox`."""
+    rules = (settings.scanner_rules,) if settings.scanner_rules else ()
+    hidden = (settings.keep_dir, config.file_in_use(), *(each.path for each in settings.listen))
+    return {
+        "mode": settings.sandbox,
+        "read": (*settings.sandbox_read, *map(os.path.abspath, rules)),
+        "write": settings.sandbox_write,
+        "allow": settings.sandbox_allow,
+        "hidden": tuple(map(os.path.abspath, filter(None, hidden))),
+    }
 
 
 def in_master_members(settings: config.Settings, reactor: Any, counters: Any) -> list[Any]:
@@ -280,6 +294,7 @@ class _Run:
                 os.close(fd)
             except OSError as error:
                 self._log.warn("--ready-fd {fd}: {why}", fd=fd, why=error.strerror)
+        hide_memory()  # from workers, before the first message arrives
         # What shards need when they must be killed, which may be when no descriptor is left.
         import psutil  # noqa: F401
 
@@ -294,7 +309,6 @@ class _Run:
     def _stop(self, quick: bool) -> None:
         again, self._stopping = self._stopping, True
         stopped = self._server.stop(quick=quick or again)
-        hide_memory()  # from workers, before the first message arrives
         if not again:
             stopped.addCallback(lambda _: self._reactor.stop())
 

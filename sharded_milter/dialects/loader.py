@@ -38,11 +38,12 @@ class Dialect(Protocol):
     """A milter that answers transcripts, whatever way it is written.
 
     `call` is how it calls the author's code: with the callback's name, the function and its
-    arguments.
+    arguments. `sandbox` says that the author has opted in to the sandbox.
     """
 
     manifest: Manifest
     call: Call
+    sandbox: bool
 
     def answer(
         self,
@@ -101,7 +102,7 @@ def code_digest(specs: Sequence[str]) -> bytes:
     That is their own files, or the file of a script, and what they have imported from the same
     folders or below. Workers with equal digests run the same code.
     """
-    files = {_file_of(spec) for spec in specs}
+    files = {file_of(spec) for spec in specs}
     folders = tuple(
         os.path.dirname(file) + os.sep
         for file in files
@@ -120,7 +121,8 @@ def code_digest(specs: Sequence[str]) -> bytes:
     return digest.digest()
 
 
-def _file_of(spec: str) -> str:
+def file_of(spec: str) -> str:
+    """The file that a milter was loaded from, or a script's."""
     try:
         where, _ = split_spec(spec)
     except UsageError:  # a script's path

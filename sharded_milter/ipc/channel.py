@@ -21,6 +21,7 @@ from sharded_milter.ipc.messages import (
     Answer,
     LoadFailed,
     Ready,
+    Sandboxed,
     Withdraw,
     question_box,
 )
@@ -112,6 +113,7 @@ class Owner(Protocol):
 
     def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None: ...
     def load_failed(self, reason: bytes, details: bytes) -> None: ...
+    def sandboxed(self, text: bytes, incomplete: bool) -> None: ...
     def answered(self, number: int, answer: Answer) -> None: ...
     def broke_rule(self, why: str) -> None: ...
     def channel_closed(self) -> None: ...
@@ -201,6 +203,11 @@ class MasterChannel(Boxes, amp.AMP):
     @LoadFailed.responder
     def _load_failed(self, reason: bytes, details: bytes) -> dict[str, Any]:
         self._owner.load_failed(reason, details)
+        return {}
+
+    @Sandboxed.responder
+    def _sandboxed(self, text: bytes, incomplete: bytes) -> dict[str, Any]:
+        self._owner.sandboxed(text, bool(incomplete))
         return {}
 
     def unhandledError(self, failure: Failure) -> None:

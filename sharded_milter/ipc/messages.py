@@ -4,6 +4,7 @@
 |------------|--------|----------------------------------------------------------------------|
 | Ready      | master | the milters are loaded: their manifests, the code's digest           |
 | LoadFailed | master | a milter cannot be loaded, and why                                   |
+| Sandboxed  | master | before Ready: what became of the sandbox, in a sentence for the log  |
 | Ask        | worker | answer this question; its answer is an `Answer`                      |
 | Withdraw   | worker | do not begin that question; its answer is an `Answer` that says so   |
 
@@ -262,6 +263,16 @@ class LoadFailed(amp.Command):
     """Worker to master: a milter cannot be loaded, for this reason."""
 
     arguments = [(b"reason", amp.String()), (b"details", amp.String())]  # noqa: RUF012
+    response = []  # noqa: RUF012
+
+
+class Sandboxed(amp.Command):
+    """Worker to master, before Ready: what became of the sandbox, in a sentence for the log.
+
+    `incomplete` is not empty where it is not as it should be.
+    """
+
+    arguments = [(b"text", amp.String()), (b"incomplete", amp.String())]  # noqa: RUF012
     response = []  # noqa: RUF012
 
 

@@ -62,6 +62,10 @@ class Settings:
     cpu_affinity: tuple[int, ...]
     nice: int
     worker_memory_limit: int
+    sandbox: str
+    sandbox_read: tuple[str, ...]
+    sandbox_write: tuple[str, ...]
+    sandbox_allow: tuple[str, ...]
     log_level: str
     ready_fd: int | None
     limits: Limits
@@ -109,6 +113,30 @@ class CpuList(ParamType):
         return tuple(cpus)
 
 
+class Words(ParamType):
+    """Words out of a list, with commas between them."""
+
+    name = "words"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self._known = known
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(dict.fromkeys(word.strip() for word in str(value).split(",")))
+        if not set(words) <= set(self._known):
+            known = " or ".join(self._known)
+            self.fail(f"{value!r} is not {known}, or several with commas", param, ctx)
+        return words
+
+
+# How workers are shut in, and what can be allowed to them there.
+SANDBOXES = ("auto", "on", "off")
+SANDBOX_ALLOW = ("network", "subprocess")
+
 # Copies of poisonous messages: a dozen large ones.
 KEEP_QUOTA = 256 * 1024 * 1024
 
@@ -151,7 +179,7 @@ _MODE = re.compile(
 )
 
 # What may be given several times.
-_MANY = ("listen", "milters", "in_master")
+_MANY = ("listen", "milters", "in_master", "sandbox_read", "sandbox_write")
 
 # The limits that an operator may set, with what they mean.
 _LIMITS: Mapping[str, tuple[Any, str]] = {
@@ -319,6 +347,32 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Bytes of address space of a worker, a hard limit; 0: none.",
     ),
     click.option(
+        "--sandbox",
+        type=click.Choice(SANDBOXES),
+        default="auto",
+        show_default=True,
+        help="Shut workers in once their milters are imported. auto: those of the content scanner"
+        " and of milters that opt in, as far as the machine can; on: all, or do not start.",
+    ),
+    *(
+        click.option(
+            f"--sandbox-{word}",
+            type=click.Path(exists=True, resolve_path=True),
+            multiple=True,
+            metavar="PATH",
+            help=f"A file or folder that sandboxed workers may {text}; may be given several times.",
+        )
+        for word, text in (("read", "read"), ("write", "read and write"))
+    ),
+    click.option(
+        "--sandbox-allow",
+        type=Words(SANDBOX_ALLOW),
+        default=(),
+        metavar="WORDS",
+        help="What sandboxed workers may use: network (IP, no UNIX sockets), subprocess, or both"
+        " with a comma.",
+    ),
+    click.option(
         "--log-level",
         type=click.Choice(LEVELS),
         default="info",
@@ -383,6 +437,12 @@ def _use_file(context: click.Context, path: str | None) -> None:
     known = {param.name for param in params if param.name and param.expose_value}
     context.default_map = read_file(path, known)
     context.meta[__name__] = path
+
+
+def file_in_use() -> str | None:
+    """The file that --config names, within the command that has read it."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(__name__)
 
 
 def read_file(path: str, known: set[str]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Pool:
         self._started: Deferred[tuple[Manifest, ...]] = Deferred()
         self._stopped: Deferred[None] | None = None
         self._ticks = 0
+        self._sandbox = ("", False)  # what was said of it last
         self._tick_call: Any = None
 
     @property
@@ -200,9 +201,16 @@ class Pool:
     def shard_ready(self, shard: Shard) -> None:
         """The milters are loaded."""
         self.log.info("shard {n} is ready, pid {pid}", n=shard.slot, pid=shard.place.pid)
+        self._say_sandbox(*shard.sandbox)
         generation = self._generation_of(shard)
         if generation is not None:
             generation.happens(Event.READY, shard)
+
+    def _say_sandbox(self, text: str, incomplete: bool) -> None:
+        """Says once, not for each worker, what became of the sandbox."""
+        if text and (text, incomplete) != self._sandbox:
+            self._sandbox = (text, incomplete)
+            (self.log.warn if incomplete else self.log.info)("{text}", text=text)
 
     def shard_worn(self, shard: Shard) -> None:
         """The shard has given as many answers as it should."""

@@ -39,6 +39,9 @@ EXIT_GRACE = 5.0
 # lives on is killed after this long.
 SILENCE_GRACE = 1.0
 
+# A sentence for the log, and names of milters in it.
+MAX_SANDBOX_TEXT = 1000
+
 
 class State(Enum):
     """Where a shard is in its life."""
@@ -168,6 +171,7 @@ class Shard:
         self.manifests: tuple[Manifest, ...] = ()  # of its milters; none before READY
         self.code: bytes = b""  # a digest of the files that they were loaded from
         self.socket = ""  # where its script wants to listen
+        self.sandbox = ("", False)  # what became of it, and whether that is incomplete
         self.load_error: MilterError | None = None
         self.loss: Loss | None = None  # why it was killed, then why it is gone
         self.working_on = ""  # the queue id of what it does, or did last
@@ -261,6 +265,10 @@ class Shard:
     def load_failed(self, reason: bytes, details: bytes) -> None:
         """It cannot load a milter."""
         self._happens(Event.LOAD_FAILED, reason, details)
+
+    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+        """It has entered its sandbox, or not; no state depends on that."""
+        self.sandbox = (to_text(text[:MAX_SANDBOX_TEXT]), incomplete)
 
     def answered(self, number: int, answer: Answer) -> None:
         """It has answered the question of that number."""

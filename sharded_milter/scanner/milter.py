@@ -34,7 +34,7 @@ def build(rules_dir: str | None) -> Milter:
 
     Raises `RuleError` for a rule that cannot be used and `ScannerUnavailable` without YARA-X."""
     rules = Rules(Path(rules_dir) if rules_dir else None)
-    milter = Milter("scanner")
+    milter = Milter("scanner", sandbox=True)
 
     @milter.eom
     def scan_message(message: Message) -> Verdict:

@@ -53,6 +53,9 @@ class Owner:
     def load_failed(self, reason: bytes, details: bytes) -> None:
         self.heard.append(("load failed", reason, details))
 
+    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+        self.heard.append(("sandboxed", text, incomplete))
+
     def answered(self, number: int, answer: Answer) -> None:
         self.heard.append(("answered", number, answer))
         self.then(number)

@@ -53,6 +53,13 @@ VALUES: dict[str, tuple[tuple[str, str, str], Callable[[str], Any]]] = {
     ),
     "nice": (("1", "2", "19"), int),
     "worker_memory_limit": (("1", "2", "3"), int),
+    "sandbox": (("on", "off", "auto"), str),
+    "sandbox_read": (("/", "/usr", "/etc"), lambda v: (v,)),
+    "sandbox_write": (("/", "/usr", "/etc"), lambda v: (v,)),
+    "sandbox_allow": (
+        ("network", "subprocess", "network, subprocess"),
+        lambda v: tuple(v.split(", ")),
+    ),
     "log_level": (("debug", "warn", "error"), str),
     "ready_fd": (("7", "8", "9"), int),
     "join_retries": (("true", "false", "true"), lambda v: v == "true"),
@@ -288,6 +295,8 @@ BAD: list[tuple[str, str]] = [
     ("eom_deadline", "inf"), ("eom_deadline", "soon"), ("queue_wait", "0"), ("max_queue", "-1"),
     ("retries", "1.5"), ("max_message_size", "0"), ("max_connections", "0"),
     ("worker_lifetime", "-1"), ("worker_lifetime", "nan"), ("worker_lifetime", "inf"),
+    ("sandbox", "maybe"), ("sandbox_read", "/no/such"), ("sandbox_write", "/no/such"),
+    ("sandbox_allow", "network,printers"), ("sandbox_allow", ""),
 ]  # fmt: skip
 
 

@@ -64,6 +64,9 @@ class Master(MasterChannel):
     def load_failed(self, reason: bytes, details: bytes) -> None:
         self.told.append(reason.decode())
 
+    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+        self.told.append(text.decode())
+
     def answered(self, number: int, answer: Answer) -> None:
         self.answers.append(answer)
 

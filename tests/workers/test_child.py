@@ -95,6 +95,9 @@ class Owner:
     def load_failed(self, reason: bytes, details: bytes) -> None:
         self.told.append(("load failed", reason, details))
 
+    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+        self.told.append(("sandboxed", text, incomplete))
+
     def answered(self, number: int, answer: Answer) -> None:
         assert number not in self.answers
         self.answers[number] = answer

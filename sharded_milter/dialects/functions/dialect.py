@@ -83,6 +83,7 @@ class FunctionDialect:
 
     def __init__(self, milter: Milter) -> None:
         self.manifest = manifest_of(milter)
+        self.sandbox = milter.sandbox
         self.call: Call = call_plainly
         self._envelopes = Envelopes()
         self._callbacks = {

@@ -81,6 +81,7 @@ class Milter:
     `replayable = True` promises that the object may be rebuilt in another process, by being
     called again with what the MTA has said of the client and of the message in hand, when its
     worker dies. Else that message gets a temporary refusal, and the connection a new object.
+    `sandbox = True` says that the milter works in the sandbox, as in `sharded_milter.Milter`.
     """
 
     ReturnCodes = ReturnCodes
@@ -90,6 +91,7 @@ class Milter:
     Actions = Actions
 
     replayable: ClassVar[bool] = False
+    sandbox: ClassVar[bool] = False
     _context: Context
 
     def __init__(self, factory: Any = None, protocol: Any = None) -> None:

@@ -53,6 +53,7 @@ class ObjectDialect(ABC):
         self._options = NO_PROTOCOL
         self._actions = NO_ACTIONS
         self.call: Call = call_plainly
+        self.sandbox = False
         self.manifest = self._load()
 
     @abstractmethod
@@ -146,6 +147,7 @@ class ClassDialect(ObjectDialect):
         }
         needed -= {stage for stage, since in _SINCE.items() if version < since}
         self._actions, self._options = actions, protocol
+        self.sandbox = milter.sandbox
         pinning = Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED
         return self._wanting(
             actions,
