@@ -14,6 +14,7 @@ from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
+from sharded_milter.mta.gate import ALL_MAY, Admission
 from sharded_milter.mta.listener import Listener
 from sharded_milter.mta.members import Member, workers_members
 from sharded_milter.pool.pool import Pool
@@ -30,7 +31,7 @@ class Server(ServerContext):
     `in_master` are milters that run in this process, before those that the workers serve. The
     listeners are bound already; they are served once the workers are ready. Where there are none,
     `bind` makes them, of the socket that the workers' script asks for. `logs_messages` says that
-    a line for each message is of use.
+    a line for each message is of use; `admission` which connections are served.
     """
 
     log = Logger()
@@ -47,8 +48,13 @@ class Server(ServerContext):
         bind: Callable[[str], Sequence[Listener]] | None = None,
         *,
         logs_messages: bool = True,
+        admission: Admission = ALL_MAY,
     ) -> None:
-        super().__init__(limits, policy, reactor, dispatcher.counters, logs_messages=logs_messages)
+        super().__init__(
+            *(limits, policy, reactor, dispatcher.counters),
+            logs_messages=logs_messages,
+            admission=admission,
+        )
         self.pool = pool
         self.dispatcher = dispatcher
         self.listeners = listeners
@@ -86,7 +92,7 @@ class Server(ServerContext):
         if not self.listeners and self._bind is not None and not self._stopping:
             self.listeners = self._bind(self.pool.socket)
         for listener in self.listeners:
-            listener.serve(factory, self.reactor)
+            listener.serve(factory, self.gate, self.reactor)
         self._serving = True
 
     def disconnected(self, connection: MilterConnection) -> None:
@@ -116,6 +122,7 @@ class Server(ServerContext):
             self._stopping = True
             for listener in self.listeners:
                 listener.close()
+            self.gate.spare.close()
             if self._serving:
                 self.log.info("stopping, {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
@@ -126,16 +133,16 @@ class Server(ServerContext):
 
     def _finish(self) -> None:
         self._finished = True
-        for connection in list(self.connections):
+        for connection in self.connections:
             connection.finish()
         self._grace = self.reactor.callLater(FLUSH_GRACE, self._abort)
 
     def _abort(self) -> None:
-        for connection in list(self.connections):
+        for connection in self.connections:
             connection.abort()
 
     def _check_stopped(self) -> None:
-        if self._stopping and not self.connections and not self._emptied:
+        if self._stopping and self.gate.is_empty and not self._emptied:
             self._emptied = True
             if self._grace.active():
                 self._grace.cancel()

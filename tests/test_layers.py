@@ -27,19 +27,20 @@ ALLOWED: dict[str, set[str]] = {
     ".dialects": {".dialects", ".api", ".protocol", ".errors"},
     ".coroutines": {".errors", "twisted"},
     ".limits": {".protocol"},
+    ".descriptors": {".errors"},
     ".alarms": set(),
     ".prctl": set(),
     ".ipc": {".ipc", ".protocol.text", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
-        ".mta", ".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors",
+        ".mta", ".dispatch", ".alarms", ".descriptors", ".ipc", ".limits", ".protocol", ".errors",
         "twisted", "zope",
     },
     ".pool": {
         ".pool", ".dispatch", ".ipc", ".limits", ".protocol", ".errors",
         "twisted", "psutil", "ampoule",
     },
-    ".context": {".mta", ".dispatch", ".alarms", ".limits"},
+    ".context": {".mta", ".dispatch", ".alarms", ".ipc", ".limits"},
     ".server": {".context", ".mta", ".dispatch", ".pool", ".limits", ".protocol", "twisted"},
     ".in_master": {
         ".dispatch", ".ipc", ".limits", ".coroutines", ".protocol", ".errors", "twisted",
@@ -53,12 +54,12 @@ ALLOWED: dict[str, set[str]] = {
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
     ".sizing": {".sizing", ".testing", ".protocol", ".errors", "psutil", "rich"},
     ".ops": {
-        ".ops", ".limits", ".dispatch.policy", ".mta.addresses", ".dialects.spec", ".protocol",
-        ".errors", "twisted", "zope", "click",
+        ".ops", ".limits", ".dispatch.policy", ".mta.addresses", ".mta.peers", ".dialects.spec",
+        ".protocol", ".errors", "twisted", "zope", "click",
     },
     ".cli": {
         ".cli", ".ops", ".server", ".in_master", ".mta", ".dispatch", ".pool", ".testing",
-        ".sizing", ".dialects", ".prctl", ".protocol", ".errors", ".__version__",
+        ".sizing", ".descriptors", ".dialects", ".prctl", ".protocol", ".errors", ".__version__",
         "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip

@@ -36,7 +36,7 @@ class FakeListener:
         self.refusal = refusal
         self.factory: Any = None
 
-    def serve(self, factory: Any, reactor: Any) -> None:
+    def serve(self, factory: Any, gate: Any, reactor: Any) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.told.append("serve")
@@ -273,14 +273,18 @@ def test_quick_stops_are_the_same_stop_at_any_time() -> None:
 
 def test_one_connection_too_many_is_told_to_come_back() -> None:
     house = House(max_connections=1)
-    house.mta()
+    first, _ = house.mta()
     connection, transport = house.mta()
-    assert house.server.full
     connection.dataReceived(packed(*BEGIN))
     assert transport.writes[-1].endswith(BUSY)
+    assert transport.disconnecting
     assert house.dispatcher.jobs == []
+    assert house.dispatcher.counters["overload_connections"] == 1
     connection.connectionLost()
-    assert not house.server.full
+    first.connectionLost()
+    _, transport = house.busy_mta()
+    assert not transport.disconnecting
+    assert len(house.dispatcher.jobs) == 1
 
 
 def test_the_state_of_things_is_one_line() -> None:

@@ -33,19 +33,21 @@ def main(
     memory_limit: int = 0,
     cpus: Collection[int] = (),
     script: bool = False,
+    open_files: int = 0,
     sandbox: Mapping[str, Any] | None = None,
 ) -> None:
     """Serves the milters `specs` to the process `master` until that ends or says so.
 
     With `script` they are a pymilter script and its arguments instead.
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
-    `cpus` are those it may run on (none: any), `sandbox` the arguments of its `Sandbox`.
+    `cpus` are those it may run on (none: any), `open_files` is its soft limit of descriptors (0:
+    the master's), `sandbox` the arguments of its `Sandbox`.
     """
     gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
     _die_with(master)
     hide_memory()  # from other workers: it is going to hold mail
     os.setsid()  # a process group of its own, which the master ends with the worker
-    _restrict(nice, memory_limit, cpus)
+    _restrict(nice, memory_limit, cpus, open_files)
     # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to
     # the whole group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -111,10 +113,15 @@ def _log_warnings() -> None:
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
 
 
-def _restrict(nice: int, memory_limit: int, cpus: Collection[int]) -> None:
+def _restrict(nice: int, memory_limit: int, cpus: Collection[int], open_files: int) -> None:
     os.nice(nice)
     if memory_limit:
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+    if open_files:
+        # The master has raised it for its connections. What a milter starts may use select(), which
+        # knows 1024 descriptors, or close all that it could have.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard))
     if cpus:
         os.sched_setaffinity(0, cpus)
 

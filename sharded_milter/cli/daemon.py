@@ -14,12 +14,13 @@ from typing import Any
 
 import click
 
-from sharded_milter import __version__
-from sharded_milter.cli import descriptors
+from sharded_milter import __version__, descriptors
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, NotPermitted, UsageError
 from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.gate import Admission
 from sharded_milter.mta.listener import Listener
+from sharded_milter.mta.peers import unrestricted
 from sharded_milter.ops import config, logs, privileges
 from sharded_milter.prctl import hide_memory
 
@@ -52,26 +53,37 @@ def serve(settings: config.Settings) -> int:
     privileges.check(account, kept_from_root(settings, specs), allow_root=settings.allow_root)
     gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
     logs.begin(settings.log_level)
-    descriptors.allow()  # every MTA connection is one
+    open_files = descriptors.allow()  # every MTA connection is one
     with contextlib.ExitStack() as stack:
-        listeners = []
-        for address in settings.listen:
+
+        def bound(address: Address) -> Listener:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
-            listeners.append(listener)
+            _warn(unrestricted(address, settings.allowed_peers))
+            return listener
+
+        listeners = [bound(address) for address in settings.listen]
         take_rights(settings, account)
+        shares = descriptors.Shares(settings.workers if specs else 0)
+        used = descriptors.in_use()
+        _warn(descriptors.short_of(settings.limits.max_connections, shares, used))
 
         def bind(wanted: str) -> list[Listener]:
-            address = script_address(wanted)
             try:
-                listener = Listener(address, settings.socket_mode, settings.socket_group)
+                return [bound(script_address(wanted))]
             except NotPermitted as error:
                 cure = "; name it with --listen, which root binds" if account else ""
                 raise NotPermitted(f"{error}{cure}") from None
-            stack.callback(listener.close)
-            return [listener]
 
-        return _Run(settings, specs, listeners, bind).run()
+        return _Run(settings, specs, listeners, bind, shares, open_files).run()
+
+
+def _warn(line: str) -> None:
+    """What the operator should know at the start; nothing if the line is empty."""
+    if line:
+        from twisted.logger import Logger
+
+        Logger().warn("{line}", line=line)
 
 
 def take_rights(settings: config.Settings, account: privileges.Account | None) -> None:
@@ -138,9 +150,13 @@ def worker_specs(settings: config.Settings) -> tuple[str, ...]:
 
 
 def shard_maker(
-    settings: config.Settings, specs: tuple[str, ...], dispatcher: Any, reactor: Any
+    settings: config.Settings,
+    specs: tuple[str, ...],
+    dispatcher: Any,
+    reactor: Any,
+    open_files: int,
 ) -> Any:
-    """What the pool calls for a new shard."""
+    """What the pool calls for a new shard; `open_files` is the limit that the operator has set."""
     from sharded_milter.pool.shard import Shard
     from sharded_milter.pool.spawned import Spawned, Workplace, worker_environment
 
@@ -152,6 +168,7 @@ def shard_maker(
         settings.worker_memory_limit,
         settings.cpu_affinity,
         settings.pymilter is not None,
+        open_files,
         sandbox_of(settings),
     )
 
@@ -214,6 +231,8 @@ class _Run:
         specs: tuple[str, ...],
         listeners: list[Listener],
         bind: Callable[[str], list[Listener]],
+        shares: descriptors.Shares,
+        open_files: int,
     ) -> None:
         reactor = chosen_reactor(asyncio=bool(settings.in_master))
         from twisted.logger import Logger
@@ -232,7 +251,7 @@ class _Run:
         if settings.keep_dir:
             keep = Keep(Path(settings.keep_dir), settings.keep_quota, clock.callInThread)
         dispatcher = Dispatcher(limits, reactor, keep)
-        make_shard = shard_maker(settings, specs, dispatcher, reactor)
+        make_shard = shard_maker(settings, specs, dispatcher, reactor, open_files)
         workers = settings.workers if specs else 0
         pool = Pool(make_shard, workers, limits, dispatcher, reactor)
         in_master = in_master_members(settings, reactor, dispatcher.counters)
@@ -251,6 +270,7 @@ class _Run:
             in_master,
             bind,
             logs_messages=logs.takes(settings.log_level, "info"),
+            admission=Admission(settings.allowed_peers, shares),
         )
         self._failure: BaseException | None = None
         self._stopping = False

@@ -16,8 +16,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console, RenderableType
 
-from sharded_milter import __version__
-from sharded_milter.cli import descriptors
+from sharded_milter import __version__, descriptors
 from sharded_milter.errors import NotWritten, UsageError
 from sharded_milter.ops.config import ParamType, Seconds
 from sharded_milter.ops.cpus import usable_cpus

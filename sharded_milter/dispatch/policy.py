@@ -35,6 +35,9 @@ _ANSWERS: Mapping[str, bytes] = {
 }
 
 BUSY = ReplyCode(reply_text(451, "4.3.2", "Content filter is busy, please try again")).encode()
+NOT_ALLOWED = ReplyCode(
+    reply_text(451, "4.3.5", "Content filter is not open to this mail server")
+).encode()
 TOO_LARGE = ReplyCode(
     reply_text(552, "5.3.4", "Message is larger than the content filter takes")
 ).encode()

@@ -37,6 +37,7 @@ LARGE_READ = 262_144
 
 # Seconds that a connection which we have closed gets to take what was answered. Postfix and
 # Sendmail read at once; whoever does not would keep a connection of `max_connections` for ever.
+# One that is turned away has as long to hear so, if no other waits for its place.
 CLOSE_GRACE = 30.0
 
 _PROGRESS = Progress().encode()
@@ -50,7 +51,7 @@ class Context(conversation.Context, Protocol):
     closing: Alarm[MilterConnection]  # rings `abort` after CLOSE_GRACE
     progress: Alarm[MilterConnection]  # rings `send_progress`
 
-    def connected(self, connection: MilterConnection) -> None: ...
+    def connected(self, connection: MilterConnection) -> bytes: ...
     def disconnected(self, connection: MilterConnection) -> None: ...
 
 
@@ -79,7 +80,10 @@ class MilterConnection(TwistedProtocol):
             self._quick_ack = _quick_ack_of(transport)
         transport.registerProducer(self, True)
         self._context.idle.set(self)
-        self._context.connected(self)
+        refusal = self._context.connected(self)
+        if refusal:
+            self._conversation.turn_away(refusal)
+            self._context.closing.set(self)
 
     def dataReceived(self, data: bytes) -> None:
         if self._conversation.is_over:  # nothing is taken any more
@@ -91,6 +95,11 @@ class MilterConnection(TwistedProtocol):
             self._quick_ack()
         self._framer.feed(data)
         self._advance()
+
+    @property
+    def has_greeted(self) -> bool:
+        """Whether the MTA has said anything: the first packet is its offer."""
+        return self._conversation.has_agreed
 
     def _cancel_if_leaving(self) -> None:
         """Cancels the job that is out if ABORT or QUIT is queued behind its command."""

@@ -16,7 +16,6 @@ from twisted.logger import Logger
 
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import (
-    BUSY,
     NO_ROOM,
     STOPPING,
     TOO_LARGE,
@@ -24,7 +23,7 @@ from sharded_milter.dispatch.policy import (
     answer_for,
 )
 from sharded_milter.errors import LocalProtocolError
-from sharded_milter.ipc.memory import packed
+from sharded_milter.ipc.memory import Memory, packed
 from sharded_milter.limits import Limits
 from sharded_milter.mta.inflight import Inflight
 from sharded_milter.mta.members import Member
@@ -46,8 +45,8 @@ _REFUSALS = {
     Refusal.NO_MEMORY: NO_ROOM,
 }
 
-# What a connection above --max-connections negotiates: to be asked at its beginning, and nothing
-# else, so that it hears at once that it must come back.
+# What a connection that is turned away negotiates: to be asked at its beginning, and nothing else,
+# so that it hears at once that it must come back.
 TURNED_AWAY = Manifest(
     "turned away",
     protocol=sum(
@@ -73,8 +72,7 @@ class Context(Protocol):
     def reactor(self) -> Any: ...
     @property
     def members(self) -> Sequence[Member]: ...
-    @property
-    def full(self) -> bool: ...
+    def new_memory(self) -> Memory: ...
 
 
 class Conversation:
@@ -85,16 +83,23 @@ class Conversation:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._session = Session()
-        self._transcript = Transcript(context.limits.max_message_size, context.inflight)
+        self._transcript = Transcript(
+            context.limits.max_message_size, context.inflight, context.new_memory
+        )
         self._milters = self._milters_of(())
-        self._turned_away = False
+        self._turned_away = b""  # what it is answered then
         self._began = context.reactor.seconds()  # the connection
         self._message_began = 0.0
         self.asked: Stage | None = None  # the stage that the milters are asked about now
+        self.has_agreed = False  # with the MTA, on options
         self.is_over = False  # the MTA has left, or we have
 
     def _milters_of(self, members: Sequence[Member]) -> Milters:
         return Milters(members, self._context.policy, self._transcript)
+
+    def turn_away(self, answer: bytes) -> None:
+        """Answers this at the first question, which is the last, instead of asking the milters."""
+        self._turned_away = answer
 
     @cached_property
     def takes_early_progress(self) -> bool:
@@ -133,8 +138,11 @@ class Conversation:
             return b""
         if step.handling is Handling.CONTINUE:
             return self._decided(step.stage, _CONTINUE)
-        if self._turned_away or self._transcript.refusal is not None:
-            return self._decided(step.stage, self._refusal())
+        if self._turned_away:
+            self.is_over = True
+            return self._decided(step.stage, self._turned_away)
+        if self._transcript.refusal is not None:
+            return self._decided(step.stage, self._refusal(self._transcript.refusal))
         job = self._job(step.stage, step.keep, packet)
         if job is None:
             self._count("refused_no_memory")
@@ -143,11 +151,11 @@ class Conversation:
 
     def _negotiate(self, offer: Negotiate) -> bytes:
         context = self._context
-        self._turned_away = context.full
-        self._milters = self._milters_of(() if context.full else context.members)
-        manifests = [TURNED_AWAY] if context.full else self._milters.manifests
+        self._milters = self._milters_of(() if self._turned_away else context.members)
+        manifests = [TURNED_AWAY] if self._turned_away else self._milters.manifests
         agreement = negotiate(offer, manifests, DATA_SIZES[context.limits.max_data_size])
         self._session.agree(agreement)
+        self.has_agreed = True
         self._milters.agree(agreement)
         answer = agreement.reply.encode()
         told = offer.encode() if self._milters.has_objects else b""  # to their xxfi_negotiate
@@ -180,12 +188,8 @@ class Conversation:
             self._message_began = self._context.reactor.seconds()
         transcript.append(packet)
 
-    def _refusal(self) -> bytes:
+    def _refusal(self, refusal: Refusal) -> bytes:
         """What is answered instead of asking the milters."""
-        refusal = self._transcript.refusal
-        if self._turned_away or refusal is None:
-            self._count("overload_connections")
-            return BUSY
         self._count(f"refused_{refusal.name.lower()}")
         return _REFUSALS[refusal]
 

@@ -1,4 +1,4 @@
-"""Listening sockets: how they are opened and served."""
+"""Listening sockets: how they are opened and closed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 import socket
 from typing import Any
 
-from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
-from zope.interface import implementer
 
 from sharded_milter.errors import (
     ConfigError,
@@ -19,6 +17,7 @@ from sharded_milter.errors import (
     StartError,
     SystemRefused,
 )
+from sharded_milter.mta.accepting import Acceptor, Gate
 from sharded_milter.mta.addresses import Address
 from sharded_milter.mta.unix_path import UnixPath
 
@@ -26,14 +25,7 @@ from sharded_milter.mta.unix_path import UnixPath
 # (net.core.somaxconn) is 4096 on Linux.
 BACKLOG = 1024
 
-# Connections taken in one turn of the reactor; established ones get their turn in between.
-ACCEPTS_PER_TURN = 100
 
-# Seconds without accepting when the system has no descriptor left.
-ACCEPT_PAUSE = 1.0
-
-
-@implementer(IReadDescriptor)
 class Listener:
     """A listening socket: bound first, so that a conflict is known early; served later.
 
@@ -51,9 +43,7 @@ class Listener:
         """
         self.address = address
         self._path: UnixPath | None = None
-        self._reactor: Any = None
-        self._factory: Any = None
-        self._accepted: socket.socket | None = None  # and not given to a protocol yet
+        self._acceptor: Acceptor | None = None  # while it is served
         try:
             if address.path:
                 self._path = UnixPath(address.path, mode, group)
@@ -66,12 +56,11 @@ class Listener:
         """The TCP port that is really bound; 0 for a path."""
         return 0 if self.address.path else int(self._socket.getsockname()[1])
 
-    def serve(self, factory: Factory, reactor: Any) -> None:
-        """Listens, and gives every connection to a protocol of `factory`.
+    def serve(self, factory: Factory, gate: Gate, reactor: Any) -> None:
+        """Listens, and gives every connection to a protocol of `factory`, as `gate` lets it in.
 
         Raises SocketTaken when another server has taken the place since it was bound.
         """
-        self._factory, self._reactor = factory, reactor
         try:
             if self._path is not None and not self._path.is_ours():
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -79,16 +68,14 @@ class Listener:
         except OSError as error:
             raise _explained(self.address, error) from None
         self._socket.setblocking(False)
-        reactor.addReader(self)
+        self._acceptor = Acceptor(self._socket, self.address.spec, gate, factory, reactor)
 
     def close(self) -> None:
         """Stops listening and removes the path, unless somebody else has taken that."""
-        if self._reactor is not None:
-            self._reactor.removeReader(self)
-            self._reactor = None
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
         self._socket.close()
-        if self._accepted is not None:
-            self._accepted.close()
         if self._path is not None:
             self._remove(self._path)
 
@@ -101,46 +88,6 @@ class Listener:
                 path=self.address.path,
                 why=error.strerror,
             )
-
-    # What the reactor calls (IReadDescriptor)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def logPrefix(self) -> str:
-        return self.address.spec
-
-    def connectionLost(self, reason: object) -> None:
-        self.close()
-
-    def doRead(self) -> None:
-        """Takes connections until none is left, but not so many that others starve."""
-        for _ in range(ACCEPTS_PER_TURN):
-            try:
-                connection = self._accepted or self._socket.accept()[0]
-                self._accepted = connection
-                self._adopt(connection)
-            except (BlockingIOError, ConnectionError):
-                return
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:  # which says that the peer has left again
-                    self._pause(error)
-                    return
-            connection.close()
-            self._accepted = None
-
-    def _adopt(self, connection: socket.socket) -> None:
-        """Twisted takes a copy of the descriptor; if there is none left, the next turn tries."""
-        connection.setblocking(False)
-        family = connection.family
-        self._reactor.adoptStreamConnection(connection.fileno(), family, self._factory)
-
-    def _pause(self, error: OSError) -> None:
-        """No descriptor is left: the kernel holds new connections until some are free."""
-        self.log.error("cannot accept on {spec}: {why}", spec=self.address.spec, why=error.strerror)
-        reactor = self._reactor
-        reactor.removeReader(self)
-        reactor.callLater(ACCEPT_PAUSE, lambda: self._reactor and self._reactor.addReader(self))
 
 
 def _bound(address: Address) -> socket.socket:

@@ -7,7 +7,7 @@ moves into anonymous memory that workers map instead of receiving a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -51,6 +51,7 @@ class Transcript:
         "_macros",
         "_max_size",
         "_memory",
+        "_new_memory",
         "_queue_id",
         "_recent",
         "_slots",
@@ -60,8 +61,13 @@ class Transcript:
 
     log = Logger()
 
-    def __init__(self, max_size: int, inflight: Inflight) -> None:
-        """A message may have `max_size` bytes; what all messages have is counted in `inflight`."""
+    def __init__(
+        self, max_size: int, inflight: Inflight, new_memory: Callable[[], Memory] = Memory
+    ) -> None:
+        """A message may have `max_size` bytes; what all messages have is counted in `inflight`.
+
+        `new_memory` raises OSError where a message can have none.
+        """
         self.size = 0  # bytes of the message's part
         self.refusal: Refusal | None = None  # set when the message is no longer kept
         self._max_size = max_size
@@ -69,6 +75,7 @@ class Transcript:
         self._slots: dict[bytes, bytes] = {}
         self._head: bytes | None = b""
         self._recent = bytearray()  # the message's part, or what of it is not in _memory yet
+        self._new_memory = new_memory
         self._memory: Memory | None = None
         self._macros: dict[int, bytes] = {}  # the message's latest by stage, for log lines
         self._firsts: dict[int, bytes] = {}  # its first MAIL and RCPT, for keys
@@ -150,7 +157,7 @@ class Transcript:
         """Adds to memory that workers map, or refuses the message where the system has none."""
         try:
             if self._memory is None:
-                self._memory = Memory()
+                self._memory = self._new_memory()
             self._flush(self._memory)
             self._memory.append(data)  # without a copy on the way
         except OSError as error:

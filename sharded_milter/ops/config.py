@@ -24,6 +24,7 @@ from sharded_milter.dispatch.policy import CHOICES
 from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.limits import Limits
 from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.peers import Peers, parse_peers
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.ops.logs import LEVELS
 from sharded_milter.protocol.negotiation import DATA_SIZES
@@ -55,6 +56,7 @@ class Settings:
     user: str
     group: str
     allow_root: bool
+    allowed_peers: Peers
     on_error: str
     on_poison: str
     keep_dir: str | None
@@ -179,7 +181,7 @@ _MODE = re.compile(
 )
 
 # What may be given several times.
-_MANY = ("listen", "milters", "in_master", "sandbox_read", "sandbox_write")
+_MANY = ("listen", "milters", "in_master", "allowed_peers", "sandbox_read", "sandbox_write")
 
 # The limits that an operator may set, with what they mean.
 _LIMITS: Mapping[str, tuple[Any, str]] = {
@@ -290,6 +292,14 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--allow-root",
         is_flag=True,
         help="Run --pymilter and the content scanner as root too.",
+    ),
+    click.option(
+        "--allowed-peers",
+        type=Spelled("peers", parse_peers),
+        multiple=True,
+        metavar="PEER,...",
+        help="Who may connect: networks (192.0.2.0/24, ::1) to inet: sockets, user:NAME and"
+        " group:NAME to UNIX sockets; all others hear 451. May be given several times.",
     ),
     click.option(
         "--on-error",
@@ -427,6 +437,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     rest = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
     if not rest["listen"] and not rest["pymilter"]:
         rest["listen"] = (parse_listen(DEFAULT_LISTEN),)
+    rest["allowed_peers"] = Peers.all_of(rest["allowed_peers"])
     return Settings(limits=limits, **rest)
 
 

@@ -54,7 +54,8 @@ _OUTPUTS = (1, 2)
 _CHANNEL = 3
 _BOOTSTRAP = (
     "import sys; from sharded_milter.workers.bootstrap import main;"
-    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r}, script={!r}, sandbox={!r})"
+    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r}, script={!r}, open_files={!r},"
+    " sandbox={!r})"
 )
 
 
@@ -63,8 +64,8 @@ class Workplace:
     """How every worker is started: the milters that it serves and what it may use.
 
     With `script` they are a pymilter script and its arguments. `cpus` are dealt out, one for each
-    slot in turn; none leaves the workers where they like. `sandbox` are the arguments of their
-    `Sandbox`.
+    slot in turn; none leaves the workers where they like. `open_files` is their soft limit of
+    descriptors, 0 leaves it as the master's is. `sandbox` are the arguments of their `Sandbox`.
     """
 
     specs: tuple[str, ...]
@@ -73,13 +74,20 @@ class Workplace:
     memory_limit: int = 0
     cpus: tuple[int, ...] = ()
     script: bool = False
+    open_files: int = 0
     sandbox: Mapping[str, Any] = field(default_factory=dict)
 
     def bootstrap(self, slot: int) -> str:
         """The program that Python runs in the worker of a slot."""
         cpus = (self.cpus[(slot - 1) % len(self.cpus)],) if self.cpus else ()
         return _BOOTSTRAP.format(
-            os.getpid(), self.nice, self.memory_limit, cpus, self.script, dict(self.sandbox)
+            os.getpid(),
+            self.nice,
+            self.memory_limit,
+            cpus,
+            self.script,
+            self.open_files,
+            dict(self.sandbox),
         )
 
 

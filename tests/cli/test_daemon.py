@@ -156,7 +156,7 @@ def test_a_keep_dir_is_looked_at_with_the_rights_that_will_use_it(
 class FakeServer:
     """Starts and stops as the test says."""
 
-    def __init__(self, listeners: list[Any], *rest: Any, logs_messages: bool) -> None:
+    def __init__(self, listeners: list[Any], *rest: Any, **more: Any) -> None:
         from twisted.internet.defer import Deferred
 
         self.listeners = listeners
@@ -371,10 +371,11 @@ def test_workers_are_started_as_the_operator_says(
     monkeypatch.setattr(
         spawning, "Spawned", lambda workplace, slot, reactor: spawned.append((workplace, slot))
     )
-    shard = module.shard_maker(chosen, (SCANNER,), None, Clock())(2, None)
+    shard = module.shard_maker(chosen, (SCANNER,), None, Clock(), 1024)(2, None)
     ((place, slot),) = spawned
     assert slot == shard.slot == 2
     assert (place.specs, place.nice, place.memory_limit) == ((SCANNER,), 3, 10)
+    assert place.open_files == 1024
     assert place.cpus == tuple(sorted(os.sched_getaffinity(0)))
     assert place.env[SCANNER_RULES] == str(tmp_path)
     assert "SECRET" not in place.env

@@ -129,7 +129,7 @@ class Conversation(RuleBasedStateMachine):
         """The socket is gone: nothing of the connection stays."""
         self.connection.connectionLost()
         assert self.context.pool.open is None
-        assert self.context.connections == set()
+        assert self.context.connections == []
         assert not self.context.idle._due
         assert not self.context.progress._due
         assert not self.context.closing._due

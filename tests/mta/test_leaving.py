@@ -78,7 +78,7 @@ def test_a_lost_connection_cancels_the_job() -> None:
     assert mta.pool.cancelled == [mta.job]
     mta.answer(CONTINUE)
     assert mta.written() == []
-    assert mta.connections == set()
+    assert mta.connections == []
     assert armed(mta.reactor) == []
 
 
@@ -222,13 +222,13 @@ def test_reading_is_a_sign_of_life() -> None:
 
 
 def test_its_slot_is_free_for_others_then() -> None:
-    mta = at_the_end(idle_timeout=60.0, max_connections=0)
-    assert mta.full
+    mta = at_the_end(idle_timeout=60.0, max_connections=1)
+    assert mta.gate.served == {mta.connection}
     mta.connection.pauseProducing()
     mta.reactor.advance(60.0)
     assert mta.aborted
     mta.hang_up()  # as Twisted does in its next turn
-    assert not mta.full
+    assert mta.gate.is_empty
 
 
 # The end of the service

@@ -12,38 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.task import Clock
-from twisted.logger import capturedLogs
+from one_listener import OpenGate, Reactor
 
 from sharded_milter.errors import ConfigError, NotPermitted, SocketTaken, SystemRefused
 from sharded_milter.mta.addresses import Address, parse_listen
-from sharded_milter.mta.listener import ACCEPT_PAUSE, ACCEPTS_PER_TURN, Listener
+from sharded_milter.mta.listener import Listener
 
 LOCAL = parse_listen("inet:0@127.0.0.1")
-
-
-# Serving
-
-
-class Reactor(Clock):
-    """Adopts connections into a list; reads when the test says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.readers: set[Any] = set()
-        self.adopted: list[tuple[int, Any]] = []
-        self.refusals: list[OSError] = []
-
-    def addReader(self, reader: Any) -> None:
-        self.readers.add(reader)
-
-    def removeReader(self, reader: Any) -> None:
-        self.readers.discard(reader)
-
-    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
-        if self.refusals:
-            raise self.refusals.pop(0)
-        self.adopted.append((family, factory))
 
 
 @pytest.fixture
@@ -61,88 +36,31 @@ def listeners() -> Iterator[list[Listener]]:
 
 
 def serving(listeners: list[Listener], address: Address) -> tuple[Listener, Reactor]:
+    """A listener that is served, and closed after the test; its acceptor is the one reader."""
     listener, reactor = Listener(address, 0o600, ""), Reactor()
     listeners.append(listener)
     factory: Any = "factory"
-    listener.serve(factory, reactor)
+    listener.serve(factory, OpenGate(), reactor)
     return listener, reactor
 
 
-def connected(listener: Listener) -> socket.socket:
-    if listener.address.path:
-        client = socket.socket(socket.AF_UNIX)
-        client.connect(listener.address.path)
-        return client
-    return socket.create_connection(("127.0.0.1", listener.port))
-
-
 @pytest.mark.parametrize("kind", ["inet", "unix"])
-def test_connections_are_given_to_the_factory(
+def test_what_connects_is_given_to_the_factory(
     kind: str, path: str, listeners: list[Listener]
 ) -> None:
     address = LOCAL if kind == "inet" else parse_listen(path)
     listener, reactor = serving(listeners, address)
-    assert reactor.readers == {listener}
-    assert listener.logPrefix() == address.spec
-    with connected(listener), connected(listener):
-        listener.doRead()
+    reactor.clients(listener, 2)
+    reactor.read()
+    reactor.hang_up()
     family = socket.AF_INET if kind == "inet" else socket.AF_UNIX
     assert reactor.adopted == [(family, "factory")] * 2
     assert (listener.port > 0) == (kind == "inet")
 
 
-def test_others_get_their_turn_between_many_connections(listeners: list[Listener]) -> None:
-    listener, reactor = serving(listeners, LOCAL)
-    clients = [connected(listener) for _ in range(ACCEPTS_PER_TURN + 1)]
-    listener.doRead()
-    assert len(reactor.adopted) == ACCEPTS_PER_TURN
-    listener.doRead()
-    assert len(reactor.adopted) == ACCEPTS_PER_TURN + 1
-    for client in clients:
-        client.close()
-
-
-def test_without_a_descriptor_nobody_is_lost_but_has_to_wait(listeners: list[Listener]) -> None:
-    listener, reactor = serving(listeners, LOCAL)
-    reactor.refusals.append(OSError(errno.EMFILE, "Too many open files"))
-    with connected(listener), connected(listener), capturedLogs() as events:
-        listener.doRead()
-        assert reactor.readers == set()
-        reactor.advance(ACCEPT_PAUSE)
-        assert reactor.readers == {listener}
-        listener.doRead()
-    assert len(reactor.adopted) == 2
-    assert [event["log_format"].format(**event) for event in events] == [
-        "cannot accept on inet:0@127.0.0.1: Too many open files"
-    ]
-
-
-def test_a_client_that_has_left_already_is_no_trouble(listeners: list[Listener]) -> None:
-    listener, reactor = serving(listeners, LOCAL)
-    reactor.refusals.append(OSError(errno.ENOTCONN, "not connected"))
-    with connected(listener), connected(listener):
-        listener.doRead()
-    assert len(reactor.adopted) == 1
-    assert reactor.readers == {listener}
-
-
-def test_a_listener_that_is_closed_while_it_pauses_stays_closed(path: str) -> None:
-    opened: list[Listener] = []
-    listener, reactor = serving(opened, parse_listen(path))
-    reactor.refusals.append(OSError(errno.EMFILE, "Too many open files"))
-    with connected(listener) as client:
-        listener.doRead()
-        listener.close()
-        assert client.recv(1) == b""
-    reactor.advance(ACCEPT_PAUSE)
-    assert reactor.readers == set()
-    assert not os.path.exists(path)
-
-
-def test_a_lost_listener_is_closed(path: str) -> None:
-    listener, reactor = serving([], parse_listen(path))
-    listener.connectionLost("reason")
-    assert listener.fileno() == -1
+def test_a_listener_that_is_closed_takes_no_more(path: str, listeners: list[Listener]) -> None:
+    listener, reactor = serving(listeners, parse_listen(path))
+    listener.close()
     assert reactor.readers == set()
     assert not os.path.exists(path)
 
@@ -355,8 +273,9 @@ def test_a_socket_that_nobody_serves_is_taken_over(path: str, listeners: list[Li
         dead.bind(path)
         dead.listen()
     listener, reactor = serving(listeners, parse_listen(path))
-    with connected(listener):
-        listener.doRead()
+    reactor.clients(listener, 1)
+    reactor.read()
+    reactor.hang_up()
     assert len(reactor.adopted) == 1
 
 
@@ -395,7 +314,7 @@ def test_a_place_that_is_taken_between_start_and_ready_is_left_to_the_other(path
     second, _ = serving([], parse_listen(path))
     factory: Any = "factory"
     with pytest.raises(SocketTaken):
-        first.serve(factory, Reactor())
+        first.serve(factory, OpenGate(), Reactor())
     first.close()
     assert os.path.exists(path)
     second.close()
@@ -470,5 +389,5 @@ def test_a_socket_that_may_not_listen_is_the_systems_refusal(
     listener = Listener(LOCAL, 0o660, "")
     factory: Any = "factory"
     with pytest.raises(NotPermitted):
-        listener.serve(factory, Reactor())
+        listener.serve(factory, OpenGate(), Reactor())
     listener.close()

@@ -16,6 +16,7 @@ from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError
 from sharded_milter.limits import Limits
 from sharded_milter.mta.addresses import parse_listen
+from sharded_milter.mta.peers import ANYBODY, parse_peers
 from sharded_milter.ops.config import (
     DEFAULT_LISTEN,
     Settings,
@@ -39,6 +40,7 @@ VALUES: dict[str, tuple[tuple[str, str, str], Callable[[str], Any]]] = {
     "user": (("a", "b", "1"), str),
     "group": (("a", "b", "1"), str),
     "allow_root": (("true", "false", "true"), lambda v: v == "true"),
+    "allowed_peers": (("127.0.0.0/8,::1", "user:0", "group:0,192.0.2.7"), parse_peers),
     "on_error": (("accept", "reject", "tempfail"), str),
     "on_poison": (("accept", "reject", "tempfail"), str),
     "keep_dir": (("/", "/usr", "/usr/bin"), str),
@@ -164,6 +166,7 @@ def test_the_defaults_are_those_of_the_code() -> None:
     assert found.workers == usable_cpus()
     assert found.socket_mode == 0o660
     assert (found.on_error, found.on_poison, found.log_level) == ("tempfail", "tempfail", "info")
+    assert found.allowed_peers == ANYBODY
     assert (found.socket_group, found.cpu_affinity, found.nice) == ("", (), 0)
     assert (found.scanner_rules, found.keep_dir, found.ready_fd) == (None, None, None)
 
@@ -294,6 +297,8 @@ BAD: list[tuple[str, str]] = [
     ("eom_deadline", "0"), ("eom_deadline", "-1"), ("eom_deadline", "nan"),
     ("eom_deadline", "inf"), ("eom_deadline", "soon"), ("queue_wait", "0"), ("max_queue", "-1"),
     ("retries", "1.5"), ("max_message_size", "0"), ("max_connections", "0"),
+    ("allowed_peers", "postfix"), ("allowed_peers", "user:no-such"), ("allowed_peers", "::1,"),
+    ("allowed_peers", "10.0.0.1/8"), ("allowed_peers", "group:-1"), ("allowed_peers", "user:"),
     ("worker_lifetime", "-1"), ("worker_lifetime", "nan"), ("worker_lifetime", "inf"),
     ("sandbox", "maybe"), ("sandbox_read", "/no/such"), ("sandbox_write", "/no/such"),
     ("sandbox_allow", "network,printers"), ("sandbox_allow", ""),

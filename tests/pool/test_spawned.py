@@ -164,11 +164,11 @@ def test_a_worker_gets_an_allow_list_of_the_environment() -> None:
 
 @pytest.mark.parametrize(("slot", "cpus"), [(1, "(4,)"), (2, "(6,)"), (3, "(4,)")])
 def test_cpus_are_dealt_out_in_turn(slot: int, cpus: str) -> None:
-    workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6))
-    said = f"nice=5, memory_limit=10, cpus={cpus}, script=False, sandbox={{}})"
+    workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6), open_files=9)
+    said = f"nice=5, memory_limit=10, cpus={cpus}, script=False, open_files=9, sandbox={{}})"
     assert said in workplace.bootstrap(slot)
     script = Workplace(("x.py",), script=True, sandbox={"mode": "on"}).bootstrap(slot)
-    assert "cpus=(), script=True, sandbox={'mode': 'on'})" in script
+    assert "cpus=(), script=True, open_files=0, sandbox={'mode': 'on'})" in script
 
 
 def test_a_system_that_refuses_is_an_error_of_the_start() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -284,6 +285,9 @@ def test_the_socket_is_not_for_the_milters_own_children(folder: Path) -> None:
         ({}, "os.nice(0)", os.nice(0)),
         ({"nice": 3}, "os.nice(0)", min(19, os.nice(0) + 3)),
         ({"memory_limit": 8 << 30}, "resource.getrlimit(resource.RLIMIT_AS)[0]", 8 << 30),
+        ({"open_files": 64}, "resource.getrlimit(resource.RLIMIT_NOFILE)[0]", 64),
+        ({}, "resource.getrlimit(resource.RLIMIT_NOFILE)",
+         resource.getrlimit(resource.RLIMIT_NOFILE)),
         ({"cpus": (min(os.sched_getaffinity(0)),)}, "os.sched_getaffinity(0)",
          {min(os.sched_getaffinity(0))}),
         ({}, "os.sched_getaffinity(0)", os.sched_getaffinity(0)),
