@@ -47,8 +47,9 @@ class Limits:
     progress_interval: float = 5.0
     # Bytes of commands that wait behind a running job before reading pauses; two body chunks.
     max_waiting: int = 131_072
-    # MTA connections at a time; more are told to come back. Each is a descriptor.
-    max_connections: int = 20_000
+    # MTA connections at a time; more are told to come back. Each is a descriptor: with workers, and
+    # memory for large messages, so many fit into a limit of 20,000.
+    max_connections: int = 16_000
     # Bytes of all messages that are not answered yet; above it new ones get a 452.
     max_inflight_bytes: int = 1024 * 1024 * 1024
     # The packets that an MTA may send if it offers them: 64K, 256K or 1M. None of today's does.

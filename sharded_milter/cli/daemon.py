@@ -59,14 +59,13 @@ def serve(settings: config.Settings) -> int:
         def bound(address: Address) -> Listener:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
-            _warn(unrestricted(address, settings.allowed_peers))
             return listener
 
         listeners = [bound(address) for address in settings.listen]
         take_rights(settings, account)
         shares = descriptors.Shares(settings.workers if specs else 0)
         used = descriptors.in_use()
-        _warn(descriptors.short_of(settings.limits.max_connections, shares, used))
+        warning = descriptors.short_of(settings.limits.max_connections, shares, used)
 
         def bind(wanted: str) -> list[Listener]:
             try:
@@ -75,15 +74,7 @@ def serve(settings: config.Settings) -> int:
                 cure = "; name it with --listen, which root binds" if account else ""
                 raise NotPermitted(f"{error}{cure}") from None
 
-        return _Run(settings, specs, listeners, bind, shares, open_files).run()
-
-
-def _warn(line: str) -> None:
-    """What the operator should know at the start; nothing if the line is empty."""
-    if line:
-        from twisted.logger import Logger
-
-        Logger().warn("{line}", line=line)
+        return _Run(settings, specs, listeners, bind, shares, open_files, warning).run()
 
 
 def take_rights(settings: config.Settings, account: privileges.Account | None) -> None:
@@ -233,6 +224,7 @@ class _Run:
         bind: Callable[[str], list[Listener]],
         shares: descriptors.Shares,
         open_files: int,
+        warning: str,
     ) -> None:
         reactor = chosen_reactor(asyncio=bool(settings.in_master))
         from twisted.logger import Logger
@@ -257,6 +249,7 @@ class _Run:
         in_master = in_master_members(settings, reactor, dispatcher.counters)
         policy = Policy(settings.on_error, settings.on_poison)
         self._settings = settings
+        self._warning = warning
         self._reactor: Any = reactor
         self._log = Logger()
         self._workers = workers
@@ -301,6 +294,10 @@ class _Run:
 
     def _ready(self) -> None:
         listeners = self._server.listeners
+        peers = self._settings.allowed_peers
+        warnings = [unrestricted(listener.address, peers) for listener in listeners]
+        for line in filter(None, [self._warning, *warnings]):
+            self._log.warn("{line}", line=line)
         names = [listener.address.for_postfix(listener.port) for listener in listeners]
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",

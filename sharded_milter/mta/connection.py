@@ -37,7 +37,7 @@ LARGE_READ = 262_144
 
 # Seconds that a connection which we have closed gets to take what was answered. Postfix and
 # Sendmail read at once; whoever does not would keep a connection of `max_connections` for ever.
-# One that is turned away has as long to hear so, if no other waits for its place.
+# One that is turned away has as long in all, if no other waits for its place.
 CLOSE_GRACE = 30.0
 
 _PROGRESS = Progress().encode()
@@ -100,6 +100,11 @@ class MilterConnection(TwistedProtocol):
     def has_greeted(self) -> bool:
         """Whether the MTA has said anything: the first packet is its offer."""
         return self._conversation.has_agreed
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether the MTA knows that it is turned away."""
+        return self._conversation.has_heard
 
     def _cancel_if_leaving(self) -> None:
         """Cancels the job that is out if ABORT or QUIT is queued behind its command."""
@@ -178,7 +183,11 @@ class MilterConnection(TwistedProtocol):
             self._context.idle.set(self)
             return
         self.log.info("closing a connection that was idle for too long")
-        if self._congested:  # nor has it read anything
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Ends the connection; nothing waits to be answered."""
+        if self._congested:  # it reads nothing
             self.abort()
         else:
             self._close()

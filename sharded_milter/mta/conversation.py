@@ -87,7 +87,8 @@ class Conversation:
             context.limits.max_message_size, context.inflight, context.new_memory
         )
         self._milters = self._milters_of(())
-        self._turned_away = b""  # what it is answered then
+        self._turned_away = b""  # what each question is answered then
+        self.has_heard = False  # that it is turned away
         self._began = context.reactor.seconds()  # the connection
         self._message_began = 0.0
         self.asked: Stage | None = None  # the stage that the milters are asked about now
@@ -98,7 +99,7 @@ class Conversation:
         return Milters(members, self._context.policy, self._transcript)
 
     def turn_away(self, answer: bytes) -> None:
-        """Answers this at the first question, which is the last, instead of asking the milters."""
+        """From now on this is the answer, instead of what the milters would say."""
         self._turned_away = answer
 
     @cached_property
@@ -136,11 +137,11 @@ class Conversation:
             self._keep(step.keep, packet)
         if step.stage is None or step.handling is Handling.SILENT:
             return b""
+        if self._turned_away:
+            self.has_heard = True
+            return self._decided(step.stage, self._turned_away)
         if step.handling is Handling.CONTINUE:
             return self._decided(step.stage, _CONTINUE)
-        if self._turned_away:
-            self.is_over = True
-            return self._decided(step.stage, self._turned_away)
         if self._transcript.refusal is not None:
             return self._decided(step.stage, self._refusal(self._transcript.refusal))
         job = self._job(step.stage, step.keep, packet)

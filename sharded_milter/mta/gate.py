@@ -1,8 +1,9 @@
 """The gate: decides once, when a connection comes, whether it is served.
 
-A connection that is not served is turned away: it is asked for its client and nothing else, hears
-at once that the mail must be sent again later, and is closed. The milter protocol has no other way:
-a milter speaks only when it is spoken to, and says no before it knows the client to no MTA.
+A connection that is not served is turned away: the first thing that it asks, and all else, is
+answered with 451, so that the mail is sent again later. The milter protocol has no other way: a
+milter speaks only when it is spoken to. It ends when the MTA leaves, or when another connection
+needs its place.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Connection(Protocol):
 
     @property
     def has_greeted(self) -> bool: ...
-    def abort(self) -> None: ...
+    @property
+    def has_heard(self) -> bool: ...
+    def let_go(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class Gate:
     def wait(self) -> float:
         """Seconds until another connection is to be taken; 0 most of the time.
 
-        Connections that are turned away are few at a time. When there are so many, the kernel holds
-        the next ones until those have heard so, or have had their chance and are aborted.
+        Connections that are turned away are few at a time. When there are so many, those that have
+        heard so, or have had their chance, are let go, and until then the kernel holds the next.
         """
         if len(self._turned_away) < self._places:
             return 0.0
@@ -114,9 +117,10 @@ class Gate:
         for connection, (came, answer) in self._turned_away.items():
             expected = connection.has_greeted and answer is BUSY
             chance = GREETED_CHANCE if expected else SILENT_CHANCE
-            if now - came >= chance and connection not in self._dismissed:
+            over = connection.has_heard or now - came >= chance
+            if over and connection not in self._dismissed:
                 self._dismissed.add(connection)
-                connection.abort()  # which has an effect in the reactor's next turn
+                connection.let_go()  # which has an effect in the reactor's next turn
         return NEXT_LOOK
 
     def _stranger(self, transport: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from one_mta import CLIENT, HELO, OFFER, OLD_OFFER, Transport, packed
+from one_mta import CLIENT, HELO, MESSAGE, OFFER, OLD_OFFER, QUIT, Transport, packed
 from twisted.internet.address import IPv6Address, UNIXAddress
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
@@ -82,29 +82,43 @@ def house() -> Iterator[House]:
     house.close()
 
 
+def split(answers: bytes) -> list[bytes]:
+    """The packets, each with its length."""
+    ends = [end for _, _, end in packets(answers)]
+    return [answers[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def full(house: House) -> None:
     house.connect()
 
 
 @pytest.mark.parametrize("offer", [OFFER, OLD_OFFER], ids=["new", "old"])
-def test_one_that_is_turned_away_hears_so_at_its_first_question_and_is_closed(
-    house: House, offer: Any
-) -> None:
+def test_one_that_is_turned_away_hears_so_at_its_first_question(house: House, offer: Any) -> None:
     full(house)
     connection, peer = house.connect()
     connection.dataReceived(packed(offer))
-    assert not peer.disconnecting
-    connection.dataReceived(packed(CLIENT, HELO))
+    assert not connection.has_heard
+    connection.dataReceived(packed(CLIENT))
     answers = b"".join(peer.writes)
     assert answers.endswith(BUSY)
     assert len(list(packets(answers))) == 2
+    assert connection.has_heard
     reply = parse_reply(BUSY)
     assert isinstance(reply, ReplyCode)
     assert reply.text.startswith("451 4.3.2 ")
+    connection.dataReceived(packed(QUIT))
     assert peer.disconnecting
     connection.connectionLost()
-    assert not house.gate.is_empty
     assert len(house.connections) == 1
+
+
+def test_all_else_that_it_asks_is_answered_so_too(house: House) -> None:
+    full(house)
+    connection, peer = house.connect()
+    connection.dataReceived(packed(OLD_OFFER, CLIENT, HELO, *MESSAGE))
+    answers = [packet[4:] for packet in split(b"".join(peer.writes))][1:]
+    assert len(answers) > 4
+    assert set(answers) == {BUSY[4:]}
 
 
 def test_one_that_is_turned_away_and_says_nothing_is_let_go(house: House) -> None:
@@ -157,7 +171,7 @@ def test_there_are_few_at_a_time_and_each_has_its_chance(house: House) -> None:
     assert len(crowd) == SHARES.turned_away
     house.reactor.advance(SILENT_CHANCE)
     assert house.gate.wait() == NEXT_LOOK
-    assert all(peer.aborted for _, peer in crowd)
+    assert all(peer.disconnecting for _, peer in crowd)
     crowd[0][0].connectionLost()  # as Twisted does in its next turn
     assert house.gate.wait() == 0.0
 
@@ -168,10 +182,30 @@ def test_one_that_has_greeted_has_a_longer_one(house: House) -> None:
     crowd[0][0].dataReceived(packed(OFFER))
     house.reactor.advance(SILENT_CHANCE)
     house.gate.wait()
-    assert [peer.aborted for _, peer in crowd] == [False] + [True] * (len(crowd) - 1)
+    assert [peer.disconnecting for _, peer in crowd] == [False] + [True] * (len(crowd) - 1)
     house.reactor.advance(GREETED_CHANCE)
     house.gate.wait()
-    assert crowd[0][1].aborted
+    assert crowd[0][1].disconnecting
+
+
+def test_one_that_has_heard_so_makes_room_at_once(house: House) -> None:
+    full(house)
+    crowd = [house.connect() for _ in range(SHARES.turned_away)]
+    crowd[2][0].dataReceived(packed(OFFER, CLIENT))
+    house.gate.wait()
+    assert [peer.disconnecting for _, peer in crowd].index(True) == 2
+    assert [peer.disconnecting for _, peer in crowd].count(True) == 1
+
+
+def test_one_that_does_not_read_is_cut_off(house: House) -> None:
+    full(house)
+    connection, peer = house.connect()
+    connection.dataReceived(packed(OFFER, CLIENT))
+    connection.pauseProducing()
+    for _ in range(SHARES.turned_away):
+        house.connect()
+    house.gate.wait()
+    assert peer.aborted
 
 
 def test_nobody_is_aborted_while_there_are_places(house: House) -> None:
@@ -179,7 +213,7 @@ def test_nobody_is_aborted_while_there_are_places(house: House) -> None:
     _, peer = house.connect()
     house.reactor.advance(GREETED_CHANCE)
     assert house.gate.wait() == 0.0
-    assert not peer.aborted
+    assert not peer.disconnecting
 
 
 def test_there_is_a_bound_where_descriptors_are_not_ours_to_share() -> None:
@@ -213,14 +247,13 @@ def test_peers_that_are_not_named_hear_451(peers: str, peer: Peer, who: str) -> 
     lines = [event["log_format"].format(**event) for event in events]
     if who:
         assert peer.writes[-1].endswith(NOT_ALLOWED)
-        assert peer.disconnecting
         assert house.counters["refused_peers"] == 1
         (line,) = lines
         assert line.startswith("refused ")
         assert line.endswith(", whom --allowed-peers does not name")
         assert who in line
     else:
-        assert not peer.disconnecting
+        assert not peer.writes[-1].endswith(NOT_ALLOWED)
         assert lines == []
     house.close()
 
@@ -240,7 +273,7 @@ def test_one_that_has_greeted_does_not_keep_others_waiting_for_long() -> None:
         connection.dataReceived(packed(OFFER))
     house.reactor.advance(SILENT_CHANCE)
     house.gate.wait()
-    assert peer.aborted
+    assert peer.disconnecting
     house.close()
 
 
