@@ -55,11 +55,14 @@ class Flow:
     connection that is told 421 comes again, as an MTA does.
     """
 
-    def __init__(self, server: Server, connections: int = 4, words: str = "mail") -> None:
+    def __init__(
+        self, server: Server, connections: int = 4, words: str = "mail", size: int = 100
+    ) -> None:
         self.answers: list[Answer] = []
         self.lost: list[str] = []
         self._under_way: set[str] = set()
         self._words = itertools.cycle(words.split())
+        self._size = size
         self._server = server
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(connections)]
@@ -110,7 +113,7 @@ class Flow:
         sock = self._server.socket()
         with MtaClient(sock, timeout=PATIENCE) as client:
             while not self._stopping.is_set():
-                message, after = mail(next(self._words)), len(self.answers)
+                message, after = mail(next(self._words), self._size), len(self.answers)
                 self._under_way.add(subject(message))
                 outcome = client.deliver(message)
                 self.answers.append(Answer(message, outcome, after))

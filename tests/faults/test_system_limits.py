@@ -13,7 +13,6 @@ import pytest
 
 from .flow import Flow, mail, subject, word
 from .server import Server, until
-from .wire import beginning, end, negotiated, say, verdict
 
 pytestmark = pytest.mark.integration
 
@@ -85,18 +84,4 @@ def test_a_message_for_which_there_is_no_memory_is_told_to_come_back(
         assert server.counters()["refused_no_memory"] == 1
         assert "bytes in flight" in server.log()
         assert " 0 bytes in flight" in server.log()
-        assert server.unforeseen() == [], server.log()
-
-
-def test_connections_for_which_there_is_no_descriptor_wait_for_one(tmp_path: Path) -> None:
-    with Server(tmp_path) as server:
-        with server.client() as early:
-            with Lowered(server, resource.RLIMIT_NOFILE, server.descriptors() + 1):
-                waiting = [server.socket() for _ in range(4)]
-                server.wait_log("cannot accept on")
-                assert word(early.deliver(mail())) == "accept"
-            for sock in waiting:
-                message = mail()
-                say(negotiated(sock), [*beginning(message), *end(message)])
-                assert type(verdict(sock)).__name__ == "Accept"
         assert server.unforeseen() == [], server.log()
