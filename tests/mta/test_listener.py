@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from one_listener import OpenGate, Reactor
+from twisted.logger import capturedLogs
 
 from sharded_milter.errors import ConfigError, NotPermitted, SocketTaken, SystemRefused
 from sharded_milter.mta.addresses import Address, parse_listen
