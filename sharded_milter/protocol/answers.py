@@ -10,11 +10,12 @@ from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.negotiation import Agreement
 from sharded_milter.protocol.replies import LEGAL, Accept, Continue, Legality, ReplaceBody
 from sharded_milter.protocol.stages import Stage
-from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, packets
+from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, PAYLOAD, packets
 
 _BODY = ReplaceBody.letter[0]
 
-# The commonest answers, which need no look at their parts.
+# The commonest answers, which need no look at their parts. No larger one is looked up among them:
+# its hash would cost as much as all the rest.
 _BARE = frozenset((Accept().encode(), Continue().encode()))
 
 
@@ -25,7 +26,7 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
     covered by a negotiated action, out of order, or when the final one is missing.
     """
     permitted = agreement.known.get(stage) or _permitted(stage, agreement)
-    if replies in _BARE and replies[LETTER] in permitted:
+    if len(replies) == PAYLOAD and replies in _BARE and replies[LETTER] in permitted:
         return replies[LETTER]
     final = before = None
     replaced = False
@@ -36,7 +37,7 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
             legal = permitted.get(code)
             if legal is None:
                 raise LocalProtocolError(_why_not(code, stage, agreement))
-            _check_payload(code, legal, stage, replies[start:end])
+            _check_payload(code, legal, stage, replies, start, end)
             if code == _BODY:
                 if replaced and before != _BODY:
                     raise LocalProtocolError("the new body is interrupted by another reply")
@@ -74,11 +75,14 @@ def _why_not(code: int, stage: Stage, agreement: Agreement) -> str:
     return f"{legal.option.name} was not negotiated"
 
 
-def _check_payload(code: int, legal: Legality, stage: Stage, payload: bytes) -> None:
-    if len(payload) > MAX_CHUNK:
-        raise LocalProtocolError(f"reply {_name(code)} of {len(payload)} bytes exceeds {MAX_CHUNK}")
-    if not legal.payload.fullmatch(payload):
-        raise LocalProtocolError(f"malformed reply {_name(code)} at {stage.word}: {payload[:80]!r}")
+def _check_payload(
+    code: int, legal: Legality, stage: Stage, replies: bytes, start: int, end: int
+) -> None:
+    if end - start > MAX_CHUNK:
+        raise LocalProtocolError(f"reply {_name(code)} of {end - start} bytes exceeds {MAX_CHUNK}")
+    if not legal.payload.fullmatch(replies, start, end):  # where it lies: a body has megabytes
+        payload = replies[start : min(end, start + 80)]
+        raise LocalProtocolError(f"malformed reply {_name(code)} at {stage.word}: {payload!r}")
 
 
 def _name(code: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from itertools import product
 
 import pytest
@@ -206,3 +207,13 @@ def test_a_malformed_reply_is_not_sent(letter: str, payload: bytes) -> None:
 )
 def test_what_looks_odd_but_is_legal_is_sent(letter: str, payload: bytes) -> None:
     assert check_replies(Stage.EOM, packet(letter, payload) + CONTINUE, EVERYTHING) == ord("c")
+
+
+def test_a_large_answer_is_checked_where_it_lies() -> None:
+    answer = packet("b", bytes(65_535)) * 64 + CONTINUE
+    check_replies(Stage.EOM, CONTINUE, EVERYTHING)  # what is worked out once is there
+    tracemalloc.start()
+    assert check_replies(Stage.EOM, answer, EVERYTHING) == ord("c")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 65_535
