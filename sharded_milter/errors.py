@@ -3,6 +3,7 @@
 MilterError
 ├── RemoteProtocolError    the MTA sent bytes that are not the milter protocol
 ├── LocalProtocolError     a reply of ours, or of a worker, is not legal here
+├── BrokenRule             what came over a channel is nothing that its other end may say
 ├── InvalidValue           an author's value that would break the wire (also a ValueError)
 ├── InvalidVerdict         a callback returned what its stage cannot say (also a TypeError)
 ├── CallRefused            an author's smfi_ call that is not allowed now (also a RuntimeError)
@@ -39,6 +40,13 @@ class RemoteProtocolError(MilterError):
 
 class LocalProtocolError(MilterError):
     """A reply is not legal at this stage or was not negotiated; it is not sent."""
+
+
+class BrokenRule(MilterError):
+    """What came over a channel is nothing that its other end may say, which is not heard further.
+
+    The text is what a log line says of the process at that end: which rule, value and limit.
+    """
 
 
 class InvalidValue(MilterError, ValueError):

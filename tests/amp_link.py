@@ -16,6 +16,9 @@ class Link:
     disconnecting = False
     dataBuffer = b""
     _tempDataBuffer: tuple[()] = ()
+    offset = _tempDataLen = 0
+    socket: Any = None  # it has lost no descriptor
+    paused = False
 
     def __init__(self) -> None:
         self.sent: list[bytes | int] = []
@@ -38,6 +41,12 @@ class Link:
         self.lost = True
 
     abortConnection = loseConnection
+
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
 
     def getPeer(self) -> str:
         return "peer"

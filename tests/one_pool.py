@@ -20,6 +20,8 @@ from twisted.python.failure import Failure
 
 from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.job import Job
+from sharded_milter.ipc.boxes import Boxes
+from sharded_milter.ipc.memory import Received
 from sharded_milter.ipc.messages import Answer, Ready, Withdraw, answer_box
 from sharded_milter.limits import Limits
 from sharded_milter.pool.pool import Pool
@@ -125,7 +127,9 @@ class FakePlace:
 
     def answer(self, number: int, answer: Answer = REPLIES) -> None:
         """The worker answers a question; nothing arrives until it is read or delivered."""
-        self.theirs.sent.append(answer_box(b"q%x" % number, answer, self.worker))
+        tag = b"q%x" % number
+        self.channel._asked.setdefault(tag, number)  # whether it was or not, is for dispatch to say
+        self.theirs.sent.append(answer_box(tag, answer, self.worker))
 
     def hang_up(self) -> None:
         """The worker's end of the socket is closed."""
@@ -137,11 +141,11 @@ class FakePlace:
         self.owner.exited(reason)
 
 
-class FakeWorker(amp.AMP):
+class FakeWorker(Boxes, amp.AMP):
     """The worker's end: it keeps what it was sent."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.asked: list[amp.AmpBox] = []
         self.withdrawn: list[bytes] = []
         self.is_told_to_exit = False
@@ -153,7 +157,12 @@ class FakeWorker(amp.AMP):
         elif command == b"Shutdown":
             self.is_told_to_exit = True
         else:
-            super().ampBoxReceived(box)  # type: ignore[no-untyped-call]
+            super().ampBoxReceived(box)
+
+    def claim(self, inode: int, size: int) -> memoryview:
+        fd = self._arrived.claim(inode)
+        assert fd is not None
+        return Received(fd, size).mapped()
 
     @Withdraw.responder
     def withdraw(self, tag: bytes) -> dict[str, Any]:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     ".descriptors": {".errors"},
     ".alarms": set(),
     ".prctl": set(),
-    ".ipc": {".ipc", ".protocol.text", "twisted", "ampoule"},
+    ".ipc": {".ipc", ".protocol", ".errors", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
         ".mta", ".dispatch", ".alarms", ".descriptors", ".ipc", ".limits", ".protocol", ".errors",

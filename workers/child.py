@@ -6,6 +6,8 @@ Whatever a milter's code does, an answer goes back.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 from collections import deque
@@ -20,19 +22,22 @@ from twisted.python.failure import Failure
 
 from ..coroutines import driven
 from ..dialects.loader import Dialect, code_digest, load
-from ..errors import MilterError, MilterLoadError
-from ..ipc.channel import Boxes
-from ..ipc.memory import Memory, packed, release
+from ..errors import BrokenRule, MilterError, MilterLoadError
+from ..ipc.boxes import Boxes
+from ..ipc.fields import MAX_TEXT
+from ..ipc.memory import Memory, Received, packed, release
 from ..ipc.messages import (
-    MAX_TEXT,
+    MAX_LINE,
     WITHDRAWN,
     Answer,
     Ask,
     LoadFailed,
+    Question,
     Ready,
     Sandboxed,
     Withdraw,
     answer_box,
+    check_answer,
     drop_question,
     read_question,
 )
@@ -106,8 +111,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         super().connectionLost(reason)
 
     def _tell(self, command: Any, **arguments: Any) -> None:
-        # A master that does not answer is gone; connectionLost ends this process then.
-        self.callRemote(command, **arguments).addErrback(lambda _: None)
+        self.callRemote(command, **arguments)
 
     def dataReceived(self, data: bytes) -> None:
         """Takes all that has arrived, then works on it."""
@@ -151,12 +155,27 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             waited = True
         _next_turn(lambda: self._go_on(waited=True))
 
+    def claim(self, inode: int, size: int) -> memoryview:
+        """The memory of a question, mapped; raises OSError where it was lost on the way."""
+        fd = self._arrived.claim(inode)
+        if fd is None:  # the kernel has dropped it: there was no number left for it
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return Received(fd, size).mapped()
+
     def _ask(self, box: amp.AmpBox) -> bool:
         """Answers one job; False if that comes later, because the milter is a coroutine."""
         tag = box[amp.ASK]
+        try:
+            question = read_question(box, self)
+        except (OSError, MemoryError) as error:
+            self._send(tag, _short("cannot take a question", error))
+            return True
+        except BrokenRule as rule:
+            self._send(tag, Answer(error=f"the question cannot be read: {rule}".encode()))
+            return True
         views: list[Bytes] = []
         try:
-            replies = self._replies_to(box, views)
+            replies = self._replies_to(question, views)
             if not isinstance(replies, bytes):
                 later: defer.Deferred[Any] = driven(replies)
                 later.addCallback(Answer).addErrback(self._failed)
@@ -169,9 +188,8 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._answer(answer, tag, views)
         return True
 
-    def _replies_to(self, box: amp.AmpBox, views: list[Bytes]) -> Any:
+    def _replies_to(self, question: Question, views: list[Bytes]) -> Any:
         """What the milter says to a question; `views` gets what is to be released after it."""
-        question = read_question(box, self)
         head = question.head
         news = question.message[head.start :]  # of memory it is a view of its own
         views += (news, question.connection, question.message, question.command)
@@ -184,9 +202,13 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         for view in views:
             release(view)
         try:
+            check_answer(answer.replies)
             replies = packed(answer.replies)
-        except OSError as error:
-            self._send(tag, Answer(error=f"no memory for the answer: {error.strerror}".encode()))
+        except BrokenRule as rule:
+            self._send(tag, Answer(error=f"the answer is too large: {rule}".encode()))
+            return
+        except (OSError, MemoryError) as error:
+            self._send(tag, _short("cannot pass its answer on", error))
             return
         if isinstance(replies, Memory):
             self._replies.append(replies)
@@ -205,13 +227,18 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             print(cure, file=sys.stderr)
         sys.stderr.flush()
         summary = " ".join("".join(traceback.format_exception_only(error)).split())
-        return Answer(error=_log_text(summary)[:MAX_TEXT] or b"?")
+        return Answer(error=_log_text(summary)[:MAX_LINE] or b"?")
 
 
 def _next_turn(call: Callable[[], None]) -> None:
     from twisted.internet import reactor  # it is chosen after this module's import, if need be
 
     reactor.callLater(0, call)
+
+
+def _short(what: str, error: OSError | MemoryError) -> Answer:
+    why = "there is no memory left" if isinstance(error, MemoryError) else error.strerror
+    return Answer(short=f"it {what}: {why}".encode())
 
 
 def _introduced(manifest: Manifest) -> dict[str, bytes]:

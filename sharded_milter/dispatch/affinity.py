@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sharded_milter.ipc.memory import Memory, packed
+from sharded_milter.ipc.memory import Memory, packed, passable
 from sharded_milter.protocol.commands import Abort
 
 _ABORT = Abort().encode()
@@ -74,9 +74,10 @@ class Affinity:
         start = self._told
         if self.exists:
             connection = packed((_ABORT if self._aborted else b"") + b"".join(self._news.values()))
+        news = passable(message, start)
+        if news is not message:
+            start = 0
         self._told = len(message)
         self.exists, self._aborted = True, False
         self._news.clear()
-        if isinstance(message, bytes):
-            message, start = message[start:], 0
-        return News(self.number, start, connection, message)
+        return News(self.number, start, connection, news)

@@ -24,6 +24,7 @@ from sharded_milter.dispatch.retries import Retries
 from sharded_milter.errors import (
     CallbackFailed,
     JobFailed,
+    Overloaded,
     WorkerLost,
 )
 from sharded_milter.ipc.messages import Answer
@@ -149,12 +150,32 @@ class Dispatcher:
         self.counters["attempts_answered"] += 1
         job.attempts.remove(attempt)
         job.started, job.slot = attempt.began, pipeline.slot
+        if answer.short or answer.lost:
+            self._came_to_nothing(job, answer)
+            self._shards.capacity(pipeline)
+            return ""
         self._ends.close(job)
         self._shards.capacity(pipeline)
         self._ends.tell(
             job, CallbackFailed(to_text(answer.error)) if answer.error else answer.replies
         )
         return ""
+
+    def _came_to_nothing(self, job: Job, answer: Answer) -> None:
+        """The worker could not take the question, or the master not the answer: both can help it.
+
+        What the master has lost is scanned once more. A worker is replaced; until then it would
+        have nothing else to say.
+        """
+        self.counters["attempts_short"] += 1
+        if job.affinity is not None:
+            self._shards.release(job.affinity)  # what the object has been told is not known now
+            job.affinity.lose()
+        elif job.attempts or (answer.lost and not job.answer_lost):
+            job.answer_lost = True
+            self._go_on(job, "")
+            return
+        self._ends.fail(job, Overloaded(to_text(answer.short or answer.lost)))
 
     def _withdrawn(self, attempt: Attempt) -> None:
         """The shard will not begin it."""

@@ -70,6 +70,7 @@ class Job:
     followers: list[Job] = field(default_factory=list)  # repeats that wait for the same answer
     blamed: int = 0  # attempts whose process died of it
     solo: bool = False  # its next attempt runs alone in a fresh process
+    answer_lost: bool = False  # the master could not take an answer, and asked once more
     done: bool = False
     alarm: Alarm[Job] | None = None  # that is set for its deadline
     entry: int = 0  # of the queue; 0 while it does not wait there

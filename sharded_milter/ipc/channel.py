@@ -1,21 +1,33 @@
-"""The master's end of the connection to one worker, and what both ends share: AMP over a socket.
+"""The master's end of the connection to one worker: AMP over a socket.
+
+The law: nothing that comes out of a worker is believed. Whatever is not what a worker may say at
+that moment is a broken rule, which its shard hears of once; nothing is read from it any more.
 
 Questions and answers are written and read here without AMP's own bookkeeping, which costs more
-than all the rest of a short message. Everything else is AMP's own business.
+than all the rest of a short message. AMP only knows the answers to its own commands.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from functools import partial
+from io import BytesIO
 from typing import Any, Protocol
 
 from ampoule.commands import Shutdown
 from twisted.internet.protocol import connectionDone
+from twisted.internet.task import CooperativeTask, Cooperator, TaskStopped
+from twisted.logger import Logger
 from twisted.protocols import amp
 from twisted.protocols.amp import AmpBox
 from twisted.python.failure import Failure
 
-from sharded_milter.ipc.memory import Memory, release
+from sharded_milter.errors import BrokenRule
+from sharded_milter.ipc.arrivals import dismiss
+from sharded_milter.ipc.boxes import Boxes
+from sharded_milter.ipc.memory import PIECE, Memory, Received, passable
 from sharded_milter.ipc.messages import (
     ANSWER,
     Answer,
@@ -23,97 +35,43 @@ from sharded_milter.ipc.messages import (
     Ready,
     Sandboxed,
     Withdraw,
+    counted,
     question_box,
 )
-from sharded_milter.ipc.sockets import is_still, read_now, send_now
+from sharded_milter.ipc.sockets import is_still, read_now, send_now, unsent
 
 # Reads of 64 KB from a worker's socket before other work goes on: it holds a few of them.
 MAX_CATCH_UP = 16
+
+# Bytes that wait because a worker does not read. It is given no more than 8 questions at a time,
+# each with 3 parts of up to 48 KB beside its memory: 1.2 MB, and a few words to withdraw them.
+MAX_UNSENT = 4 * 1024 * 1024
+
+# Up to here memory is read at once, which takes the master less than a millisecond.
+AT_ONCE = PIECE // 4
 
 # The tag of a question's box. AMP's own tags are bare numbers.
 _OURS = b"q"
 _TAG = _OURS + b"%x"
 
-# AMP's own limit on the length of a key; a longer one is no AMP.
-MAX_KEY = 0xFF
-
-_LENGTH = 2
-
-# Without AmpBox's own constructor, which looks at keys that are not there.
-_new_box = AmpBox.__new__
-
-
-_NO_BOX = AmpBox()
-
-
-class Boxes:
-    """Mixed into an AMP protocol: its boxes leave at once, and are read without a call a string.
-
-    The format is AMP's: keys and values, each behind its length in two bytes, then two NULs.
-    """
-
-    transport: Any
-    ampBoxReceived: Any
-    _unread = b""
-    _reading = False
-
-    def sendBox(self, box: Any) -> None:
-        """Sends one box."""
-        send_now(self.transport, box.serialize())
-
-    def dataReceived(self, data: bytes) -> None:
-        """Takes all boxes that are complete now; who sends anything else is not listened to.
-
-        What a box leads to may read from the same socket: those boxes come behind it.
-        """
-        self._unread += data
-        if self._reading:
-            return
-        self._reading, start, end = True, 0, 0
-        box: AmpBox | None = _NO_BOX
-        try:
-            while box is not None and start < len(self._unread):
-                box, end = _box_at(self._unread, start)
-                if box is not None:
-                    start = end
-                    self.ampBoxReceived(box)
-        finally:
-            self._reading = False
-            self._unread = self._unread[start:]
-        if end < 0:
-            self.transport.loseConnection()
-
-
-def _box_at(data: bytes, at: int) -> tuple[AmpBox | None, int]:
-    """The box that begins there and where it ends; None if it is not complete, -1 if it is none."""
-    box = _new_box(AmpBox)
-    size = len(data)
-    while at + _LENGTH <= size:
-        length = data[at] << 8 | data[at + 1]
-        at += _LENGTH
-        if not length:
-            return box, at
-        if length > MAX_KEY:
-            return None, -1
-        key = data[at : at + length]
-        at += length
-        if at + _LENGTH > size:
-            break
-        length = data[at] << 8 | data[at + 1]
-        at += _LENGTH
-        if at + length > size:
-            break
-        box[key] = data[at : at + length]
-        at += length
-    return None, 0
+# What a worker may say besides answers, once: the command, and its owner's method.
+_INTRODUCTIONS: dict[bytes, tuple[type[amp.Command], str]] = {
+    Ready.commandName: (Ready, "ready"),
+    LoadFailed.commandName: (LoadFailed, "load_failed"),
+    Sandboxed.commandName: (Sandboxed, "sandboxed"),
+}
+# After these it says nothing more.
+_LAST = frozenset((Ready.commandName, LoadFailed.commandName))
 
 
 class Owner(Protocol):
     """Who hears what a worker says: its shard."""
 
-    def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None: ...
+    def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
+        """Raises BrokenRule for milters that cannot be."""
+
     def load_failed(self, reason: bytes, details: bytes) -> None: ...
-    def sandboxed(self, text: bytes, incomplete: bool) -> None: ...
+    def sandboxed(self, text: bytes, incomplete: bytes) -> None: ...
     def answered(self, number: int, answer: Answer) -> None: ...
     def broke_rule(self, why: str) -> None: ...
     def channel_closed(self) -> None: ...
@@ -122,16 +80,23 @@ class Owner(Protocol):
 class MasterChannel(Boxes, amp.AMP):
     """The master's end: it asks and withdraws by number, and hands on what the worker says."""
 
+    log = Logger()
+
     def __init__(self, owner: Owner, reactor: Any) -> None:
         super().__init__()
         self._owner = owner
         self._reactor = reactor
-        self._unanswered = 0
-        self._held: list[bytes] = []  # boxes for a worker that has something to do
+        self._asked: dict[bytes, int] = {}  # numbers of questions without an answer, by their tags
+        self._to_send: list[bytes] = []  # boxes for a worker that has something to do
         # Memory whose descriptor waits in the socket: a number that is closed and given to another
         # file would give the worker that.
         self._sending: list[Memory] = []
+        self._said: set[bytes] = set()  # the introductions that have come
         self._ignores_all = False
+        self._lost = 0  # descriptors that the kernel has dropped, and that were missed already
+        self._large: CooperativeTask[Iterator[None]] | None = None  # an answer that is being read
+
+    # Questions
 
     def ask(
         self,
@@ -141,82 +106,171 @@ class MasterChannel(Boxes, amp.AMP):
         message: bytes | Memory,
         command: bytes | Memory = b"",
     ) -> None:
-        """Asks a question, whose answer will bear the number."""
-        parts = (connection, message, command)
-        self._held.append(question_box(_TAG % number, head, *parts, self))
-        self._unanswered += 1
+        """Asks a question, whose answer will bear the number; raises OSError for want of memory.
+
+        Of memory that still grows the worker gets a copy.
+        """
+        parts = (passable(connection), passable(message), passable(command))
+        tag = _TAG % number
+        self._to_send.append(question_box(tag, head, *parts, self))
+        self._asked[tag] = number
         memory = [part for part in parts if isinstance(part, Memory)]
         self._sending += memory
         # A descriptor waits in the transport already, which breaks if no data is behind it when
         # the socket is writable.
-        if self._unanswered == 1 or memory:
-            self._send_held()
-        elif len(self._held) == 1:
-            self._reactor.callLater(0, self._send_held)
+        if len(self._asked) == 1 or memory:
+            self._send_all()
+        elif len(self._to_send) == 1:
+            self._reactor.callLater(0, self._send_all)
 
     def withdraw(self, number: int) -> None:
         """Asks the worker not to begin a question; it answers that it has not, or answers it."""
-        self._send_held()
+        self._send_all()
         self.callRemote(Withdraw, tag=_TAG % number)
 
-    def _send_held(self) -> None:
+    def _send_all(self) -> None:
         """At once, if the worker waits for it; else with whatever else comes in this turn."""
-        held, self._held = self._held, []
-        if held:
-            send_now(self.transport, b"".join(held))
+        boxes, self._to_send = self._to_send, []
+        if boxes:
+            send_now(self.transport, b"".join(boxes))
             if self._sending:
                 self._let_go()
+            if not is_still(self.transport):
+                self._reactor.callLater(0, self._check_unsent)  # whoever asks is not to be killed
 
     def _let_go(self) -> None:
         if is_still(self.transport):
             self._sending.clear()
 
+    def _check_unsent(self) -> None:
+        waiting = unsent(self.transport) if self.transport is not None else 0
+        if waiting > MAX_UNSENT:
+            self.broke_rule(f"it has not read {waiting} bytes (the limit is {MAX_UNSENT})")
+
+    # What the worker says
+
     def ampBoxReceived(self, box: AmpBox) -> None:
-        """Takes answers to questions here."""
+        """Takes an answer to a question or to a command of AMP's, or what a worker says first."""
         if self._ignores_all:
             return
         tag = box.get(amp.ANSWER)
-        if tag is None or not tag.startswith(_OURS):
-            try:
-                super().ampBoxReceived(box)
-            except Exception as error_of_worker:
-                self._owner.broke_rule(f"it has said something odd: {error_of_worker!r}")
-            return
+        if tag is None:
+            self._introduce(box)
+        elif tag in self._asked:
+            self._answer(tag, box)
+        elif tag in (self._outstandingRequests or ()):
+            super().ampBoxReceived(box)
+        else:
+            raise BrokenRule(f"it has answered {tag[:40]!r}, which it was not asked")
+
+    def _introduce(self, box: AmpBox) -> None:
+        command = box.get(amp.COMMAND, b"")
+        known = _INTRODUCTIONS.get(command)
+        if known is None:
+            said = {key[:40]: value[:40] for key, value in box.items()}
+            raise BrokenRule(f"it has said what no worker says: {said!r:.200}")
+        if command in self._said or not self._said.isdisjoint(_LAST):
+            raise BrokenRule("it has introduced itself twice")
+        self._said.add(command)
+        kind, method = known
         try:
-            number = int(tag[len(_OURS) :], 16)
-            answer = Answer._make(
-                part if type(part) is bytes else _taken(part) for part in ANSWER.read(box, self)
-            )
-        except Exception as error_of_worker:
-            self._owner.broke_rule(f"its answer cannot be read: {error_of_worker!r}")
-            return
-        self._unanswered -= 1
+            arguments = kind.parseArguments(box, self)
+        except Exception as error:  # whatever AMP makes of what is malformed
+            raise BrokenRule(f"its {kind.__name__} cannot be read: {error!r:.200}") from error
+        getattr(self._owner, method)(**arguments)
+
+    def _answer(self, tag: bytes, box: AmpBox) -> None:
+        number = self._asked.pop(tag)
         if self._sending:
             self._let_go()
+        try:
+            values = ANSWER.read(box, self)
+        except BrokenRule as rule:
+            raise BrokenRule(f"its answer cannot be read: {rule}") from None
+        except OSError as error:
+            self._owner.answered(number, Answer(lost=_lack(error)))
+            return
+        if any(type(value) is Received for value in values):
+            self._read_large(number, values)
+        else:
+            self._owner.answered(number, Answer._make((*values, b"")))
+
+    def claim(self, inode: int, size: int) -> bytes | Received:
+        """The memory of an answer, or its bytes where they are few."""
+        fd = self._arrived.claim(inode)
+        if fd is not None:
+            memory = Received(fd, size)
+            return memory if size > AT_ONCE else b"".join(memory.pieces())
+        if getattr(self.transport.socket, "lost", 0) == self._lost:
+            raise BrokenRule("it has not sent the memory")
+        self._lost += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    # Large answers, which are read piece by piece between other work
+
+    def _read_large(self, number: int, values: list[Any]) -> None:
+        self.hold()
+        cooperator = Cooperator(scheduler=partial(self._reactor.callLater, 0))
+        self._large = cooperator.cooperate(self._slices(number, values))
+        self._large.whenDone().addErrback(self._large_failed)
+
+    def _slices(self, number: int, values: list[Any]) -> Iterator[None]:
+        try:
+            for place, value in enumerate(values):
+                if isinstance(value, Received):
+                    whole = BytesIO()  # which hands its bytes on without a copy
+                    for piece in value.pieces():
+                        whole.write(piece)
+                        yield
+                    values[place] = whole.getvalue()
+            yield from counted(values[0])
+            answer = Answer._make((*values, b""))
+        except BrokenRule as rule:
+            self._large = None
+            self.broke_rule(f"its answer cannot be read: {rule}")
+            return
+        except OSError as error:
+            answer = Answer(lost=_lack(error))
+        self._large = None
         self._owner.answered(number, answer)
+        if not self._ignores_all:
+            self.go_on()
 
-    @Ready.responder
-    def _ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> dict[str, Any]:
-        self._owner.ready(milters, code, socket)
-        return {}
+    def _large_failed(self, failure: Failure) -> None:
+        """A defect of ours, unless it was given up."""
+        if failure.check(TaskStopped) is None:
+            self.log.failure("an answer got lost", failure)
+            self.abort()
 
-    @LoadFailed.responder
-    def _load_failed(self, reason: bytes, details: bytes) -> dict[str, Any]:
-        self._owner.load_failed(reason, details)
-        return {}
+    def _give_up_large(self) -> None:
+        if self._large is not None:
+            large, self._large = self._large, None
+            large.stop()
 
-    @Sandboxed.responder
-    def _sandboxed(self, text: bytes, incomplete: bytes) -> dict[str, Any]:
-        self._owner.sandboxed(text, bool(incomplete))
-        return {}
+    # The end
+
+    def broke_rule(self, rule: str) -> None:
+        """The worker has said what no worker says, or it does not read: its shard hears of it."""
+        if not self._ignores_all:
+            self._owner.broke_rule(rule)
 
     def unhandledError(self, failure: Failure) -> None:
         """What AMP cannot make anything of."""
-        self._owner.broke_rule(f"it has said something odd: {failure.getErrorMessage()}")
+        self.broke_rule(f"it has said something odd: {failure.getErrorMessage()}")
+
+    def fileDescriptorReceived(self, descriptor: int) -> None:
+        """Keeps one that an answer will speak of."""
+        if self._ignores_all:
+            dismiss(descriptor)
+        else:
+            super().fileDescriptorReceived(descriptor)
 
     def catch_up(self) -> None:
-        """Takes the answers that the worker has sent until now."""
-        if getattr(self.transport, "connected", False):
+        """Takes the answers that the worker has sent until now, but for what is behind a large one.
+
+        An answer that is not read whole by the end of its worker is lost with it.
+        """
+        if getattr(self.transport, "connected", False) and not self._held:
             read_now([self.transport], MAX_CATCH_UP)
 
     def shut_down(self) -> None:
@@ -227,25 +281,25 @@ class MasterChannel(Boxes, amp.AMP):
     def stop_listening(self) -> None:
         """Takes nothing more from a worker that has broken a rule."""
         self._ignores_all = True
+        self._give_up_large()
+        self._arrived.close()
+        self.hold()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The socket is closed; the exit that follows says why."""
-        self._held.clear()
+        self._to_send.clear()
         self._sending.clear()
-        while self._descriptors:  # of boxes that were not read
-            os.close(self._descriptors.popitem()[1])
+        self._arrived.close()
         super().connectionLost(reason)
         self._owner.channel_closed()
 
     def abort(self) -> None:
         """Closes the socket at once."""
+        self._give_up_large()
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()
 
 
-def _taken(part: memoryview) -> bytes:
-    """The bytes of a part that came as memory, whose mapping is given up."""
-    taken = bytes(part)
-    release(part)
-    return taken
+def _lack(error: OSError) -> bytes:
+    return f"the master cannot take the answer: {error.strerror}".encode()

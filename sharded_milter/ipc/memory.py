@@ -1,35 +1,54 @@
-"""Anonymous memory that processes share: how a large transcript reaches a worker without a copy."""
+"""Anonymous memory that processes share: how a large transcript reaches a worker without a copy.
+
+The law: memory leaves this process only when no process can change it any more. A worker could
+write to it, or cut it off, and what the master and other workers see would be what it likes; that
+its descriptor were read-only would not help, for it can be opened anew. So what still grows is
+never passed on, but a sealed copy of it.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from contextlib import suppress
+
+from sharded_milter.errors import BrokenRule
 
 # Up to here bytes go into the AMP box: copying them twice costs less than a descriptor and a
 # mapping. AMP's own limit is 65,535.
 MAX_INLINE = 48 * 1024
 
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# With all of them nothing about the memory can change, not even its seals.
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+# Bytes that are read of another process's memory at a time: about 2 ms of the reactor.
+PIECE = 4 * 1024 * 1024
 
 
 class Memory:
-    """Anonymous memory that grows at its end and is passed on by descriptor.
+    """Anonymous memory that grows at its end until it is sealed, and is then passed on.
 
     This process's descriptor is closed with the object; the memory is freed when every process
     that got a descriptor has closed it, however it ends.
     """
 
-    __slots__ = ("fd", "size")
+    __slots__ = ("fd", "is_sealed", "size")
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("sharded-milter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self.size = 0
+        self.is_sealed = False
 
     def __len__(self) -> int:
         """The bytes that are in it."""
         return self.size
+
+    @property
+    def inode(self) -> int:
+        """What tells it from all other memory that there is."""
+        return os.fstat(self.fd).st_ino
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
         """Writes all of `data` behind what is there; raises OSError where the system refuses."""
@@ -45,7 +64,8 @@ class Memory:
 
     def seal(self) -> None:
         """From now on no process can change it, so no process needs to copy it."""
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
+        self.is_sealed = True
 
     def __del__(self) -> None:
         # The channel keeps the object until the socket has taken the descriptor, whose number
@@ -54,25 +74,66 @@ class Memory:
             os.close(self.fd)
 
 
-def packed(data: bytes) -> bytes | Memory:
+def packed(data: bytes | memoryview) -> bytes | Memory:
     """What carries `data` to another process: the data itself while small, else sealed memory.
 
     Raises OSError where the system has no memory or no descriptor left.
     """
     if len(data) <= MAX_INLINE:
-        return data
+        return bytes(data)
     memory = Memory()
     memory.append(data)
     memory.seal()
     return memory
 
 
-def mapped(fd: int, size: int) -> memoryview:
-    """A read-only view of memory that another process has passed on; closes the descriptor."""
+def passable(part: bytes | Memory, start: int = 0) -> bytes | Memory:
+    """What another process may be given of a part, from `start` on: a copy of it if it still grows.
+
+    Sealed memory is passed on whole, from whatever `start`. Raises OSError as `packed` does.
+    """
+    if isinstance(part, bytes):
+        return part[start:]
+    if part.is_sealed:
+        return part
+    with part.view() as view, view[start:] as rest:
+        return packed(rest)
+
+
+class Received:
+    """Memory that another process has passed on, sealed, in a descriptor that closes with this.
+
+    Raises BrokenRule where it is not of the size that it is said to be.
+    """
+
+    __slots__ = ("fd", "size")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        there = os.fstat(fd).st_size
+        if there != size:
+            raise BrokenRule(f"it calls memory of {there} bytes {size} bytes long")
+
+    def mapped(self) -> memoryview:
+        """A read-only view of it; raises OSError where it cannot be mapped."""
+        return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
+
+    def pieces(self) -> Iterator[bytes]:
+        """What is in it, PIECE by PIECE. It is read, for what is read cannot fault as maps can."""
+        for start in range(0, self.size, PIECE):
+            yield os.pread(self.fd, min(PIECE, self.size - start), start)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether it is memory that nothing can change; says so without waiting for any file system."""
     try:
-        return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
-    finally:
-        os.close(fd)
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:  # no memory at all
+        return False
 
 
 def view_of(part: bytes | Memory) -> memoryview:
@@ -81,7 +142,7 @@ def view_of(part: bytes | Memory) -> memoryview:
 
 
 def release(value: bytes | memoryview) -> None:
-    """Unmaps what `mapped` has mapped, unless a view of it is kept somewhere."""
+    """Unmaps what was mapped, unless a view of it is kept somewhere."""
     if isinstance(value, memoryview):
         mapping = value.obj
         value.release()

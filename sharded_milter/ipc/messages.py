@@ -9,154 +9,40 @@
 | Withdraw   | worker | do not begin that question; its answer is an `Answer` that says so   |
 
 All travel in AMP's boxes over one UNIX socket for each worker. A question carries a transcript
-and its answer carries reply packets, both in the milter protocol's own bytes. AMP limits a value
-to 65,535 bytes, so a part is inline while small and a descriptor of anonymous memory when large.
-
-A `Field` says how one value is written and read. `Schema` writes and reads whole messages with
-the fields, which are also the arguments of AMP's commands: there is no second format.
+and its answer carries reply packets, both in the milter protocol's own bytes. What an answer may
+have is limited here, field by field: the worker keeps to it, and the master does not believe that.
 """
 
 from __future__ import annotations
 
-import os
-import struct
-from collections.abc import Mapping
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from twisted.protocols import amp
 
-from sharded_milter.ipc.memory import Memory, mapped
+from sharded_milter.errors import BrokenRule, RemoteProtocolError
+from sharded_milter.ipc.fields import Descriptors, Field, Head, Part, Schema, prefixed
+from sharded_milter.ipc.memory import Memory
+from sharded_milter.protocol.wire import PAYLOAD, packets
 
-# The longest text (a traceback, a name) that is sent as a plain AMP value.
-MAX_TEXT = 60_000
+# What is said of a verdict or an error in one line of the log; milters' own lines have no more.
+MAX_LINE = 8192
 
-_INLINE, _DESCRIPTOR = b"=", b"@"
-_LENGTH = 2  # bytes of a length in AMP's boxes
+# The reply packets of one answer. The new body of a message of --max-message-size's default
+# (100 MB), and what the parts of it may have grown by.
+MAX_ANSWER = 128 * 1024 * 1024
 
+# Of these packets. A body of MAX_ANSWER has 2,049; the rest are header fields and recipients, of
+# which no MTA takes half as many. To check them all takes 30 ms of the master's time.
+MAX_PACKETS = 32_768
 
-class Descriptors(Protocol):
-    """The end of a channel: it passes descriptors on beside the bytes."""
+# The notes and the log records of one answer, each: what is kept beside every message in hand.
+MAX_NOTES = 1024 * 1024
 
-    def _sendFileDescriptor(self, fd: int) -> int: ...
-    def _getDescriptor(self, ordinal: int) -> int: ...
-
-
-def prefixed(data: bytes) -> bytes:
-    """A key or a value as AMP's boxes have it: behind its length."""
-    return len(data).to_bytes(_LENGTH, "big") + data
-
-
-class Field(amp.Argument):
-    """One value of a message, which is bytes as it is."""
-
-    def pack(self, value: Any, channel: Descriptors) -> bytes:
-        """The value as a box has it."""
-        return bytes(value)
-
-    def unpack(self, value: bytes, channel: Descriptors) -> Any:
-        """What `pack` was given."""
-        return value
-
-    def drop(self, value: bytes, channel: Descriptors) -> None:
-        """Lets go of what came beside the value, unless `unpack` has taken it."""
-
-    # What AMP calls, for messages that take its own way.
-
-    def toBox(self, name: bytes, strings: Any, objects: Any, proto: Any) -> None:
-        value = objects.pop(name.decode(), None)
-        if value:
-            strings[name] = self.pack(value, proto)
-
-    def fromBox(self, name: bytes, strings: Any, objects: Any, proto: Any) -> None:
-        if name in strings:
-            objects[name.decode()] = self.unpack(strings.pop(name), proto)
-
-
-class Head(Field):
-    """A question's stage letter, milter, session and start, as a `QuestionHead`."""
-
-    _packing = struct.Struct(">cHQQ")
-
-    def pack(self, value: Any, channel: Descriptors) -> bytes:
-        data: bytes = self._packing.pack(*value)
-        return data
-
-    def unpack(self, value: bytes, channel: Descriptors) -> tuple[bytes, int, int, int]:
-        return self._packing.unpack(value)
-
-
-class Part(Field):
-    """Bytes of any length: `bytes` or `Memory` is sent, `bytes` or a read-only view arrives."""
-
-    def pack(self, value: Any, channel: Descriptors) -> bytes:
-        if isinstance(value, Memory):
-            ordinal = channel._sendFileDescriptor(value.fd)
-            return b"%s%d %d" % (_DESCRIPTOR, ordinal, value.size)
-        inline: bytes = value
-        return _INLINE + inline
-
-    def unpack(self, value: bytes, channel: Descriptors) -> bytes | memoryview:
-        if value.startswith(_INLINE):
-            return value[1:]
-        ordinal, size = map(int, value[1:].split())
-        return mapped(channel._getDescriptor(ordinal), size)
-
-    def drop(self, value: bytes, channel: Descriptors) -> None:
-        if value.startswith(_DESCRIPTOR):
-            with suppress(KeyError, ValueError):  # it is taken, or was never one
-                os.close(channel._getDescriptor(int(value[1:].partition(b" ")[0])))
-
-
-class Schema:
-    """The fields of a message in order. An empty value is left out of the box."""
-
-    def __init__(self, **fields: Field) -> None:
-        self._fields = [(name.encode(), field) for name, field in fields.items()]
-        self._keyed = [(prefixed(key), field) for key, field in self._fields]
-
-    @property
-    def arguments(self) -> list[tuple[bytes, amp.Argument]]:
-        """The message as AMP declares it."""
-        return list(self._fields)
-
-    def write(
-        self, kind: bytes, tag: bytes, values: tuple[Any, ...], channel: Descriptors
-    ) -> bytes:
-        """The whole box with that tag; `kind` is what a box of its kind begins with.
-
-        Raises amp.TooLong for an inline value that no box can hold.
-        """
-        pieces = [kind, len(tag).to_bytes(_LENGTH, "big"), tag]
-        for (key, field), value in zip(self._keyed, values, strict=True):
-            if value:
-                data = field.pack(value, channel)
-                if len(data) > amp.MAX_VALUE_LENGTH:
-                    raise amp.TooLong(False, True, data, key[_LENGTH:])
-                pieces += (key, len(data).to_bytes(_LENGTH, "big"), data)
-        pieces.append(bytes(_LENGTH))
-        return b"".join(pieces)
-
-    def read(self, box: Mapping[bytes, bytes], channel: Descriptors) -> list[Any]:
-        """The values of a box in the fields' order; empty bytes where it has none.
-
-        Raises what a malformed value leads to; no descriptor of the box is left open then.
-        """
-        try:
-            return [
-                field.unpack(box[key], channel) if key in box else b""
-                for key, field in self._fields
-            ]
-        except Exception:
-            self.drop(box, channel)
-            raise
-
-    def drop(self, box: Mapping[bytes, bytes], channel: Descriptors) -> None:
-        """Closes the descriptors that came with a box which nobody will read."""
-        for key, field in self._fields:
-            if key in box:
-                field.drop(box[key], channel)
-
+_COUNTED_AT_A_TIME = 4096
 
 # The letter of a question by which an object learns that its session is over; no answer counts.
 SESSION_END = b"Q"
@@ -192,7 +78,9 @@ class Answer(NamedTuple):
     `replies` are reply packets. `error` is one line that says what the milter's code raised; the
     worker has logged the traceback then. `withdrawn` says that the worker has not begun the
     question, and will not. `reason`, `notes` and `records` are the milter's reason for its
-    verdict, its notes for later stages and its log records.
+    verdict, its notes for later stages and its log records. `short` says in one line what the
+    worker lacks (descriptors, memory) to take the question or to pass its answer on. `lost` says
+    what the master has lacked to take the answer, and is never sent.
     """
 
     replies: bytes = b""
@@ -201,19 +89,49 @@ class Answer(NamedTuple):
     reason: bytes = b""
     notes: bytes = b""
     records: bytes = b""
+    short: bytes = b""
+    lost: bytes = b""
 
 
 WITHDRAWN = Answer(withdrawn=b"1")
 
-QUESTION = Schema(head=Head(), connection=Part(), message=Part(), command=Part())
-ANSWER = Schema(
-    replies=Part(),
-    error=Field(),
-    withdrawn=Field(),
-    reason=Field(),
-    notes=Part(),
-    records=Part(),
+# A worker believes what the master says, so that its questions have no limits here.
+_NO_LIMIT = sys.maxsize
+QUESTION = Schema(
+    head=Head(always=True),
+    connection=Part(_NO_LIMIT),
+    message=Part(_NO_LIMIT),
+    command=Part(_NO_LIMIT),
 )
+ANSWER = Schema(
+    replies=Part(MAX_ANSWER, always=True),  # else a box with nothing in it would be an answer
+    error=Field(MAX_LINE),
+    withdrawn=Field(1),
+    reason=Field(MAX_LINE),
+    notes=Part(MAX_NOTES),
+    records=Part(MAX_NOTES),
+    short=Field(MAX_LINE),
+)
+
+
+def counted(replies: bytes) -> Iterator[None]:
+    """Counts the packets of an answer, some in each step; raises BrokenRule above MAX_PACKETS.
+
+    What is no packet is for others to find: it ends the count.
+    """
+    with suppress(RemoteProtocolError):
+        for count, _ in enumerate(packets(replies), 1):
+            if count > MAX_PACKETS:
+                raise BrokenRule(f"replies: more than {MAX_PACKETS} packets")
+            if not count % _COUNTED_AT_A_TIME:
+                yield
+
+
+def check_answer(replies: bytes) -> None:
+    """Raises BrokenRule for reply packets that are more than an answer may have."""
+    ANSWER.check(b"replies", len(replies))
+    if len(replies) > PAYLOAD * MAX_PACKETS:
+        deque(counted(replies), 0)
 
 
 def _optional(schema: Schema) -> list[tuple[bytes, amp.Argument]]:
@@ -257,6 +175,7 @@ class Ready(amp.Command):
         (b"socket", amp.String()),
     ]
     response = []  # noqa: RUF012
+    requiresAnswer = False
 
 
 class LoadFailed(amp.Command):
@@ -264,6 +183,7 @@ class LoadFailed(amp.Command):
 
     arguments = [(b"reason", amp.String()), (b"details", amp.String())]  # noqa: RUF012
     response = []  # noqa: RUF012
+    requiresAnswer = False
 
 
 class Sandboxed(amp.Command):
@@ -274,6 +194,7 @@ class Sandboxed(amp.Command):
 
     arguments = [(b"text", amp.String()), (b"incomplete", amp.String())]  # noqa: RUF012
     response = []  # noqa: RUF012
+    requiresAnswer = False
 
 
 _ASKS = prefixed(amp.COMMAND) + prefixed(Ask.commandName) + prefixed(amp.ASK)
@@ -305,4 +226,4 @@ def drop_question(box: Mapping[bytes, bytes], channel: Descriptors) -> None:
 
 def answer_box(tag: bytes, answer: tuple[Any, ...], channel: Descriptors) -> bytes:
     """The box that answers the question with the tag; parts of `answer` may be `Memory`."""
-    return ANSWER.write(_ANSWERS, tag, answer, channel)
+    return ANSWER.write(_ANSWERS, tag, answer[: len(ANSWER)], channel)

@@ -1,4 +1,4 @@
-"""Sending and reading at once.
+"""The sockets between master and workers: sending and reading at once.
 
 A Twisted transport writes in the reactor's next turn, which costs two calls of epoll_ctl and that
 turn; what can leave now leaves now.
@@ -7,6 +7,7 @@ turn; what can leave now leaves now.
 from __future__ import annotations
 
 import select
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,12 @@ def send_now(transport: Any, data: bytes) -> None:
                 return
             data = data[sent:]
     transport.write(data)
+
+
+def unsent(transport: Any) -> int:
+    """The bytes that the other end has not made room for."""
+    waiting = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+    return int(waiting)
 
 
 def is_still(transport: Any) -> bool:
@@ -45,3 +52,19 @@ def read_now(readers: Iterable[Any], most: int) -> None:
         for descriptor, _ in said:
             if by_descriptor[descriptor].doRead() is not None:  # that was its end
                 poll.unregister(descriptor)
+
+
+class LossySocket(socket.socket):
+    """A UNIX socket that counts the descriptors which the kernel has dropped on their way.
+
+    It does so where this process has no number left for one.
+    """
+
+    lost = 0
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        """As the socket's own."""
+        received = super().recvmsg(*arguments)
+        if received[2] & socket.MSG_CTRUNC:
+            self.lost += 1
+        return received

@@ -2,13 +2,13 @@
 
 The connection's part is a fixed set of slots, one for each kind of packet, so a client that
 greets for ever costs no memory. The message's part grows within limits; above SPOOL_ABOVE it
-moves into anonymous memory that workers map instead of receiving a copy.
+moves into anonymous memory that workers map instead of receiving a copy, once it is complete and
+can change no more. Of what still grows they get a copy of what is new to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from enum import Enum, auto
 
 from twisted.logger import Logger
@@ -96,12 +96,11 @@ class Transcript:
             return bytes(self._recent)
         try:
             self._flush(self._memory)
+            if complete:
+                self._memory.seal()
         except OSError as error:
             self._refuse(Refusal.NO_MEMORY, str(error))
             return b""
-        if complete:
-            with suppress(OSError):  # a worker that was asked earlier has it mapped
-                self._memory.seal()
         return self._memory
 
     def keep(self, packet: bytes) -> bytes:

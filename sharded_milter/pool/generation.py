@@ -147,11 +147,11 @@ class Generation:
             slot.successor = None
             self.happens(Event.NOT_STARTED, slot, shard)  # it has never served
 
-    def worn(self, shard: Shard) -> None:
-        """A shard has given as many answers as it should."""
+    def worn(self, shard: Shard, why: str) -> None:
+        """A shard has given as many answers as it should, or as it can."""
         slot = self._slot_of(shard)
         if slot is not None and slot.current is shard:
-            self.recycle(slot, f"it has given {shard.answers} answers")
+            self.recycle(slot, why)
 
     def recycle(self, slot: Slot, reason: str) -> None:
         """Another shard is started for the slot, which takes over from the present one."""

@@ -212,11 +212,11 @@ class Pool:
             self._sandbox = (text, incomplete)
             (self.log.warn if incomplete else self.log.info)("{text}", text=text)
 
-    def shard_worn(self, shard: Shard) -> None:
-        """The shard has given as many answers as it should."""
+    def shard_worn(self, shard: Shard, why: str) -> None:
+        """The shard has given as many answers as it should, or as it can."""
         generation = self._generation_of(shard)
         if generation is not None:
-            generation.worn(shard)
+            generation.worn(shard, why)
 
     def shard_gone(self, shard: Shard, ending: Ending) -> None:
         """The process is reaped: if it served, or should have, another is started."""

@@ -23,7 +23,7 @@ from twisted.internet import error
 from twisted.logger import Logger
 
 from sharded_milter.dispatch.job import Blame, Job, Loss
-from sharded_milter.errors import MilterError, MilterLoadError
+from sharded_milter.errors import BrokenRule, MilterError, MilterLoadError
 from sharded_milter.ipc.channel import MasterChannel
 from sharded_milter.ipc.messages import Answer
 from sharded_milter.pool.places import Place
@@ -155,7 +155,7 @@ class Events(Protocol):
     """Who replaces it: the pool. It observes, and stands in the way of no answer."""
 
     def shard_ready(self, shard: Shard) -> None: ...
-    def shard_worn(self, shard: Shard) -> None: ...
+    def shard_worn(self, shard: Shard, why: str) -> None: ...
     def shard_gone(self, shard: Shard, ending: Ending) -> None: ...
 
 
@@ -259,25 +259,32 @@ class Shard:
     # What the worker says
 
     def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
-        """It has loaded its milters."""
-        self._happens(Event.READY, milters, code, socket)
+        """It has loaded its milters; raises BrokenRule where they cannot be any."""
+        try:
+            manifests = tuple(map(_manifest, milters))
+        except Exception as error:  # whatever a field leads to
+            raise BrokenRule(f"its milters cannot be: {error!r:.200}") from error
+        self._happens(Event.READY, manifests, code, socket)
 
     def load_failed(self, reason: bytes, details: bytes) -> None:
         """It cannot load a milter."""
         self._happens(Event.LOAD_FAILED, reason, details)
 
-    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+    def sandboxed(self, text: bytes, incomplete: bytes) -> None:
         """It has entered its sandbox, or not; no state depends on that."""
-        self.sandbox = (to_text(text[:MAX_SANDBOX_TEXT]), incomplete)
+        self.sandbox = (to_text(text[:MAX_SANDBOX_TEXT]), bool(incomplete))
 
     def answered(self, number: int, answer: Answer) -> None:
         """It has answered the question of that number."""
         self._happens(Event.ANSWERED, number, answer)
 
     def broke_rule(self, why: str) -> None:
-        """It has said what no worker says: nothing more is taken from it."""
+        """It has said what no worker says: nothing more is taken from it.
+
+        As with a death, the message that it is at work on is to blame: it may have taken it over.
+        """
         self._channel.stop_listening()
-        self.kill(Loss(why, Blame.PLACE))
+        self.kill(Loss(why, Blame.MESSAGE))
 
     def channel_closed(self) -> None:
         """Its socket is closed."""
@@ -307,9 +314,9 @@ class Shard:
         self._channel.catch_up()
         self._happens(Event.EXITED, reason)
 
-    def _introduce(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
+    def _introduce(self, manifests: tuple[Manifest, ...], code: bytes, socket: bytes) -> None:
         self.socket, self.code = to_text(socket), code
-        self.manifests = tuple(map(_manifest, milters))
+        self.manifests = manifests
         self._cancel_calls()
         self._events.shard_ready(self)
 
@@ -324,12 +331,14 @@ class Shard:
             self.broke_rule(broken)
         elif not answer.withdrawn:
             self.answers += 1
-            if self.answers == self.worn_after:
-                self._events.shard_worn(self)
+            if answer.short:
+                self._events.shard_worn(self, to_text(answer.short))
+            elif self.answers == self.worn_after:
+                self._events.shard_worn(self, f"it has given {self.answers} answers")
 
     def _break_rule(self, *_: Any) -> None:
         self._channel.stop_listening()
-        self._kill_place(Loss("it has spoken out of turn", Blame.PLACE))
+        self._kill_place(Loss("it has spoken out of turn", Blame.MESSAGE))
 
     def _retire(self, linger: float) -> None:
         self._due(linger, Event.LINGERED)

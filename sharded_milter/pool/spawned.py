@@ -19,10 +19,10 @@ from typing import Any
 
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.protocol import Factory
+from twisted.internet.unix import Server as UNIXServer
 from twisted.python.failure import Failure
 
-from sharded_milter.ipc.sockets import read_now
+from sharded_milter.ipc.sockets import LossySocket, read_now
 from sharded_milter.pool.output import Output
 from sharded_milter.pool.places import Owner
 
@@ -168,27 +168,24 @@ class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
     def start(self, protocol: Any, started: Callable[[Any], None], reactor: Any) -> None:
         """Starts a process, to which the master speaks `protocol`; `started` gets its transport.
 
-        Raises OSError when the system refuses; a process that is there already is killed then.
+        Raises OSError when the system refuses.
         """
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            ours.setblocking(False)
-            connector = self.connectorFactory(protocol)
-            process = reactor.spawnProcess(
-                connector,
-                sys.executable,
-                [sys.executable, "-P", "-c", self.bootstrap, *self.args],
-                env=self.env,
-                childFDs={0: "w", 1: "r", 2: "r", _CHANNEL: theirs.fileno()},
-            )
-            started(process)
-            factory = Factory()
-            factory.buildProtocol = lambda addr: protocol  # type: ignore[method-assign]
+        pair = socket.socketpair()
+        ours, theirs = (LossySocket(fileno=end.detach()) for end in pair)
+        with theirs:
             try:
-                reactor.adoptStreamConnection(ours.fileno(), socket.AF_UNIX, factory)
-            except OSError:  # there was no descriptor left
-                process.signalProcess(signal.SIGKILL)
+                process = reactor.spawnProcess(
+                    self.connectorFactory(protocol),
+                    sys.executable,
+                    [sys.executable, "-P", "-c", self.bootstrap, *self.args],
+                    env=self.env,
+                    childFDs={0: "w", 1: "r", 2: "r", _CHANNEL: theirs.fileno()},
+                )
+            except BaseException:
+                ours.close()
                 raise
+        started(process)
+        protocol.makeConnection(UNIXServer(ours, protocol, "", None, 0, reactor))
 
 
 class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.protocols.amp import AmpBox
 
-from sharded_milter.ipc.channel import Boxes
+from sharded_milter.ipc.boxes import Boxes
 
 
 class Reader(Boxes):
     """Keeps the boxes that it is sent. A box may lead to more data, or to an error."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.boxes: list[AmpBox] = []
         self.leads_to: dict[bytes, bytes] = {}
         self.transport = self
@@ -26,6 +27,8 @@ class Reader(Boxes):
         self.dataReceived(self.leads_to.pop(box[b"k"], b"") if b"k" in box else b"")
         if box.get(b"k") == b"error":
             raise ValueError
+
+    def pauseProducing(self) -> None: ...
 
     def loseConnection(self) -> None:
         self.lost += 1

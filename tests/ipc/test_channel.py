@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import subprocess
@@ -10,121 +9,17 @@ import sys
 from typing import Any
 
 import pytest
-from amp_link import Link, deliver
-from ampoule.commands import Echo, Shutdown
-from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionLost
+from amp_link import deliver
+from ampoule.commands import Echo
+from one_channel import LARGE, Owner, Room, descriptors
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs
 from twisted.protocols import amp
-from twisted.python.failure import Failure
 
-from sharded_milter.ipc.channel import MAX_CATCH_UP, MasterChannel
-from sharded_milter.ipc.memory import MAX_INLINE, Memory, packed
-from sharded_milter.ipc.messages import (
-    WITHDRAWN,
-    Answer,
-    Ask,
-    LoadFailed,
-    QuestionHead,
-    Ready,
-    Withdraw,
-    answer_box,
-)
-
-HEAD = QuestionHead(b"E")
-LARGE = MAX_INLINE + 1
-
-
-def descriptors() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
-class Owner:
-    """Keeps what it hears. What it does about an answer is the test's."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[Any, ...]] = []
-        self.then: Any = lambda number: None
-
-    def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
-        self.heard.append(("ready", milters, code, socket))
-
-    def load_failed(self, reason: bytes, details: bytes) -> None:
-        self.heard.append(("load failed", reason, details))
-
-    def sandboxed(self, text: bytes, incomplete: bool) -> None:
-        self.heard.append(("sandboxed", text, incomplete))
-
-    def answered(self, number: int, answer: Answer) -> None:
-        self.heard.append(("answered", number, answer))
-        self.then(number)
-
-    def broke_rule(self, why: str) -> None:
-        self.heard.append(("broke rule", why))
-
-    def channel_closed(self) -> None:
-        self.heard.append(("closed",))
-
-
-class Worker(amp.AMP):
-    """Speaks plain AMP."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.asked: list[Any] = []
-        self.answers: list[Deferred[dict[str, Any]]] = []
-        self.withdrawn: list[bytes] = []
-
-    @Ask.responder
-    def ask(self, head: Any, message: Any = b"", **_: Any) -> Deferred[dict[str, Any]]:
-        self.asked.append(bytes(message))
-        self.answers.append(Deferred())
-        return self.answers[-1]
-
-    @Withdraw.responder
-    def withdraw(self, tag: bytes) -> dict[str, Any]:
-        self.withdrawn.append(tag)
-        return {}
-
-    @Shutdown.responder  # type: ignore[untyped-decorator]
-    def shut_down(self) -> dict[str, Any]:
-        self.asked.append("shut down")
-        return {}
-
-
-class Room:
-    """Both ends of a connection in memory."""
-
-    def __init__(self) -> None:
-        self.clock, self.owner = Clock(), Owner()
-        self.master, self.worker = MasterChannel(self.owner, self.clock), Worker()
-        self.ours, self.theirs = Link(), Link()
-        self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
-        self.worker.makeConnection(self.theirs)  # type: ignore[no-untyped-call]
-
-    def ask(self, number: int, message: bytes | Memory | None = None) -> None:
-        text = b"%d" % number if message is None else message
-        self.master.ask(number, HEAD, b"connection", text)
-
-    def pump(self) -> None:
-        deliver((self.ours, self.worker), (self.theirs, self.master))
-
-    def say(self, *answers: tuple[int, tuple[Any, ...]]) -> None:
-        """The worker answers by our own codec, all at once."""
-        boxes = [answer_box(b"q%x" % number, answer, self.worker) for number, answer in answers]
-        self.theirs.write(b"".join(boxes))
-
-    @property
-    def rule(self) -> str:
-        """The rule that the worker has broken, which is all that the owner has heard."""
-        [(kind, why)] = self.owner.heard
-        assert kind == "broke rule"
-        return str(why)
-
-    def lose(self) -> None:
-        self.master.connectionLost(Failure(ConnectionLost()))
-
+from sharded_milter.ipc.channel import AT_ONCE, MAX_CATCH_UP, MasterChannel
+from sharded_milter.ipc.memory import PIECE, Memory, packed
+from sharded_milter.ipc.messages import WITHDRAWN, Answer, LoadFailed, Ready, answer_box
+from sharded_milter.protocol.wire import frame
 
 # Questions
 
@@ -273,9 +168,9 @@ def test_every_field_of_an_answer_arrives_as_bytes_and_no_descriptor_stays() -> 
     room = Room()
     large = [letter * LARGE for letter in (b"a", b"b", b"c")]
     replies, notes, records = map(packed, large)
-    room.say((1, Answer(replies, b"error", b"1", b"reason", notes, records)))  # type: ignore[arg-type]
+    room.say((1, Answer(replies, b"error", b"1", b"reason", notes, records, b"short")))  # type: ignore[arg-type]
     room.pump()
-    expected = Answer(large[0], b"error", b"1", b"reason", *large[1:])
+    expected = Answer(large[0], b"error", b"1", b"reason", large[1], large[2], b"short")
     assert room.owner.heard == [("answered", 1, expected)]
     assert all(isinstance(field, bytes) for field in room.owner.heard[0][2])
     del replies, notes, records
@@ -285,14 +180,10 @@ def test_every_field_of_an_answer_arrives_as_bytes_and_no_descriptor_stays() -> 
 def test_a_worker_that_is_ready_says_what_it_serves() -> None:
     room = Room()
     milter = dict.fromkeys(("name", "negotiation", "light", "shard_by", "pinning"), b"x")
-    said: list[Any] = []
-    told: Deferred[Any] = room.worker.callRemote(  # type: ignore[no-untyped-call]
-        Ready, milters=[milter], code=b"digest", socket=b"inet:1"
-    )
-    told.addCallback(said.append)
+    room.worker.callRemote(Ready, milters=[milter], code=b"digest", socket=b"inet:1")  # type: ignore[no-untyped-call]
     room.pump()
     assert room.owner.heard == [("ready", [milter], b"digest", b"inet:1")]
-    assert said == [{}]
+    assert room.ours.sent == []  # which a worker might not read
 
 
 def test_a_worker_that_cannot_load_says_why() -> None:
@@ -314,90 +205,120 @@ def test_other_commands_keep_their_own_answers() -> None:
     assert room.owner.heard == []
 
 
-# Broken rules
+# Large answers
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        {amp.ANSWER: b"q"},
-        {amp.ANSWER: b"qx"},
-        {amp.ANSWER: b"q0", b"replies": b""},
-        {amp.ANSWER: b"q0", b"replies": b"?"},
-        {amp.ANSWER: b"q0", b"replies": b"@0 1"},
-        {amp.ANSWER: b"q0", b"notes": b"@x"},
-        {amp.ANSWER: b"q0", b"records": b"@0"},
-    ],
-)
-def test_an_answer_that_cannot_be_read_is_a_broken_rule(box: dict[bytes, bytes]) -> None:
-    room = Room()
-    room.ask(0)
-    room.theirs.write(amp.AmpBox(box).serialize())
-    room.pump()
-    assert room.rule.startswith("its answer cannot be read: ")
+def in_memory(content: bytes) -> Any:
+    memory = Memory()
+    memory.append(content)
+    memory.seal()
+    return memory
 
 
-def test_an_answer_whose_memory_is_smaller_than_it_says_is_a_broken_rule() -> None:
+def test_a_large_answer_is_read_in_later_turns_and_what_is_behind_it_waits() -> None:
     before = descriptors()
+    room = Room()
+    body = frame(b"b", os.urandom(60_000)) * 100  # of more than one piece
+    assert len(body) > PIECE
+    room.say((1, Answer(in_memory(body), reason=b"why")), (2, Answer(b"two")))
+    room.pump()
+    assert (room.owner.heard, room.ours.paused) == ([], True)
+    room.master.catch_up()
+    assert room.owner.heard == []
+    room.work()
+    assert room.owner.heard == [
+        ("answered", 1, Answer(body, reason=b"why")),
+        ("answered", 2, Answer(b"two")),
+    ]
+    assert not room.ours.paused
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("content", [bytes(AT_ONCE + 1), b"\xff" * (AT_ONCE + 1)])
+def test_what_is_no_packet_is_for_the_session_to_find(content: bytes) -> None:
+    room = Room()
+    room.say((1, Answer(in_memory(content))))
+    room.pump()
+    room.work()
+    assert room.owner.heard == [("answered", 1, Answer(content))]
+
+
+@pytest.mark.parametrize("size", [AT_ONCE, LARGE])
+def test_an_answer_that_is_not_so_large_is_there_at_once(size: int) -> None:
+    room = Room()
+    room.say((1, Answer(in_memory(bytes(size)))))
+    room.pump()
+    assert room.owner.heard == [("answered", 1, Answer(bytes(size)))]
+
+
+def test_a_large_answer_that_came_before_the_socket_was_lost_counts() -> None:
+    room = Room()
+    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))), (2, Answer()))
+    room.pump()
+    room.lose()
+    room.work()
+    assert [what[:2] for what in room.owner.heard] == [
+        ("closed",),
+        ("answered", 1),
+        ("answered", 2),
+    ]
+
+
+def test_a_large_answer_that_is_not_read_whole_is_given_up_with_its_worker() -> None:
+    before = descriptors()
+    room = Room()
+    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))))
+    room.pump()
+    room.master.abort()
+    room.work()
+    assert room.owner.heard == []
+    assert descriptors() == before
+
+
+def test_where_the_memory_of_a_large_answer_cannot_be_read_it_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(12, "Cannot allocate memory")
+
+    room = Room()
+    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))), (2, Answer()))
+    room.pump()
+    monkeypatch.setattr(os, "pread", refuse)
+    room.work()
+    why = b"the master cannot take the answer: Cannot allocate memory"
+    assert room.owner.heard == [("answered", 1, Answer(lost=why)), ("answered", 2, Answer())]
+
+
+def test_a_defect_of_ours_at_a_large_answer_is_logged_and_ends_the_connection() -> None:
+    room = Room()
+    room.owner.then = lambda number: 1 // 0
+    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))))
+    room.pump()
+    with capturedLogs() as events:
+        room.work()
+    [event] = events
+    assert event["log_failure"].check(ZeroDivisionError)
+    assert room.ours.lost
+
+
+# Memory that still grows
+
+
+def test_of_memory_that_still_grows_a_worker_gets_a_sealed_copy() -> None:
     room = Room()
     memory = Memory()
-    memory.append(b"x")
-    memory.size = 4_000_000
-    room.say((0, (memory, b"", b"", b"", b"", b"")))
+    memory.append(b"x" * LARGE)
+    room.ask(1, memory)
+    [sent] = [what for what in room.ours.sent if isinstance(what, int)]
+    assert os.fstat(sent).st_ino != memory.inode
+    for change in (lambda: os.pwrite(sent, b"y", 0), lambda: os.ftruncate(sent, 0)):
+        with pytest.raises(PermissionError):
+            change()
+    memory.append(b"more")
     room.pump()
-    assert "length is greater than file size" in room.rule
-    del memory
-    assert descriptors() == before
-
-
-def test_an_error_of_amp_itself_is_a_broken_rule() -> None:
-    room = Room()
-    room.ask(0)
-    room.pump()
-    room.worker.answers[0].errback(amp.RemoteAmpError(b"CODE", "why"))
-    room.pump()
-    assert room.rule == "it has said something odd: KeyError(b'q0')"
-
-
-@pytest.mark.parametrize(
-    "box",
-    [
-        {},
-        {b"what": b"ever"},
-        {amp.ANSWER: b"1"},
-        {amp.ERROR: b"1", amp.ERROR_CODE: b"X", amp.ERROR_DESCRIPTION: b"y"},
-        {amp.COMMAND: b"Unheard"},
-        {amp.COMMAND: Ready.commandName},
-    ],
-)
-def test_what_amp_can_make_nothing_of_is_a_broken_rule(box: dict[bytes, bytes]) -> None:
-    room = Room()
-    data = b"".join(len(part).to_bytes(2, "big") + part for item in box.items() for part in item)
-    room.theirs.write(data + bytes(2))
-    room.pump()
-    assert room.rule.startswith("it has said something odd: ")
-
-
-def test_who_is_not_listened_to_any_more_is_not_heard() -> None:
-    room = Room()
-    room.owner.then = lambda number: room.master.stop_listening()
-    room.say((1, Answer(b"one")), (2, Answer(b"two")))
-    room.worker.callRemote(LoadFailed, reason=b"why", details=b"")  # type: ignore[no-untyped-call]
-    room.pump()
-    assert room.owner.heard == [("answered", 1, Answer(b"one"))]
-
-
-def test_descriptors_that_nobody_took_are_closed_with_the_channel() -> None:
-    before = descriptors()
-    room = Room()
-    room.master.stop_listening()
-    memory = packed(bytes(LARGE))
-    room.say((1, (memory, b"", b"", b"", memory, b"")))
-    del memory
-    room.pump()
-    assert descriptors() == before + 2
-    room.lose()
-    assert descriptors() == before
+    assert room.worker.asked == [b"x" * LARGE]
+    assert bytes(memory.view()) == b"x" * LARGE + b"more"
 
 
 # Reading at once
@@ -454,6 +375,7 @@ def remains(count: int) -> tuple[Owner, MasterChannel, Remains]:
     owner = Owner()
     master = MasterChannel(owner, Clock())
     boxes = [answer_box(b"q%x" % number, Answer(), master) for number in range(count)]
+    master._asked = {b"q%x" % number: number for number in range(count)}
     left = Remains(master, boxes)
     master.makeConnection(left)  # type: ignore[no-untyped-call]
     return owner, master, left

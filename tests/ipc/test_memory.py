@@ -9,7 +9,16 @@ import os
 
 import pytest
 
-from sharded_milter.ipc.memory import MAX_INLINE, Memory, mapped, packed, release, view_of
+from sharded_milter.errors import BrokenRule
+from sharded_milter.ipc.memory import (
+    MAX_INLINE,
+    Memory,
+    Received,
+    packed,
+    passable,
+    release,
+    view_of,
+)
 
 
 def descriptors() -> int:
@@ -19,7 +28,7 @@ def descriptors() -> int:
 
 def received(memory: Memory) -> memoryview:
     """The memory as another process maps it, with a descriptor of its own."""
-    return mapped(os.dup(memory.fd), memory.size)
+    return Received(os.dup(memory.fd), memory.size).mapped()
 
 
 @pytest.mark.parametrize("size", [0, 1, MAX_INLINE])
@@ -107,8 +116,8 @@ def test_more_than_there_is_cannot_be_mapped() -> None:
     memory = Memory()
     memory.append(b"x")
     before = descriptors()
-    with pytest.raises(ValueError, match="length"):
-        mapped(os.dup(memory.fd), 4_000_000)
+    with pytest.raises(BrokenRule, match="it calls memory of 1 bytes 4000000 bytes long"):
+        Received(os.dup(memory.fd), 4_000_000)
     assert descriptors() == before
 
 
@@ -125,3 +134,23 @@ def test_a_piece_that_a_milter_keeps_stays_readable() -> None:
     assert bytes(piece) == b"xxx"
     with pytest.raises(ValueError, match="released"):
         len(view)
+
+
+@pytest.mark.parametrize("start", [0, 1, 60_000, 200_000])
+def test_what_still_grows_is_passed_on_as_a_sealed_copy_of_what_is_new(start: int) -> None:
+    memory, data = Memory(), os.urandom(200_000)
+    memory.append(data)
+    part = passable(memory, start)
+    assert part is not memory
+    assert isinstance(part, Memory) == (200_000 - start > MAX_INLINE)
+    assert view_of(part) == data[start:]
+    assert part == b"" or isinstance(part, bytes) or part.is_sealed
+    memory.append(b"it can still grow")
+
+
+def test_sealed_memory_is_passed_on_as_it_is_and_bytes_from_where_they_are_new() -> None:
+    memory = packed(bytes(MAX_INLINE + 1))
+    assert passable(memory, 7) is memory
+    data = b"0123"
+    assert (passable(data), passable(data, 3)) == (data, b"3")
+    assert passable(data) is data

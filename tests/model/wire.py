@@ -23,6 +23,8 @@ class Wire:
         self.disconnecting = False
         self.dataBuffer = b""  # what the full socket has not taken
         self._tempDataBuffer: tuple[()] = ()
+        self.offset = self._tempDataLen = 0
+        self.paused = False  # the master does not read
         self.full = False
         self.eof = False  # the worker has closed its end
         self.lost_at: float | None = None  # when the master has noticed, or closed its own
@@ -64,6 +66,12 @@ class Wire:
 
     abortConnection = loseConnection
 
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
+
     def fileno(self) -> int:
         return self._readable
 
@@ -89,7 +97,7 @@ class Wire:
     @property
     def is_readable(self) -> bool:
         """Whether the master's reactor would read."""
-        return self.connected and bool(self._arrived or self.eof)
+        return self.connected and not self.paused and bool(self._arrived or self.eof)
 
     def deliver(self) -> None:
         """The master's reactor finds that the socket is readable."""

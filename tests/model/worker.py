@@ -6,12 +6,14 @@ what was withdrawn and confirms that, and reads nothing while it works.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ampoule.commands import Shutdown
 from twisted.protocols import amp
 
+from sharded_milter.ipc.memory import Received
 from sharded_milter.ipc.messages import (
     WITHDRAWN,
     Answer,
@@ -172,9 +174,10 @@ class Worker:
             if not self.stubborn:
                 self.die("exited with code 0")
 
-    def _getDescriptor(self, ordinal: int) -> int:
-        descriptor: int = self.wire.descriptors.pop(ordinal)
-        return descriptor
+    def claim(self, inode: int, size: int) -> memoryview:
+        arrived: dict[int, int] = self.wire.descriptors
+        found = next(n for n, fd in arrived.items() if os.fstat(fd).st_ino == inode)
+        return Received(arrived.pop(found), size).mapped()
 
     def _sendFileDescriptor(self, descriptor: int) -> int:
         raise AssertionError("answers are small")

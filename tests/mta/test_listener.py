@@ -175,7 +175,7 @@ def test_no_other_file_gets_the_group_of_a_socket_that_was_moved(
     assert unchanged(precious)
     factory: Any = "factory"
     with pytest.raises(SocketTaken):
-        listener.serve(factory, Reactor())
+        listener.serve(factory, OpenGate(), Reactor())
     listener.close()
     assert os.path.islink(path)
 

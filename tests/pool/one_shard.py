@@ -90,8 +90,8 @@ class Room:
     def shard_ready(self, shard: Shard) -> None:
         self.log.append("ready")
 
-    def shard_worn(self, shard: Shard) -> None:
-        self.log.append("worn")
+    def shard_worn(self, shard: Shard, why: str) -> None:
+        self.log.append(f"worn: {why}")
 
     def shard_gone(self, shard: Shard, ending: Ending) -> None:
         self.log.append(ending.name)

@@ -12,7 +12,7 @@ from twisted.logger import capturedLogs
 from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Blame, Job, Loss
 from sharded_milter.errors import MilterLoadError
-from sharded_milter.ipc.messages import WITHDRAWN, LoadFailed, read_question
+from sharded_milter.ipc.messages import WITHDRAWN, Answer, LoadFailed, Ready, read_question
 from sharded_milter.pool.shard import (
     EXIT_GRACE,
     SILENCE_GRACE,
@@ -125,21 +125,50 @@ def test_a_shard_is_worn_after_so_many_answers_and_says_so_once() -> None:
     room.shard.worn_after = 2
     for number in range(4):
         room.shard.answered(number, ANSWER)
-    assert [word for word in room.log if word == "worn"] == ["worn"]
+    said = [word for word in room.log if word.startswith("worn")]
+    assert said == ["worn: it has given 2 answers"]
     assert room.shard.answers == 4
+
+
+WORN = "worn: it has given 1 answers"
+
+
+def test_a_shard_that_is_short_of_something_is_replaced() -> None:
+    room = Room(State.SERVING)
+    room.place.answer(1, Answer(short=b"it cannot take a question: Too many open files"))
+    room.place.deliver()
+    assert room.log[-1] == "worn: it cannot take a question: Too many open files"
 
 
 def test_to_confirm_a_withdrawal_is_no_answer() -> None:
     room = Room(State.SERVING)
     room.shard.worn_after = 1
     room.shard.answered(1, WITHDRAWN)
-    assert (room.shard.answers, "worn" in room.log) == (0, False)
+    assert (room.shard.answers, WORN in room.log) == (0, False)
     room.shard.answered(2, ANSWER)
     room.shard.answered(3, WITHDRAWN)
-    assert room.log.count("worn") == 1
+    assert room.log.count(WORN) == 1
 
 
 # Rules that are broken
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"negotiation": b""},
+        {"negotiation": b"x" * 40},
+        {"light": b"?"},
+        {"pinning": b"nowhere"},
+    ],
+)
+def test_milters_that_cannot_be_are_a_broken_rule(field: dict[str, bytes]) -> None:
+    room = Room()
+    room.place.say(Ready, milters=[{**FIELDS, **field}], code=b"", socket=b"")
+    room.place.deliver()
+    assert (room.shard.state, room.log) == (State.KILLED, ["deaf", "unavailable", "kill"])
+    assert room.shard.loss is not None
+    assert room.shard.loss.reason.startswith("its milters cannot be: ")
 
 
 def test_nothing_more_is_taken_from_a_worker_that_has_broken_a_rule() -> None:
@@ -153,7 +182,7 @@ def test_nothing_more_is_taken_from_a_worker_that_has_broken_a_rule() -> None:
     room.place.exit()
     assert "answer 2" not in room.log
     assert "answer 3" not in room.log
-    assert room.shard.loss == Loss("it has answered out of turn", Blame.PLACE)
+    assert room.shard.loss == Loss("it has answered out of turn", Blame.MESSAGE)
 
 
 def test_what_had_arrived_before_a_kill_is_taken() -> None:
@@ -165,11 +194,11 @@ def test_what_had_arrived_before_a_kill_is_taken() -> None:
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.SERVING, State.DRAINING, State.LEAVING])
-def test_a_rule_that_is_broken_is_the_places_fault_in_every_state(state: State) -> None:
+def test_a_rule_that_is_broken_is_like_a_death_in_every_state(state: State) -> None:
     room = Room(state)
     room.shard.broke_rule("it is odd")
     assert (room.shard.state, room.log) == (State.KILLED, ["deaf", "unavailable", "kill"])
-    assert room.shard.loss == Loss("it is odd", Blame.PLACE)
+    assert room.shard.loss == Loss("it is odd", Blame.MESSAGE)
 
 
 # Ends

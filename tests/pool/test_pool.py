@@ -128,7 +128,7 @@ def test_a_worker_that_breaks_a_rule_is_replaced_and_its_job_goes_on() -> None:
     bench.places[guilty].exit()
     bench.answer_all(1 - guilty)
     assert result.only == b"replies"
-    assert result.job.blamed == 0
+    assert result.job.blamed == 1  # as by a death: the message may have taken the worker over
 
 
 # Resizing
@@ -259,7 +259,7 @@ def test_all_workers_can_be_asked_where_they_are() -> None:
 def test_what_becomes_of_a_shard_that_the_pool_does_not_know_is_nothing() -> None:
     bench, other = Bench(), Bench()
     bench.pool.shard_ready(other.shards[0])
-    bench.pool.shard_worn(other.shards[0])
+    bench.pool.shard_worn(other.shards[0], "why")
     other.shards[0]._events = bench.pool
     other.places[0].exit()
     assert bench.serving == [0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
-from amp_link import Link
 from twisted.internet import error
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
@@ -26,6 +27,18 @@ from sharded_milter.pool.spawned import (
 )
 
 NO_PROCESS = 2**22 + 1  # above every process id that Linux gives
+
+
+# Those of the test that runs.
+SOCKETS: list[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_sockets() -> Iterator[None]:
+    """No socket outlives its test."""
+    yield
+    while SOCKETS:
+        SOCKETS.pop().close()
 
 
 class Pipe:
@@ -93,14 +106,14 @@ class Room(Clock):
         self.dropped: list[tuple[int, int]] = []
         self.exits: list[str] = []
         self.refuse: OSError | None = None
-        self.no_descriptor: OSError | None = None
-        self.channel = Protocol()
+        self.channel: Any = Protocol()
         self.place = Spawned(Workplace(("x:milter",), {"LANG": "C"}), 3, self)
         if started:
             self.start()
 
     def start(self) -> None:
         self.place.start(self, self.channel)
+        SOCKETS.append(self.channel.transport.socket)
 
     # A reactor
 
@@ -112,10 +125,9 @@ class Room(Clock):
         protocol.connectionMade()
         return process
 
-    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
-        if self.no_descriptor is not None:
-            raise self.no_descriptor
-        factory.buildProtocol(None).makeConnection(Link())
+    def addReader(self, reader: Any) -> None: ...
+    def removeReader(self, reader: Any) -> None: ...
+    def removeWriter(self, writer: Any) -> None: ...
 
     # A shard
 
@@ -153,7 +165,6 @@ def test_a_worker_is_started_without_the_current_directory_and_the_masters_secre
     assert {0: "w", 1: "r", 2: "r"}.items() <= arguments["childFDs"].items()
     assert room.process.closed == ["stdin"]
     assert room.place.pid == NO_PROCESS
-    assert isinstance(room.channel.transport, Link)
 
 
 def test_a_worker_gets_an_allow_list_of_the_environment() -> None:
@@ -179,13 +190,9 @@ def test_a_system_that_refuses_is_an_error_of_the_start() -> None:
     room.place.end_family()  # there is none, so no group is signalled
 
 
-def test_a_worker_that_cannot_be_spoken_to_is_killed() -> None:
-    room = Room(started=False)
-    room.no_descriptor = OSError(24, "none left")
-    with pytest.raises(OSError, match="none left"):
-        room.start()
-    assert room.process.signals == [signal.SIGKILL]
-    assert room.place.pid == NO_PROCESS  # whose group, and no other, is ended with it
+def test_a_worker_is_spoken_to_over_a_socket_that_counts_what_the_kernel_drops() -> None:
+    transport = Room().channel.transport
+    assert (transport.connected, transport.socket.lost) == (1, 0)
 
 
 # Ends

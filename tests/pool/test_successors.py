@@ -145,10 +145,10 @@ def test_a_shard_that_dies_while_its_successor_starts_needs_no_other() -> None:
 
 def test_a_shard_that_is_worn_is_recycled_unless_it_is_on_its_way_out() -> None:
     owner = Owner(state=State.SERVING)
-    owner.generation.worn(owner.made[0])
+    owner.generation.worn(owner.made[0], "why")
     owner.clock.advance(0)
     owner.ready(1)
-    owner.generation.worn(owner.made[0])
+    owner.generation.worn(owner.made[0], "why")
     owner.clock.advance(60.0)
     assert len(owner.made) == 2
 

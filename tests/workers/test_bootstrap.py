@@ -49,6 +49,8 @@ class Master(MasterChannel):
         self.makeConnection(self)  # type: ignore[no-untyped-call]
 
     disconnecting = False
+    dataBuffer = b""
+    offset = _tempDataLen = 0
 
     def write(self, data: bytes) -> None:
         self.sock.sendall(data)
@@ -65,7 +67,7 @@ class Master(MasterChannel):
     def load_failed(self, reason: bytes, details: bytes) -> None:
         self.told.append(reason.decode())
 
-    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+    def sandboxed(self, text: bytes, incomplete: bytes) -> None:
         self.told.append(text.decode())
 
     def answered(self, number: int, answer: Answer) -> None:

@@ -24,7 +24,7 @@ from twisted.python.failure import Failure
 
 from sharded_milter.ipc.channel import MasterChannel
 from sharded_milter.ipc.memory import MAX_INLINE, Memory, packed
-from sharded_milter.ipc.messages import WITHDRAWN, Answer, Ask
+from sharded_milter.ipc.messages import MAX_LINE, MAX_PACKETS, WITHDRAWN, Answer, Ask
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
@@ -95,7 +95,7 @@ class Owner:
     def load_failed(self, reason: bytes, details: bytes) -> None:
         self.told.append(("load failed", reason, details))
 
-    def sandboxed(self, text: bytes, incomplete: bool) -> None:
+    def sandboxed(self, text: bytes, incomplete: bytes) -> None:
         self.told.append(("sandboxed", text, incomplete))
 
     def answered(self, number: int, answer: Answer) -> None:
@@ -297,7 +297,7 @@ def test_what_a_callback_raises_is_one_line_and_the_next_job_is_fine(
 
 
 def test_a_long_error_is_cut() -> None:
-    assert len(Room().call("fail(ValueError('x' * 10**6))").error) == 60_000
+    assert len(Room().call("fail(ValueError('x' * 10**6))").error) == MAX_LINE
 
 
 def test_an_exception_that_cannot_be_printed_is_told_all_the_same() -> None:
@@ -312,25 +312,54 @@ def test_a_malformed_transcript_is_an_error_and_not_the_end() -> None:
     assert told.error.startswith(b"sharded_milter.errors.RemoteProtocolError")
 
 
-def test_an_answer_for_which_there_is_no_memory_is_an_error(
+def test_an_answer_for_which_there_is_no_memory_is_told_as_such(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     room = Room()
 
+    refusals: list[BaseException] = [MemoryError(), OSError(24, "Too many open files")]
+
     def refuse(memory: Memory) -> None:
-        raise OSError(24, "Too many open files")
+        raise refusals.pop()
 
     with monkeypatch.context() as patch:
         patch.setattr(Memory, "__init__", refuse)
         told = room.call("Accept(ReplaceBody(b'x' * 100_000))")
-    assert told == Answer(error=b"no memory for the answer: Too many open files")
+        again = room.call("Accept(ReplaceBody(b'x' * 100_000))")
+    assert again == Answer(short=b"it cannot pass its answer on: there is no memory left")
+    assert told == Answer(short=b"it cannot pass its answer on: Too many open files")
     assert room.scan(b"fine") == accepted(b"fine")
 
 
 # Questions that cannot be read
 
 
-def test_a_question_that_cannot_be_mapped_is_an_error_and_the_next_is_fine(
+def test_an_answer_that_is_larger_than_it_may_be_is_an_error_of_the_milter() -> None:
+    room = Room()
+    room.child._answer(Answer(replies.ReplaceBody(b"").encode() * (MAX_PACKETS + 1)), b"q1", ())
+    room.master._asked[b"q1"] = 1
+    room.pump()
+    error = f"the answer is too large: replies: more than {MAX_PACKETS} packets"
+    assert room.answers == {1: Answer(error=error.encode())}
+
+
+def test_a_question_whose_memory_was_lost_on_the_way_is_told_as_such_and_the_next_is_fine() -> None:
+    before = descriptors()
+    room = Room()
+    for number in (1, 2, 3):
+        room.put_scan(number, b"%d" % number * MAX_INLINE + b"x")
+    lost = next(what for what in room.ours.sent if isinstance(what, int))
+    room.ours.sent.remove(lost)
+    os.close(lost)
+    room.pump()
+    assert room.answers.pop(1) == Answer(short=b"it cannot take a question: Too many open files")
+    assert room.answers == {n: accepted(b"%d" % n * MAX_INLINE + b"x") for n in (2, 3)}
+    room.answers.clear()
+    room.scan(b"")
+    assert descriptors() == before
+
+
+def test_a_question_that_cannot_be_mapped_is_told_as_such_and_the_next_is_fine(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = descriptors()
@@ -342,8 +371,8 @@ def test_a_question_that_cannot_be_mapped_is_an_error_and_the_next_is_fine(
     with monkeypatch.context() as patch:
         patch.setattr(mmap, "mmap", refuse)
         told = room.ask(Stage.EOM, bytes(MAX_INLINE + 1), bytes(MAX_INLINE + 1))
-    assert told == Answer(error=b"OSError: [Errno 12] Cannot allocate memory")
-    assert "Traceback (most recent call last)" in capfd.readouterr().err
+    assert told == Answer(short=b"it cannot take a question: Cannot allocate memory")
+    assert capfd.readouterr().err == ""
     assert room.scan(b"x" * 300_000).error == b""
     room.scan(b"")
     assert descriptors() == before
@@ -355,7 +384,6 @@ def test_a_question_that_cannot_be_mapped_is_an_error_and_the_next_is_fine(
         {},
         {b"head": b"short"},
         {b"head": b"E" + bytes(18), b"message": b"?"},
-        {b"head": b"E" + bytes(18), b"message": b"@0 1"},
         {b"head": b"E\0\1" + bytes(16)},  # there is no second milter
     ],
 )
@@ -363,6 +391,7 @@ def test_a_question_that_cannot_be_read_is_an_error_and_the_next_is_fine(
     values: dict[bytes, bytes],
 ) -> None:
     room = Room()
+    room.master._asked[b"q7"] = 7
     room.ours.write(
         amp.AmpBox({amp.COMMAND: Ask.commandName, amp.ASK: b"q7", **values}).serialize()
     )
@@ -459,6 +488,7 @@ def test_all_that_has_arrived_is_read_before_a_question_begins_that_has_waited()
     author.say_more = say_more
     with ours, theirs:
         child = Child(["child_milter:milter"])
+        room.master._said.clear()
         wire = Socket(theirs, child)
         child.makeConnection(wire)
         room.put_scan(1, b"call kept.append(say_more())")  # while it is being answered
