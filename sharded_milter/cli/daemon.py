@@ -295,7 +295,7 @@ class _Run:
     def _ready(self) -> None:
         listeners = self._server.listeners
         peers = self._settings.allowed_peers
-        warnings = [unrestricted(listener.address, peers) for listener in listeners]
+        warnings = [unrestricted(each.address.spec, each.host, peers) for each in listeners]
         for line in filter(None, [self._warning, *warnings]):
             self._log.warn("{line}", line=line)
         names = [listener.address.for_postfix(listener.port) for listener in listeners]

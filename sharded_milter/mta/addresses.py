@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 from dataclasses import dataclass
@@ -36,16 +35,6 @@ class Address:
     host: str = ""
     port: int = 0
     family: int = socket.AF_INET
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether this machine alone reaches a TCP socket there."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # another name, or none, which is every address
-            return False
 
     def for_postfix(self, port: int) -> str:
         """The same socket as main.cf names it; `port` is the one really bound."""

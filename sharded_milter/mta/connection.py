@@ -172,7 +172,8 @@ class MilterConnection(TwistedProtocol):
         self._close()
 
     def _give_up(self, error: RemoteProtocolError) -> None:
-        self.log.warn("closing a connection: {why}", why=str(error))
+        if not self._conversation.is_turned_away:  # anybody may be that, as often as they like
+            self.log.warn("closing a connection: {why}", why=str(error))
         self._close()
 
     # Signs of life, the MTA's and ours

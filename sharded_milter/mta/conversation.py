@@ -87,7 +87,7 @@ class Conversation:
             context.limits.max_message_size, context.inflight, context.new_memory
         )
         self._milters = self._milters_of(())
-        self._turned_away = b""  # what each question is answered then
+        self._turned_away = b""  # if it is: what each question is answered then
         self.has_heard = False  # that it is turned away
         self._began = context.reactor.seconds()  # the connection
         self._message_began = 0.0
@@ -101,6 +101,11 @@ class Conversation:
     def turn_away(self, answer: bytes) -> None:
         """From now on this is the answer, instead of what the milters would say."""
         self._turned_away = answer
+
+    @property
+    def is_turned_away(self) -> bool:
+        """Whether the milters are not asked."""
+        return bool(self._turned_away)
 
     @cached_property
     def takes_early_progress(self) -> bool:
@@ -119,7 +124,7 @@ class Conversation:
         """
         start, transcript = framer.at, self._transcript
         framer.at, noted = self._session.receive_run(framer.buffer, start)
-        if framer.at > start:
+        if framer.at > start and not self._turned_away:  # of which nothing is kept
             if not transcript.size:
                 self._message_began = self._context.reactor.seconds()
             with memoryview(framer.buffer) as view, view[start : framer.at] as run:
@@ -133,7 +138,7 @@ class Conversation:
             return self._negotiate(step.offer)
         if step.leaves is not Leaves.NOTHING:
             self._forget(step.leaves)
-        if step.keep is not Keep.NO:
+        if step.keep is not Keep.NO and not self._turned_away:
             self._keep(step.keep, packet)
         if step.stage is None or step.handling is Handling.SILENT:
             return b""

@@ -56,6 +56,11 @@ class Listener:
         """The TCP port that is really bound; 0 for a path."""
         return 0 if self.address.path else int(self._socket.getsockname()[1])
 
+    @property
+    def host(self) -> str:
+        """The address that is really bound; empty for a path."""
+        return "" if self.address.path else str(self._socket.getsockname()[0])
+
     def serve(self, factory: Factory, gate: Gate, reactor: Any) -> None:
         """Listens, and gives every connection to a protocol of `factory`, as `gate` lets it in.
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharded_milter.errors import UsageError
-from sharded_milter.mta.addresses import Address
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -65,9 +64,7 @@ class Peers:
         """Whether a TCP peer with this address may connect."""
         if not self.networks:
             return True
-        address = ipaddress.ip_address(host.partition("%")[0])  # without the interface's name
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
+        address = _address(host)
         return any(address in network for network in self.networks)
 
     def take_user(self, user: int, groups: Collection[int]) -> bool:
@@ -78,6 +75,13 @@ class Peers:
 
 
 ANYBODY = Peers()
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address of an IPv4 host that comes by IPv6 is an IPv4 address."""
+    address = ipaddress.ip_address(host.partition("%")[0])  # without the interface's name
+    mapped = getattr(address, "ipv4_mapped", None)
+    return address if mapped is None else mapped
 
 
 def parse_peers(text: str) -> Peers:
@@ -142,17 +146,20 @@ def _members(group: int) -> Iterable[int]:
                 yield pwd.getpwnam(name).pw_uid
 
 
-def unrestricted(address: Address, peers: Peers) -> str:
-    """What an operator must know of a TCP socket that all may use; empty where all is well."""
-    if address.path or peers.networks:
+def unrestricted(spec: str, host: str, peers: Peers) -> str:
+    """What an operator must know of a socket that all may use; empty where all is well.
+
+    `spec` is how the operator has spelled it, `host` the address it is bound to, empty for a path.
+    """
+    if not host or peers.networks:
         return ""
     cure = "say who may with --allowed-peers NETWORK, or listen on a UNIX socket"
     if peers.names_users:
         kind = "users and groups are for UNIX sockets"
-        return f"{address.spec} takes connections of anybody, for {kind} only: {cure}"
-    if address.is_loopback:
+        return f"{spec} takes connections of anybody, for {kind} only: {cure}"
+    if _address(host).is_loopback:
         return ""
-    return f"{address.spec} takes connections of any host that reaches it: {cure}"
+    return f"{spec} takes connections of any host that reaches it: {cure}"
 
 
 def credentials(sock: Any) -> tuple[int, tuple[int, ...]]:

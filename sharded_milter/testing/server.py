@@ -115,6 +115,7 @@ def running(*arguments: str) -> Iterator[Server]:
         options.append("--allow-root")
         if os.geteuid():  # who cannot become the user of a configuration file
             options += ["--user=", "--group="]
+        options += [f"--allowed-peers=user:{os.geteuid()}"]
         command = [sys.executable, "-P", "-m", "sharded_milter", *options, "--ready-fd"]
         with open(reader, "rb") as ready, log.open("wb") as output:
             try:

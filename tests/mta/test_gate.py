@@ -121,6 +121,23 @@ def test_all_else_that_it_asks_is_answered_so_too(house: House) -> None:
     assert set(answers) == {BUSY[4:]}
 
 
+def test_nothing_of_it_is_kept(house: House) -> None:
+    full(house)
+    connection, _ = house.connect()
+    connection.dataReceived(packed(OFFER, CLIENT, HELO, *MESSAGE[:-1]))
+    assert house.inflight.used == 0
+
+
+def test_its_mistakes_are_not_logged_each_time(house: House) -> None:
+    full(house)
+    with capturedLogs() as events:
+        for _ in range(3):
+            connection, peer = house.connect()
+            connection.dataReceived(b"GET / HTTP/1.1\r\n\r\n")
+            assert peer.disconnecting
+    assert len(events) == 1
+
+
 def test_one_that_is_turned_away_and_says_nothing_is_let_go(house: House) -> None:
     full(house)
     _, peer = house.connect()

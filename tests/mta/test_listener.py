@@ -57,6 +57,7 @@ def test_what_connects_is_given_to_the_factory(
     family = socket.AF_INET if kind == "inet" else socket.AF_UNIX
     assert reactor.adopted == [(family, "factory")] * 2
     assert (listener.port > 0) == (kind == "inet")
+    assert listener.host == ("127.0.0.1" if kind == "inet" else "")
 
 
 def test_a_listener_that_is_closed_takes_no_more(path: str, listeners: list[Listener]) -> None:
