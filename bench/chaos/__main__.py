@@ -50,6 +50,7 @@ def main() -> int:
         outcome = run(
             combination, options.messages // len(plan), f"{seed}-{len(outcomes)}",
             manner=Manner(timeout=options.timeout), lie=options.lie, python=options.python,
+            keep=options.keep,
         )  # fmt: skip
         outcomes.append(outcome)
         report.say(f"{combination}: {'failed' if outcome.failures else 'in order'}")

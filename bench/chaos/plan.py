@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bench.chaos.attack import attack
 from bench.chaos.daemon import Figures, at_rest, end, own_failures, serving
@@ -88,8 +90,12 @@ def run(
     manner: Manner | None = None,
     lie: str = "",
     python: str = sys.executable,
+    keep: Path | None = None,
 ) -> Outcome:
-    """One attack on a daemon of its own; with `lie`, its answers are mixed on their way."""
+    """One attack on a daemon of its own; with `lie`, its answers are mixed on their way.
+
+    The log of a daemon that failed is kept in the directory `keep`.
+    """
     kind, trouble = KINDS[combination.kind], TROUBLES[combination.trouble]
     outcome = Outcome(combination, Account(kind.names))
     rnd = random.Random(seed)
@@ -118,6 +124,8 @@ def run(
         outcome.failures += _judged(outcome, Setting(kind, trouble.mtas, messages))
         outcome.failures += own_failures(server)
         outcome.failures += [f"the end: {each}" for each in end(server)]
+        if outcome.failures and keep is not None:
+            shutil.copy(server.log, keep / f"{str(combination).replace(', ', '-')}.log")
     return outcome
 
 
