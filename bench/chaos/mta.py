@@ -55,11 +55,6 @@ class Account:
 
     tempfailed: set[str] = field(default_factory=set)  # messages, in whole or in part
 
-    @property
-    def tempfails(self) -> int:
-        """How many messages and connections were told to try again."""
-        return len(self.tempfailed) + self.counts["tempfail at connect"]
-
     def tempfail(self, stage: str, number: str) -> None:
         """A message was told so at this stage."""
         self.counts[f"tempfail at {stage}"] += 1
@@ -152,7 +147,7 @@ class Mta:
     async def _come_back(self, answer: Answer, at: str) -> None:
         if not answer.temporary or answer.changes:
             raise Wrong(f"got for its {at}: {answer}")
-        self._account.counts["tempfail at connect"] += 1
+        self._account.counts["turned away"] += 1
         self._wire.close()
         await asyncio.sleep(PAUSE)
         raise _Left

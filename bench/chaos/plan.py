@@ -71,8 +71,8 @@ class Outcome:
             "own": counts["accepted"] + counts["refused"],
             "foreign": counts["foreign"],
             "missing": counts["missing"] + counts["closed"],
-            "tempfail": self.account.tempfails,
-            "dropped": counts["dropped"],
+            "tempfail": len(self.account.tempfailed),
+            "away": counts["turned away"],
             "kills": acts["kills"],
             "HUPs": acts["hups"],
             "p50 ms": 1000 * latencies[len(latencies) // 2],
@@ -151,10 +151,13 @@ def _judged(outcome: Outcome, setting: Setting) -> list[str]:
     failures = list(account.complaints)
     trouble = TROUBLES[outcome.combination.trouble]
     excused = trouble.excuses(setting, outcome.troubles)
-    if account.tempfails > excused:
+    # Where there is not room for all, connections are turned away as often as they come.
+    turned_away = 0 if trouble.descriptors else account.counts["turned away"]
+    if len(account.tempfailed) + turned_away > excused:
         each = ", ".join(f"{n} {c}" for n, c in account.counts.items() if n.startswith("tempfail"))
         failures.append(
-            f"{account.tempfails} temporary refusals ({each}), {excused} are excused: {trouble.why}"
+            f"{len(account.tempfailed)} messages and {turned_away} connections were told to try"
+            f" again ({each}), {excused} are excused: {trouble.why}"
         )
     if not account.counts["accepted"]:
         failures.append("no message was accepted")

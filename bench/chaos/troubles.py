@@ -30,6 +30,9 @@ MAX_MESSAGES = 60
 # Of all processes. The master alone has about 20 open with two workers.
 DESCRIPTORS = 60
 
+# The share of messages that may fail for it: half of them need one, and 1 to 4 of 100 were refused.
+SHORT = 0.25
+
 # Connections that come and go without a word when descriptors are short, and how often, in seconds.
 # A daemon that has none left accepts no more than some dozens of connections a second.
 IDLERS = 50
@@ -49,7 +52,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Options and acts; `excuses` is how many temporary refusals there may be, and why."""
+    """Options and acts; `excuses` says how many temporary refusals there may be, `why` why."""
 
     why: str
     excuses: Callable[[Setting, Counter[str]], int]
@@ -124,12 +127,13 @@ def _of_reloads(setting: Setting, counts: Counter[str]) -> int:
 
 
 def _of_descriptors(setting: Setting, counts: Counter[str]) -> int:
-    """Whoever finds no place comes again, so that any number is in order; mail must still pass."""
-    return setting.messages
+    """A large message or answer needs a descriptor for a while; one that finds none may fail."""
+    return int(setting.messages * SHORT)
 
 
 def _of_all(setting: Setting, counts: Counter[str]) -> int:
-    return _of_descriptors(setting, counts)
+    each = (_of_deaths, _of_reloads, _of_descriptors)
+    return sum(excuses(setting, counts) for excuses in each)
 
 
 TROUBLES = {

@@ -96,7 +96,7 @@ def test_a_lost_answer_is_noticed(daemon: Server) -> None:
 def test_answers_that_nobody_mixes_are_in_order(daemon: Server) -> None:
     account = Account(KINDS["functions"].names)
     asyncio.run(attack(daemon.path, account, seed="order", mtas=10, messages=MESSAGES))
-    assert (account.complaints, account.tempfails) == ([], 0)
+    assert (account.complaints, account.tempfailed) == ([], set())
 
 
 def test_the_command_fails_when_answers_are_swapped() -> None:
