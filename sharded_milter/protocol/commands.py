@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, Self
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.packets import INT_BYTES, Packet, parse_packet
 from sharded_milter.protocol.text import join_strings, split_strings, to_text, to_wire
-from sharded_milter.protocol.wire import LETTER, MAX_PACKET, PAYLOAD
+from sharded_milter.protocol.wire import LENGTH_BYTES, LETTER, MAX_PACKET, PAYLOAD
 
 # Families of a CONNECT; only the first two and a path bring a port and an address along.
 FAMILIES_WITH_ADDRESS = ("4", "6", "L")
@@ -260,12 +260,48 @@ _PARSED: Mapping[int, Callable[[bytes], object]] = {
 }
 
 
+# The longest SMTP command that an MTA reads: AUTH has 12,288 octets (RFC 4954), all others less
+# (RFC 5321: 512; Postfix and Sendmail: 2,048).
+MAX_LINE = 12_288
+
+# Host names have 255 octets (RFC 1035), paths of sockets 108; HELO is a line of 2,048 at most.
+MAX_HOST = 2048 + 256
+
+# Postfix and Sendmail send a dozen macros with a command, each no longer than a header line.
+MAX_MACROS = 16_384
+
+# An offer is 12 bytes; what follows is ignored, so that later versions may say more.
+MAX_OFFER = 1024
+
+# The largest packets of those that are no content, letter and payload. What is content is bounded
+# by the message's size.
+LONGEST: Mapping[int, int] = {
+    Negotiate.letter[0]: MAX_OFFER,
+    Connect.letter[0]: MAX_HOST,
+    Helo.letter[0]: MAX_HOST,
+    Macro.letter[0]: MAX_MACROS,
+    Mail.letter[0]: MAX_LINE,
+    Rcpt.letter[0]: MAX_LINE,
+    Unknown.letter[0]: MAX_LINE,
+}
+
+
+def check_length(letter: int, length: int) -> None:
+    """Raises RemoteProtocolError where a packet is longer than any MTA's of that letter."""
+    longest = LONGEST.get(letter, MAX_PACKET)
+    if length > longest:
+        name = COMMANDS[letter].__name__
+        raise RemoteProtocolError(f"{name} of {length} bytes is longer than {longest}")
+
+
 def check_command(packet: bytes) -> None:
     """Raises RemoteProtocolError where parsing the command would, without building its value.
 
-    What passes can be kept unread: whoever reads it later finds it well-formed.
+    So it does for one that is too long. What passes can be kept unread: whoever reads it later
+    finds it well-formed.
     """
     letter = packet[LETTER]
+    check_length(letter, len(packet) - LENGTH_BYTES)
     shape = SHAPES.get(letter)
     if shape is not None:
         start, size = shape.start, len(packet)

@@ -21,11 +21,19 @@ from typing import NamedTuple
 
 from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
 from sharded_milter.protocol.answers import check_replies
-from sharded_milter.protocol.commands import SHAPES, Body, Header, Macro, Negotiate, check_command
+from sharded_milter.protocol.commands import (
+    LONGEST,
+    SHAPES,
+    Body,
+    Header,
+    Macro,
+    Negotiate,
+    check_command,
+)
 from sharded_milter.protocol.negotiation import Agreement, Handling
 from sharded_milter.protocol.replies import Accept, Discard, Reject, ReplyCode, TempFail
 from sharded_milter.protocol.stages import NO_PROTOCOL, STAGES, Protocol, Stage
-from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, LETTER, PAYLOAD
+from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, LETTER, MAX_PACKET, PAYLOAD
 
 _MACRO = Macro.letter[0]
 _NEGOTIATE = Negotiate.letter[0]
@@ -231,6 +239,10 @@ class Step:
     offer: Negotiate | None = None  # the MTA offers options and waits for ours
 
 
+# Packets that are followed in one go. That takes a millisecond, in which others wait; a message of
+# 100 header fields and as many pieces of 64 KB comes in one.
+MAX_RUN = 2000
+
 # What is content is kept unread; of the rest the transcript notes some.
 _CONTENT = frozenset((Header.letter[0], Body.letter[0]))
 
@@ -241,15 +253,16 @@ def _macro_key(letter: int) -> int:
 
 
 class Run(NamedTuple):
-    """A packet that is only kept: the state after, its shape, and whether it is no content.
+    """A packet that is only kept: the state after, its shape, and how long it may be.
 
-    With no shape the payload is anything: `start` is its own, `counts` is None.
+    With no shape the payload is anything: `start` is its own, `counts` is None. What is content
+    is not noted, and has no `longest`.
     """
 
     after: State
     start: int
     counts: range | None
-    noted: bool
+    longest: int | None
 
 
 class Compiled(NamedTuple):
@@ -283,7 +296,8 @@ def compiled(agreement: Agreement) -> Compiled:
 def _run(key: int, after: State) -> Run:
     letter = key >> 8 or key
     start, counts = SHAPES.get(letter, (PAYLOAD, None))
-    return Run(after, start, counts, letter not in _CONTENT)
+    longest = None if letter in _CONTENT else LONGEST.get(letter, MAX_PACKET)
+    return Run(after, start, counts, longest)
 
 
 def _steps_in(state: State, agreement: Agreement) -> dict[int, tuple[State, Step]]:
@@ -400,7 +414,8 @@ class Session:
         """Follows the packets from `at` on that are only kept, as most of a message's are.
 
         Returns where they end in `buffer`, and those among them that are no content. That costs a
-        fraction of `receive`, to which the next one is left, malformed ones included.
+        fraction of `receive`, to which the next one is left, malformed ones included. It follows
+        MAX_RUN packets at the most.
         """
         noted: list[bytes] = []
         state = self._state
@@ -408,7 +423,9 @@ class Session:
         size = len(buffer)
         last = size - PAYLOAD  # where a packet can begin that has a letter
         head = HEAD.unpack_from
-        while row is not None and at <= last:
+        left = MAX_RUN
+        while row is not None and at <= last and left:
+            left -= 1
             length, key = head(buffer, at)
             end = at + LENGTH_BYTES + length
             if end > size or not length:
@@ -418,13 +435,15 @@ class Session:
             known = row.get(key)
             if known is None:
                 break
-            after, start, counts, is_noted = known
+            after, start, counts, longest = known
             if counts is not None:
                 start += at
                 strings = buffer.count(0, start, end)
                 if end < start or strings not in counts or (end > start and buffer[end - 1]):
                     break  # `receive` says what is wrong
-            if is_noted:
+            if longest is not None:
+                if length > longest:
+                    break
                 noted.append(bytes(buffer[at:end]))
             if after is not state:
                 state = after

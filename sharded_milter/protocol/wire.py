@@ -46,11 +46,12 @@ class Framer:
     What is not taken yet begins at `at` in `buffer`; whoever can, reads it there.
     """
 
-    __slots__ = ("at", "buffer")
+    __slots__ = ("_skip", "at", "buffer")
 
     def __init__(self) -> None:
         self.buffer = bytearray()
         self.at = 0
+        self._skip = 0  # bytes to come that belong to a packet which was cut short
 
     @property
     def waiting(self) -> int:
@@ -59,6 +60,10 @@ class Framer:
 
     def feed(self, data: bytes) -> None:
         """More has arrived."""
+        if self._skip:
+            skipped = min(self._skip, len(data))
+            self._skip -= skipped
+            data = data[skipped:]
         self.buffer += data
 
     def compact(self) -> None:
@@ -85,19 +90,32 @@ class Framer:
         with memoryview(buffer) as view:
             return bytes(view[start:end])
 
-    def peek(self, start: int) -> Iterator[tuple[int, int]]:
-        """The whole packets from `start` on, none of which is taken: letter, and where it ends."""
-        while end := self._end(start):
-            yield self.buffer[start + LETTER], end
-            start = end
+    def head(self) -> tuple[int, int] | None:
+        """Length and letter of the packet that is next, complete or not; None while unknown."""
+        return HEAD.unpack_from(self.buffer, self.at) if self.waiting >= PAYLOAD else None
 
-    def _end(self, start: int) -> int:
-        """Where the packet ends that begins there; 0 while it is not complete."""
-        size = len(self.buffer) - start
-        if size < LENGTH_BYTES:
-            return 0
-        length = checked_length(self.buffer[start : start + LENGTH_BYTES])
-        return start + LENGTH_BYTES + length if LENGTH_BYTES + length <= size else 0
+    def cut_short(self, packet: bytes) -> None:
+        """Puts `packet` in the place of the next one, whose rest is dropped as it comes."""
+        length, _ = HEAD.unpack_from(self.buffer, self.at)
+        self._skip = LENGTH_BYTES + length - self.waiting
+        self.buffer[self.at :] = packet
+
+    def peek(self, start: int) -> Iterator[tuple[int, int]]:
+        """The whole packets from `start` on, none of which is taken: letter, and where it ends.
+
+        Raises RemoteProtocolError on a length that no packet can have.
+        """
+        buffer, size, head = self.buffer, len(self.buffer), HEAD.unpack_from
+        while start + PAYLOAD <= size:
+            length, letter = head(buffer, start)
+            if not 1 <= length <= MAX_PACKET:
+                checked_length(buffer[start : start + LENGTH_BYTES])
+            start += LENGTH_BYTES + length
+            if start > size:
+                return
+            yield letter, start
+        if start + LENGTH_BYTES == size:
+            checked_length(buffer[start:])
 
     def receive(self, data: bytes) -> list[bytes]:
         """The packets that `data` completes, in order, all of them taken; raises as `next`."""
