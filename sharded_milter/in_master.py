@@ -97,7 +97,7 @@ class InMaster:
         job.answer = None
         running = self._running.get(job)
         if running is None:
-            _stop_alarm(job)
+            _forget(job)
         elif job.affinity is None:
             running.cancel()
 
@@ -120,7 +120,11 @@ class InMaster:
             self._deadlines.set(job)
         answer = maybeDeferred(self._answer, job)
         self._running[job] = answer
-        answer.addCallbacks(self._succeed, self._failed, callbackArgs=(job,), errbackArgs=(job,))
+        # The bytes count until this has fired, whether the answer is still wanted or not.
+        arguments = job, job.held
+        answer.addCallbacks(
+            self._succeed, self._failed, callbackArgs=arguments, errbackArgs=arguments
+        )
         return answer
 
     def _answer(self, job: Job) -> Any:
@@ -142,13 +146,13 @@ class InMaster:
             return answer
         return driven(answer, functools.partial(self._step, job))
 
-    def _succeed(self, replies: bytes, job: Job) -> None:
+    def _succeed(self, replies: bytes, job: Job, _: object) -> None:
         self._over(job)
         awaited, job.answer = job.answer, None
         if awaited is not None:
             awaited.callback(replies)
 
-    def _failed(self, failure: Failure, job: Job) -> None:
+    def _failed(self, failure: Failure, job: Job, _: object) -> None:
         self._over(job)
         awaited, job.answer = job.answer, None
         if awaited is None and failure.check(CancelledError, asyncio.CancelledError):
@@ -163,7 +167,7 @@ class InMaster:
 
     def _over(self, job: Job) -> None:
         self._running.pop(job, None)
-        _stop_alarm(job)
+        _forget(job)
 
     def _expire(self, job: Job) -> None:
         """The deadline: the MTA hears now, and a coroutine is cancelled."""
@@ -175,6 +179,7 @@ class InMaster:
             awaited.errback(DeadlineExceeded(reason))
         running = self._running.get(job)
         if running is None:  # it waits for its object, and will not be asked
+            job.let_go()
             return
         running.cancel()
         if self._running.pop(job, None) is not None and job.affinity is not None:
@@ -225,9 +230,11 @@ class InMaster:
             )
 
 
-def _stop_alarm(job: Job) -> None:
+def _forget(job: Job) -> None:
+    """Nothing comes of the job any more, though others may still know it."""
     if job.alarm is not None:
         job.alarm.stop(job)
+    job.let_go()
 
 
 def _word(job: Job) -> str:

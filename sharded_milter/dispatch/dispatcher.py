@@ -84,6 +84,7 @@ class Dispatcher:
             self._ends.clocks.submitted(job)
         leader = self._retries.leader_of(job) if self._limits.join_retries else None
         if leader is not None:
+            job.leader = leader
             leader.followers.append(job)
             return answer
         try:

@@ -69,6 +69,7 @@ class Ends:
         """Answers who submitted the job, and who waits for the same answer."""
         followers, job.followers = job.followers, []
         for follower in followers:
+            follower.leader = None
             follower.slot, follower.started = job.slot, job.started
             self.close(follower)
         awaited, job.answer = job.answer, None
@@ -83,11 +84,17 @@ class Ends:
 
     def part(self, job: Job) -> None:
         """The job needs no answer any more, but a repeat of it may."""
-        heirs, job.followers = [each for each in job.followers if not each.done], []
+        heirs, job.followers = job.followers, []
+        if job.leader is not None:
+            job.leader.followers.remove(job)
+            job.leader = None
         if not heirs:
             self.close(job)
             return
         heir, *heir.followers = heirs
+        heir.leader = None
+        for follower in heir.followers:
+            follower.leader = heir
         offered, waited = bool(job.entry), self.assignment.queue.remove(job)
         heir.attempts, job.attempts = job.attempts, []
         heir.born, heir.blamed, heir.solo = job.born, job.blamed, job.solo

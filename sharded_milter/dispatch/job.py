@@ -59,6 +59,7 @@ class Job:
     born: float = 0.0  # when its message began or, before MAIL, its connection
     client: bytes = b""  # who sent the message, as far as a repeat is concerned
     refused: bool = False  # it is about a recipient that the MTA itself has refused
+    held: object = None  # what counts its bytes for as long as anything refers to it
     light: bool = False
     key: bytes = b""  # jobs with an equal one prefer the same shard
     manifest: Manifest | None = None  # what the MTA was told of the milter; None fits any
@@ -68,6 +69,7 @@ class Job:
     answer: Deferred[bytes] | None = None  # while it is awaited
     attempts: list[Attempt] = field(default_factory=list)  # those that may still answer it
     followers: list[Job] = field(default_factory=list)  # repeats that wait for the same answer
+    leader: Job | None = None  # whose answer this one waits for
     blamed: int = 0  # attempts whose process died of it
     solo: bool = False  # its next attempt runs alone in a fresh process
     answer_lost: bool = False  # the master could not take an answer, and asked once more
@@ -90,6 +92,7 @@ class Job:
             self.born,
             self.client,
             self.refused,
+            self.held,
         )
 
     @property
@@ -118,16 +121,22 @@ class Job:
     def let_go(self) -> None:
         """It is done: its bytes are freed at once, whoever still knows it."""
         self.connection = self.message = self.command = b""
+        self.held = None
 
 
 class Attempt:
-    """A job that was given to a shard; `number` names it on the channel."""
+    """A job that was given to a shard; `number` names it on the channel.
 
-    __slots__ = ("began", "job", "limit", "number", "pipeline", "withdrawn")
+    The shard has the job's bytes until it has answered, whether the answer is wanted or not: so
+    long they count (`held`).
+    """
+
+    __slots__ = ("began", "held", "job", "limit", "number", "pipeline", "withdrawn")
 
     def __init__(self, number: int, job: Job, pipeline: Pipeline) -> None:
         self.number = number
         self.job = job
+        self.held = job.held
         self.pipeline = pipeline
         self.began = 0.0  # when it became the first of its shard
         self.withdrawn = False  # its shard was asked not to begin it, and has not answered yet

@@ -97,6 +97,7 @@ class Pipeline:
         `scanned` is False for one that was withdrawn, which may not have been the first.
         """
         del self.attempts[attempt.number]
+        attempt.held = None
         if attempt is not self.first:
             return None
         if scanned:

@@ -90,6 +90,7 @@ class Shards:
         pipeline.first = None
         for attempt, _ in attempts:
             self._clocks.stop(attempt)
+            attempt.held = None
         return attempts, waiting
 
     def capacity(self, pipeline: Pipeline) -> None:

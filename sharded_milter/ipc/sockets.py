@@ -14,13 +14,18 @@ from typing import Any
 
 def send_now(transport: Any, data: bytes) -> None:
     """Writes all of `data`; what the socket does not take now leaves as it always would."""
-    if is_still(transport):
-        sent = transport.writeSomeData(data)
-        if isinstance(sent, int):  # else the connection is lost, which the reactor finds out too
-            if sent == len(data):
-                return
-            data = data[sent:]
-    transport.write(data)
+    sent = sent_now(transport, data)
+    if sent < len(data):
+        transport.write(data[sent:])
+
+
+def sent_now(transport: Any, data: bytes) -> int:
+    """Writes what the socket takes now of `data`; returns how many bytes that were."""
+    if not is_still(transport):
+        return 0
+    sent = transport.writeSomeData(data)
+    # Else the connection is lost, which the reactor finds out too.
+    return sent if isinstance(sent, int) else 0
 
 
 def unsent(transport: Any) -> int:
