@@ -36,7 +36,7 @@ class ServerContext:
         self.logs_messages = logs_messages
         self.inflight = Inflight(limits.max_inflight_bytes)
         self.idle = Alarm(reactor, limits.idle_timeout, MilterConnection.timed_out)
-        self.closing = Alarm(reactor, CLOSE_GRACE, MilterConnection.abort)
+        self.closing = Alarm(reactor, CLOSE_GRACE, MilterConnection.give_up_unread)
         self.progress = Alarm(reactor, limits.progress_interval, MilterConnection.send_progress)
         self.gate = Gate(limits.max_connections, admission, counters, reactor)
         self._shares = admission.shares

@@ -21,10 +21,12 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from sharded_milter.alarms import Alarm
+from sharded_milter.dispatch.policy import NO_ROOM
 from sharded_milter.errors import RemoteProtocolError
-from sharded_milter.ipc.sockets import send_now
 from sharded_milter.mta import conversation
-from sharded_milter.mta.conversation import Conversation
+from sharded_milter.mta.conversation import SMALL_PART, Conversation
+from sharded_milter.mta.inflight import Claim
+from sharded_milter.mta.outbox import Outbox, is_socket
 from sharded_milter.protocol.commands import Abort, Quit, QuitNc
 from sharded_milter.protocol.replies import Progress
 from sharded_milter.protocol.stages import Stage
@@ -35,10 +37,21 @@ from sharded_milter.protocol.wire import Framer
 SMALL_READ = 65_536
 LARGE_READ = 262_144
 
-# Seconds that a connection which we have closed gets to take what was answered. Postfix and
-# Sendmail read at once; whoever does not would keep a connection of `max_connections` for ever.
-# One that is turned away has as long in all, if no other waits for its place.
+# Seconds that an MTA gets to take anything more of what it was answered, or the end of a connection
+# that we have closed. Postfix and Sendmail read at once; whoever does not would keep its answers,
+# and a connection of `max_connections`, for ever. A connection that is turned away has as long in
+# all, if no other waits for its place.
 CLOSE_GRACE = 30.0
+
+# Bytes of answers that an MTA may leave unread before it is not read either.
+MAX_UNREAD = 65_536
+
+# Seconds of one turn of the reactor that one MTA may take, however many small commands it sends.
+TURN = 0.003
+
+# What a connection takes besides while it has anything in hand, in bytes: some thirty objects of
+# ours and of Twisted's, and its job. One that has nothing is bounded by `max_connections`.
+CONNECTION_COST = 10_240
 
 _PROGRESS = Progress().encode()
 _LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
@@ -48,7 +61,7 @@ class Context(conversation.Context, Protocol):
     """What a connection needs of the service it belongs to."""
 
     idle: Alarm[MilterConnection]  # rings `timed_out`
-    closing: Alarm[MilterConnection]  # rings `abort` after CLOSE_GRACE
+    closing: Alarm[MilterConnection]  # rings `give_up_unread` after CLOSE_GRACE
     progress: Alarm[MilterConnection]  # rings `send_progress`
 
     def connected(self, connection: MilterConnection) -> bytes: ...
@@ -66,8 +79,11 @@ class MilterConnection(TwistedProtocol):
         self._conversation = Conversation(context)
         self._framer = Framer()
         self._looked = 0  # up to here in the framer's buffer nobody leaves
-        self._congested = False  # the MTA does not read what it was answered
+        self._outbox = Outbox(self._read)
+        self._claim = Claim(context.inflight)
+        self._congested = False  # a transport that is no socket has too much
         self._paused = False
+        self._turn: Any = None  # the call that goes on with commands that wait, in the next turn
         self._quick_ack: Callable[[], None] | None = None
 
     # What Twisted calls
@@ -78,7 +94,8 @@ class MilterConnection(TwistedProtocol):
         if on_tcp and interfaces.ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
             self._quick_ack = _quick_ack_of(transport)
-        transport.registerProducer(self, True)
+        if not is_socket(transport):
+            transport.registerProducer(self, True)
         self._context.idle.set(self)
         refusal = self._context.connected(self)
         if refusal:
@@ -89,12 +106,13 @@ class MilterConnection(TwistedProtocol):
         if self._conversation.is_over:  # nothing is taken any more
             return
         self._context.idle.set(self)
-        transport: Any = self.transport
-        transport.bufferSize = LARGE_READ if len(data) >= SMALL_READ else SMALL_READ
         if self._quick_ack is not None:
             self._quick_ack()
         self._framer.feed(data)
         self._advance()
+        large = len(data) >= SMALL_READ and self._turn is None
+        transport: Any = self.transport
+        transport.bufferSize = LARGE_READ if large else SMALL_READ
 
     @property
     def has_greeted(self) -> bool:
@@ -118,8 +136,10 @@ class MilterConnection(TwistedProtocol):
         context = self._context
         for alarm in (context.idle, context.progress, context.closing):
             alarm.stop(self)
-        self._framer = Framer()
+        self._forget_commands()
         self._conversation.end()
+        self._outbox.stopProducing()
+        self._claim.set(0)
         context.disconnected(self)
 
     # Commands in, answers out
@@ -136,16 +156,23 @@ class MilterConnection(TwistedProtocol):
         self._write(b"".join(answers))
         if self._conversation.asked is not None:
             self._watch_job()
-        self._restrain()
         if self._conversation.is_over:
             self._close()
+        else:
+            self._count()
+            self._restrain()
 
     def _take_commands(self, answers: list[bytes]) -> None:
         talk, framer = self._conversation, self._framer
+        seconds = self._context.reactor.seconds
+        until = seconds() + TURN
         while framer.at < len(framer.buffer):
             if talk.asked is not None:
                 self._cancel_if_leaving()
             if talk.asked is not None or talk.is_over:
+                break
+            if seconds() > until:
+                self._turn = self._turn or self._context.reactor.callLater(0, self._go_on)
                 break
             said = talk.take(framer)
             if said is None:
@@ -158,6 +185,12 @@ class MilterConnection(TwistedProtocol):
             self._looked = max(0, self._looked - framer.at)
             framer.compact()
 
+    def _go_on(self) -> None:
+        """Others have had their turn."""
+        self._turn = None
+        if self._outbox.unread <= MAX_UNREAD:  # else once the MTA has read
+            self._advance()
+
     def _answered(self, answer: bytes) -> None:
         """The milters' answer has come."""
         self._context.progress.stop(self)
@@ -165,6 +198,7 @@ class MilterConnection(TwistedProtocol):
             self._advance(answer)
         else:
             self._write(answer)
+            self._count()
 
     def _lost(self, failure: Failure) -> None:
         """A defect of ours: the MTA hears the end of the connection instead of nothing."""
@@ -188,7 +222,7 @@ class MilterConnection(TwistedProtocol):
 
     def let_go(self) -> None:
         """Ends the connection; nothing waits to be answered."""
-        if self._congested:  # it reads nothing
+        if self._outbox.unread or self._congested:  # it has not read all
             self.abort()
         else:
             self._close()
@@ -219,10 +253,43 @@ class MilterConnection(TwistedProtocol):
 
     def _write(self, data: bytes) -> None:
         if data:
-            send_now(self.transport, data)
+            self._outbox.write(self.transport, data)
+
+    def _read(self) -> None:
+        """The MTA has taken some of its answers, or has begun to leave some unread."""
+        closing, unread = self._context.closing, self._outbox.unread
+        if not self._conversation.is_over and (not unread or self not in closing):
+            self._context.idle.set(self)  # but a slow reader's time is one idle MTA's in all
+        if unread:
+            closing.set(self)
+        elif not self._conversation.is_over:
+            if not self._conversation.is_turned_away:
+                closing.stop(self)
+            if self._framer.buffer and self._turn is None:
+                self._turn = self._context.reactor.callLater(0, self._go_on)
+        self._count()
+        self._restrain()
+
+    def give_up_unread(self) -> None:
+        """The MTA has taken nothing for CLOSE_GRACE."""
+        if self._outbox.unread:
+            self.log.warn(
+                "closing a connection: the MTA has read nothing for {n:g} s, {unread} bytes wait",
+                n=CLOSE_GRACE,
+                unread=self._outbox.unread,
+            )
+        self.abort()
+
+    def _count(self) -> None:
+        """Counts what waits on its way in and out, and itself."""
+        size = len(self._framer.buffer) + self._outbox.unread
+        if size or self._conversation.has_message:
+            size += CONNECTION_COST
+        if size != self._claim.size:
+            self._claim.set(size)
 
     def pauseProducing(self) -> None:
-        """The MTA reads more slowly than it asks."""
+        """A transport that is no socket: the MTA reads more slowly than it asks."""
         self._congested = True
         self._context.idle.set(self)
         self._restrain()
@@ -241,22 +308,47 @@ class MilterConnection(TwistedProtocol):
         transport: Any = self.transport
         # A packet that is not complete yet is not waiting: it needs its rest.
         waiting = 0 if self._conversation.asked is None else len(self._framer.buffer)
-        too_much = self._congested or waiting > self._context.limits.max_waiting
+        if waiting > SMALL_PART and not self._context.inflight.has_room(0):
+            self._refuse_to_wait()
+            return
+        too_much = (
+            self._turn is not None
+            or self._congested
+            or self._outbox.unread > MAX_UNREAD
+            or waiting > self._context.limits.max_waiting
+        )
         if too_much and not self._paused:
             transport.pauseProducing()
         elif self._paused and not too_much:
             transport.resumeProducing()
         self._paused = too_much
 
-    def _close(self) -> None:
+    def _refuse_to_wait(self) -> None:
+        """The MTA sends on behind its question, for which there is no room.
+
+        None does: it waits for the answer.
+        """
+        self.log.warn("closing a connection: there is no room for what waits behind a question")
+        self._write(self._conversation.end(NO_ROOM))
+        self._close()
+
+    def _forget_commands(self) -> None:
         self._framer = Framer()
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.cancel()
+
+    def _close(self) -> None:
+        self._forget_commands()
         self._context.progress.stop(self)
         self._conversation.end()
+        self._count()
         transport: Any = self.transport
         if transport.disconnecting:
             return
-        transport.unregisterProducer()  # else what it has not read would keep it open
-        transport.loseConnection()
+        if not is_socket(transport):
+            transport.unregisterProducer()  # else what it has not read would keep it open
+        transport.loseConnection()  # once the outbox is empty
         self._context.idle.stop(self)
         self._context.closing.set(self)
 

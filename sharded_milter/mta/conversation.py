@@ -16,6 +16,7 @@ from twisted.logger import Logger
 
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import (
+    BUSY,
     NO_ROOM,
     STOPPING,
     TOO_LARGE,
@@ -23,13 +24,13 @@ from sharded_milter.dispatch.policy import (
     answer_for,
 )
 from sharded_milter.errors import LocalProtocolError
-from sharded_milter.ipc.memory import Memory, packed
+from sharded_milter.ipc.memory import Memory
 from sharded_milter.limits import Limits
-from sharded_milter.mta.inflight import Inflight
+from sharded_milter.mta.inflight import SMALL_ANSWER, Inflight
 from sharded_milter.mta.members import Member
 from sharded_milter.mta.milters import Milters
 from sharded_milter.mta.transcript import Refusal, Transcript
-from sharded_milter.protocol.commands import Negotiate
+from sharded_milter.protocol.commands import Body, Eom, Header, Negotiate, check_length
 from sharded_milter.protocol.negotiation import DATA_SIZES, Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Quarantine
 from sharded_milter.protocol.session import REFUSED, Keep, Leaves, Session
@@ -44,6 +45,11 @@ _REFUSALS = {
     Refusal.NO_ROOM: NO_ROOM,
     Refusal.NO_MEMORY: NO_ROOM,
 }
+
+# Bytes of a packet that is not complete which are kept even where there is no room. A packet that
+# brings more with it is cut short there, and so is its message; no other than these is as long.
+SMALL_PART = 4096
+_CUT_SHORT = {kind.letter[0]: kind.encode() for kind in (Header("", ""), Body(b""), Eom())}
 
 # What a connection that is turned away negotiates: to be asked at its beginning, and nothing else,
 # so that it hears at once that it must come back.
@@ -107,6 +113,11 @@ class Conversation:
         """Whether the milters are not asked."""
         return bool(self._turned_away)
 
+    @property
+    def has_message(self) -> bool:
+        """Whether any of a message is kept."""
+        return self._transcript.size > 0
+
     @cached_property
     def takes_early_progress(self) -> bool:
         """Whether the MTA takes PROGRESS before the end of a message too.
@@ -120,7 +131,7 @@ class Conversation:
 
         Returns what is answered: bytes, or a Deferred of them that has not fired, where milters
         are asked; None when no whole packet waits. Raises RemoteProtocolError when a packet is
-        malformed or cannot come here.
+        malformed, too long or cannot come here.
         """
         start, transcript = framer.at, self._transcript
         framer.at, noted = self._session.receive_run(framer.buffer, start)
@@ -129,8 +140,25 @@ class Conversation:
                 self._message_began = self._context.reactor.seconds()
             with memoryview(framer.buffer) as view, view[start : framer.at] as run:
                 transcript.extend(run, noted)
-        packet = framer.next()
+        packet = framer.next() or self._cut_short(framer)
         return self._take(packet) if packet else None
+
+    def _cut_short(self, framer: Framer) -> bytes:
+        """The packet that is not complete yet, without its content, if there is no room for that.
+
+        Else nothing; raises RemoteProtocolError where no packet of its letter is as long.
+        """
+        head = framer.head()
+        if head is None:
+            return b""
+        length, letter = head
+        check_length(letter, length)
+        size = framer.waiting
+        if size <= SMALL_PART or self._context.inflight.has_room(size) or letter not in _CUT_SHORT:
+            return b""
+        self._transcript.refuse_for_room()
+        framer.cut_short(_CUT_SHORT[letter])
+        return framer.next()
 
     def _take(self, packet: bytes) -> bytes | Deferred[bytes]:
         step = self._session.receive(packet)
@@ -147,8 +175,9 @@ class Conversation:
             return self._decided(step.stage, self._turned_away)
         if step.handling is Handling.CONTINUE:
             return self._decided(step.stage, _CONTINUE)
-        if self._transcript.refusal is not None:
-            return self._decided(step.stage, self._refusal(self._transcript.refusal))
+        transcript = self._transcript
+        if transcript.refuses_client or transcript.refusal is not None:
+            return self._decided(step.stage, self._refusal(transcript.refusal))
         job = self._job(step.stage, step.keep, packet)
         if job is None:
             self._count("refused_no_memory")
@@ -194,8 +223,11 @@ class Conversation:
             self._message_began = self._context.reactor.seconds()
         transcript.append(packet)
 
-    def _refusal(self, refusal: Refusal) -> bytes:
+    def _refusal(self, refusal: Refusal | None) -> bytes:
         """What is answered instead of asking the milters."""
+        if self._transcript.refuses_client or refusal is None:
+            self._count("refused_no_room")
+            return BUSY
         self._count(f"refused_{refusal.name.lower()}")
         return _REFUSALS[refusal]
 
@@ -207,24 +239,19 @@ class Conversation:
     def _job(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
         """What the milters are asked; None when there is no memory for it."""
         transcript, eom = self._transcript, stage is Stage.EOM
-        try:
-            connection = packed(transcript.connection_part())
-            command = packed(packet) if keep is Keep.NO else b""  # UNKNOWN belongs to no message
-        except OSError as error:
-            self.log.error("no memory for a job: {why}", why=error.strerror)
-            return None
         message = transcript.message_part(complete=eom)
         if transcript.refusal is not None:
             return None
         return Job(
             stage,
-            connection,
+            transcript.connection_part(),
             message,
-            command,
+            packet if keep is Keep.NO else b"",  # UNKNOWN belongs to no message
             transcript.queue_id,
             self._message_began if transcript.size else self._began,
             transcript.client() if eom and self._context.limits.join_retries else b"",
             stage is Stage.RCPT and self._is_refused(),
+            transcript.claim,
         )
 
     def _is_refused(self) -> bool:
@@ -245,11 +272,28 @@ class Conversation:
         assert stage is not None  # the milters were asked
         self.asked = None
         size = self._transcript.size
+        if len(replies) > SMALL_ANSWER:
+            replies = self._bounded(replies, size if stage is Stage.EOM else 0)
         answer = self._decided(stage, replies, refused=job.refused)
         if stage is Stage.EOM and self._context.logs_messages:
             line = _log_line(job, jobs, size, answer, self._context.reactor.seconds())
             self.log.info("{line}", line=line)  # one field, because Twisted formats each slowly
         return answer
+
+    def _bounded(self, replies: bytes, freed: int) -> bytes:
+        """The replies, or a refusal where there is no room to keep them until the MTA reads.
+
+        So many bytes are `freed` with the message.
+        """
+        if self._context.inflight.has_room(len(replies) - freed):
+            return replies
+        self.log.warn(
+            "{about}: there is no room for an answer of {n} bytes",
+            about=self._transcript.about,
+            n=len(replies),
+        )
+        self._count("refused_no_room")
+        return NO_ROOM
 
     def _decided(self, stage: Stage, replies: bytes, *, refused: bool = False) -> bytes:
         """The replies, after the session has approved of them; the policy's verdict if not."""
@@ -271,11 +315,11 @@ class Conversation:
         self.asked = None
         self._milters.cancel()
 
-    def end(self) -> bytes:
-        """The service stops: what an MTA that waits is told. No command may follow."""
+    def end(self, answer: bytes = STOPPING) -> bytes:
+        """The connection ends: what an MTA that waits is told. No command may follow."""
         asked = self.asked
         self.cancel()
-        answer = self._decided(asked, STOPPING) if asked is not None else b""
+        answer = self._decided(asked, answer) if asked is not None else b""
         self._session.close()
         self.is_over = True
         self._client_over()

@@ -17,8 +17,9 @@ from twisted.python.failure import Failure
 
 from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job, settled
-from sharded_milter.dispatch.policy import Policy, answer_for
+from sharded_milter.dispatch.policy import NO_ROOM, Policy, answer_for
 from sharded_milter.errors import JobFailed, LocalProtocolError
+from sharded_milter.mta.inflight import SMALL_ANSWER, Claim
 from sharded_milter.mta.members import Member
 from sharded_milter.mta.merge import ACCEPT, GO_ON, merged
 from sharded_milter.mta.transcript import Transcript
@@ -44,7 +45,7 @@ class _Silence(Enum):
 class _Milter:
     """A milter's part in one connection."""
 
-    __slots__ = ("affinity", "answer", "job", "manifest", "number", "server", "silence")
+    __slots__ = ("affinity", "answer", "held", "job", "manifest", "number", "server", "silence")
 
     def __init__(self, member: Member) -> None:
         self.manifest = member.manifest
@@ -54,6 +55,7 @@ class _Milter:
         self.silence = _Silence.NONE
         self.job: Job | None = None  # the one that is out
         self.answer: bytes | None = None  # to the present question
+        self.held: Claim | None = None  # counts the answer while others are awaited
 
     def new_affinity(self) -> Affinity | None:
         """For another object, if the milter is one."""
@@ -74,7 +76,7 @@ class _Milter:
         job.light = job.stage in manifest.light
         if manifest.shard_by:
             job.key = transcript.key(manifest.shard_by)
-        self.job, self.answer = job, None
+        self.job, self.answer, self.held = job, None, None
         return self.server.submit(job)
 
 
@@ -179,7 +181,14 @@ class Milters:
         """Notes one milter's answer; returns that of all once it is known."""
         milter.job = None
         final, answer = self._checked(answer, job)
-        milter.answer = answer
+        milter.answer, milter.held = answer, self._transcript.inflight.claim(len(answer))
+        if milter.held is None and len(answer) > SMALL_ANSWER:
+            self.log.warn(
+                "{about}: there is no room for an answer of {n} bytes",
+                about=job.about,
+                n=len(answer),
+            )
+            final, answer = NO_ROOM[LETTER], NO_ROOM
         if final == ACCEPT:
             milter.silence = _Silence.CLIENT if job.stage in _CLIENT else _Silence.MESSAGE
         if final not in GO_ON:
@@ -234,9 +243,10 @@ class Milters:
         self._answer = None
         for milter in asked:
             job, milter.job = milter.job, None
-            milter.answer = None  # it may be megabytes
+            milter.answer = milter.held = None  # it may be megabytes
             if job is not None:
                 milter.server.cancel(job)
+                job.held = None  # whoever is still at work on it counts its bytes
 
     # What objects are told besides
 

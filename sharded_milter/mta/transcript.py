@@ -15,13 +15,17 @@ from twisted.logger import Logger
 
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.ipc.memory import MAX_INLINE, Memory
-from sharded_milter.mta.inflight import Inflight
+from sharded_milter.mta.inflight import Claim, Inflight
 from sharded_milter.protocol.commands import Connect, Macro, Mail, Rcpt
 from sharded_milter.protocol.text import quoted, to_text
 from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
 
 # What fits into one AMP box needs no memory of its own.
 SPOOL_ABOVE = MAX_INLINE
+
+# Bytes of a connection's part that are counted with the connection itself. Postfix and Sendmail
+# send a quarter of this.
+USUAL_HEAD = 2048
 
 _MACRO = Macro.letter[0]
 _SLOTS = (b"O", b"DC", b"C", b"DH", b"H")
@@ -45,9 +49,11 @@ class Transcript:
     """The packets of one connection."""
 
     __slots__ = (
+        "_asked",
+        "_claim",
         "_firsts",
         "_head",
-        "_inflight",
+        "_head_claim",
         "_macros",
         "_max_size",
         "_memory",
@@ -55,7 +61,9 @@ class Transcript:
         "_queue_id",
         "_recent",
         "_slots",
+        "inflight",
         "refusal",
+        "refuses_client",
         "size",
     )
 
@@ -70,13 +78,19 @@ class Transcript:
         """
         self.size = 0  # bytes of the message's part
         self.refusal: Refusal | None = None  # set when the message is no longer kept
+        self.refuses_client = False  # there is no room for what the client is, nor for its mail
         self._max_size = max_size
-        self._inflight = inflight
+        self.inflight = inflight
         self._slots: dict[bytes, bytes] = {}
         self._head: bytes | None = b""
-        self._recent = bytearray()  # the message's part, or what of it is not in _memory yet
         self._new_memory = new_memory
+        self._head_claim = Claim(inflight)  # for what of it is more than USUAL_HEAD
+        self._claim: Claim | None = None  # for the message's part, beside which jobs have it too
+        # The message's part: what was asked about, in bytes that the job shares or in memory, and
+        # what has come since.
+        self._asked = b""
         self._memory: Memory | None = None
+        self._recent = bytearray()
         self._macros: dict[int, bytes] = {}  # the message's latest by stage, for log lines
         self._firsts: dict[int, bytes] = {}  # its first MAIL and RCPT, for keys
         self._queue_id: str | None = ""  # None: it is to be looked for
@@ -93,7 +107,10 @@ class Transcript:
         Sets `refusal` when the system has no memory for it; then nothing of it is returned.
         """
         if self._memory is None:
-            return bytes(self._recent)
+            if self._recent:
+                self._asked += self._recent
+                self._recent.clear()
+            return self._asked
         try:
             self._flush(self._memory)
             if complete:
@@ -103,16 +120,47 @@ class Transcript:
             return b""
         return self._memory
 
+    @property
+    def claim(self) -> Claim | None:
+        """What the message's part counts with; whoever is given the part holds it too."""
+        return self._claim
+
     def keep(self, packet: bytes) -> bytes:
-        """Puts a packet of the connection's part into its slot, whose name is returned."""
+        """Puts a packet of the connection's part into its slot, whose name is returned.
+
+        Where there is no room for it the client is refused from then on.
+        """
         name = packet[LETTER:PAYLOAD]
         if packet[LETTER] == _MACRO:
             name += packet[PAYLOAD : PAYLOAD + 1]
         if name not in _SLOTS:
             raise RemoteProtocolError(f"packet {name!r} is no part of a connection")
+        before = self._slots.get(name, b"")
         self._slots[name] = packet
         self._head = None
+        if not self._has_room_for_head():
+            self._slots[name] = before
+            self._refuse_client(len(packet))
         return name
+
+    def _has_room_for_head(self) -> bool:
+        claim = self._head_claim
+        # Twice: packet by packet, and joined for jobs.
+        size = 2 * max(0, sum(map(len, self._slots.values())) - USUAL_HEAD)
+        if size > claim.size:
+            return claim.grow(size - claim.size)
+        claim.set(size)
+        return True
+
+    def _refuse_client(self, size: int) -> None:
+        if not self.refuses_client:
+            self.log.warn(
+                "a client is refused: {used} bytes are in hand already, and no room for the {size}"
+                " that it says of itself",
+                used=self.inflight.used,
+                size=size,
+            )
+        self.refuses_client = True
 
     def append(self, packet: bytes) -> None:
         """Adds a packet to the message's part, or refuses the message for want of room."""
@@ -123,7 +171,7 @@ class Transcript:
 
         `noted` are those of them that are no content.
         """
-        if self.size + len(run) <= self._max_size and self._inflight.has_room(len(run)):
+        if self.size + len(run) <= self._max_size and self.inflight.has_room(len(run)):
             self._add(run, noted)
             return
         for _, start, end in packets(run):  # one of them is where it ends
@@ -131,26 +179,36 @@ class Transcript:
 
     def _add(self, data: bytes | memoryview, noted: Iterable[bytes]) -> None:
         size = len(data)
-        if self.refusal is not None:
+        if self.refusal is not None or self.refuses_client:
             return
         if self.size + size > self._max_size:
             self._refuse(Refusal.TOO_LARGE, f"it is larger than {self._max_size} bytes")
             return
-        if not self._inflight.take(size):
-            self._refuse(Refusal.NO_ROOM, f"{self._inflight.used} bytes are in hand already")
+        if self._claim is None:
+            self._claim = Claim(self.inflight)
+        if not self._claim.grow(size + self._note(noted)):
+            self.refuse_for_room()
             return
-        for packet in noted:
-            code = packet[LETTER]
-            if code == _MACRO:
-                self._macros[packet[PAYLOAD]] = packet
-                self._queue_id = None
-            elif code in _FIRSTS:
-                self._firsts.setdefault(code, packet)
         self.size += size
-        if len(self._recent) + size <= SPOOL_ABOVE:
+        if len(self._asked) + len(self._recent) + size <= SPOOL_ABOVE:
             self._recent += data
         else:
             self._spool(data)
+
+    def _note(self, noted: Iterable[bytes]) -> int:
+        """Notes what log lines and keys need; returns how many bytes more that takes."""
+        size = 0
+        for packet in noted:
+            code = packet[LETTER]
+            if code == _MACRO:
+                stage = packet[PAYLOAD]
+                size += len(packet) - len(self._macros.get(stage, b""))
+                self._macros[stage] = packet
+                self._queue_id = None
+            elif code in _FIRSTS and code not in self._firsts:
+                size += len(packet)
+                self._firsts[code] = packet
+        return size
 
     def _spool(self, data: bytes | memoryview) -> None:
         """Adds to memory that workers map, or refuses the message where the system has none."""
@@ -163,9 +221,16 @@ class Transcript:
             self._refuse(Refusal.NO_MEMORY, str(error))
 
     def _flush(self, memory: Memory) -> None:
+        if self._asked:
+            memory.append(self._asked)
+            self._asked = b""
         if self._recent:
             memory.append(self._recent)
             self._recent.clear()
+
+    def refuse_for_room(self) -> None:
+        """The message, which goes on or begins now, is not kept: as much is in hand as may be."""
+        self._refuse(Refusal.NO_ROOM, f"{self.inflight.used} bytes are in hand already")
 
     def _refuse(self, refusal: Refusal, why: str) -> None:
         self.log.warn("{about} is refused: {why}", about=self.about, why=why)
@@ -174,11 +239,11 @@ class Transcript:
 
     def clear_message(self) -> None:
         """Forgets the message; memory that a job still has stays alive with the job."""
-        self._inflight.used -= self.size
         self.size = 0
         self.refusal = None
+        self._asked = b""
         self._recent.clear()
-        self._memory = None
+        self._memory = self._claim = None
         self._macros.clear()
         self._firsts.clear()
         self._queue_id = ""
@@ -188,6 +253,8 @@ class Transcript:
         self.clear_message()
         self._slots = {name: packet for name, packet in self._slots.items() if name == b"O"}
         self._head = None
+        self._head_claim.set(0)
+        self.refuses_client = False
 
     # What the master itself must know of it
 

@@ -8,6 +8,7 @@ import os
 import pytest
 from one_mta import (
     ABORT,
+    AT_THE_END,
     CLIENT,
     CONTINUE,
     DATA,
@@ -37,6 +38,7 @@ from sharded_milter.dispatch.policy import NO_ROOM, TOO_LARGE
 from sharded_milter.ipc.memory import MAX_INLINE, Memory
 from sharded_milter.mta.transcript import SPOOL_ABOVE
 from sharded_milter.protocol import commands
+from sharded_milter.protocol.commands import MAX_HOST, MAX_LINE, MAX_MACROS, MAX_OFFER
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Protocol, Stage
@@ -47,6 +49,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+ABORT_SIZE = len(packed(ABORT))
 LARGE = [commands.Body(bytes([n]) * 60_000) for n in range(4)]
 
 
@@ -143,23 +146,42 @@ def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
     assert content(mta.job.message) == packed(*MESSAGE)
 
 
-@pytest.mark.parametrize("size", [MAX_INLINE, 400_000])
-def test_parts_too_large_for_amp_go_as_memory(size: int) -> None:
-    before = descriptors()
-    mta = Mta(CLIENT, commands.Helo("x" * size))
+@pytest.mark.parametrize(
+    "packet",
+    [
+        commands.Connect("x" * MAX_HOST, "U"),
+        commands.Helo("x" * MAX_HOST),
+        commands.Macro("H", (("{x}", "y" * MAX_MACROS),)),
+        commands.Unknown("x" * MAX_LINE),
+        commands.Mail("<a>", ("x" * MAX_LINE,)),
+        commands.Rcpt("<a>", ("x" * MAX_LINE,)),
+    ],
+    ids=lambda packet: type(packet).__name__,
+)
+@pytest.mark.parametrize("half", [True, False])
+def test_a_command_that_no_mta_sends_ends_the_connection_before_it_has_all_come(
+    packet: Packet, half: bool
+) -> None:
+    mta = Mta(*[] if isinstance(packet, commands.Connect) else [CLIENT], manifest=AT_THE_END)
+    if isinstance(packet, commands.Rcpt):
+        mta.say(MAIL)
+    sent = packed(packet)
+    with capturedLogs() as events:
+        mta.connection.dataReceived(sent[:10] if half else sent)
+    assert mta.closed
+    [line] = lines(events, LogLevel.warn)
+    assert f"{type(packet).__name__} of {len(sent) - 4} bytes is longer than" in line
+    assert mta.inflight.used == 0
+
+
+def test_the_longest_that_an_mta_says_of_a_client_fits_into_one_box() -> None:
+    macros = 2 * [4 + MAX_MACROS]
+    assert sum([*macros, *[4 + MAX_HOST] * 2, 4 + MAX_OFFER]) + ABORT_SIZE <= MAX_INLINE
+    longest = commands.Helo("x" * (MAX_HOST - 2))
+    mta = Mta(CLIENT)
     mta.answer(CONTINUE)
-    assert isinstance(mta.job.connection, Memory)
-    mta.answer(CONTINUE)
-    unknown = commands.Unknown("y" * size)
-    mta.say(unknown)
-    command = mta.job.command
-    assert isinstance(command, Memory)
-    assert content(command) == packed(unknown)
-    del command
-    mta.hang_up()
-    mta.pool.jobs.clear()
-    mta.pool.cancelled.clear()
-    assert descriptors() == before
+    mta.say(longest)
+    assert content(mta.job.connection).endswith(packed(longest))
 
 
 def test_a_message_up_to_one_box_needs_no_memory() -> None:
