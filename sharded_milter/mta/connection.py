@@ -305,6 +305,8 @@ class MilterConnection(TwistedProtocol):
 
     def _restrain(self) -> None:
         """Stops reading while too much waits, and goes on when it is worked off."""
+        if self._conversation.is_over:
+            return
         transport: Any = self.transport
         # A packet that is not complete yet is not waiting: it needs its rest.
         waiting = 0 if self._conversation.asked is None else len(self._framer.buffer)
