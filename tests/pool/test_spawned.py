@@ -21,6 +21,7 @@ from sharded_milter.pool.output import MAX_READ, SECOND
 from sharded_milter.pool.spawned import (
     MAX_CATCH_UP,
     OUTPUT_GRACE,
+    THREADS,
     Spawned,
     Workplace,
     worker_environment,
@@ -170,7 +171,20 @@ def test_a_worker_is_started_without_the_current_directory_and_the_masters_secre
 def test_a_worker_gets_an_allow_list_of_the_environment() -> None:
     environ = {"PATH": "/bin", "LC_ALL": "C", "SECRET": "x", "PYTHONSTARTUP": "x"}
     kept = {"PATH": "/bin", "LC_ALL": "C", "PYTHONUNBUFFERED": "1", "EXTRA": "1"}
-    assert worker_environment(environ, {"EXTRA": "1"}) == kept
+    threads = dict.fromkeys(THREADS, "1")
+    assert worker_environment(environ, {"EXTRA": "1"}) == {**kept, **threads}
+
+
+def test_numerical_libraries_start_one_thread_unless_the_operator_says_otherwise() -> None:
+    found = worker_environment({"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": ""}, {})
+    assert found == {
+        "OMP_NUM_THREADS": "4",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "",
+        "NUMEXPR_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    assert worker_environment({}, {"OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
 
 
 @pytest.mark.parametrize(("slot", "cpus"), [(1, "(4,)"), (2, "(6,)"), (3, "(4,)")])
