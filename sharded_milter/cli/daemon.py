@@ -320,8 +320,9 @@ class _Run:
         gc.enable()
 
     def _failed(self, failure: Any) -> None:
-        self._failure = failure.value
-        self._stop(True)
+        if not self._stopping:  # else it is no failure: it was told to before it was ready
+            self._failure = failure.value
+            self._stop(True)
 
     def _stop(self, quick: bool) -> None:
         again, self._stopping = self._stopping, True

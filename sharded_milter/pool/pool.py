@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -89,7 +89,8 @@ class Pool:
     def start(self) -> Deferred[tuple[Manifest, ...]]:
         """Fires with the milters' manifests when every worker is READY.
 
-        Fails with MilterLoadError, ConfigError (too slow) or SystemRefused (cannot spawn).
+        Fails with MilterLoadError, ConfigError (too slow) or SystemRefused (cannot spawn), and with
+        CancelledError when `stop` comes first.
         """
         self._tick_call = self._reactor.callLater(TICK, self._tick)
         if self._size:
@@ -143,6 +144,8 @@ class Pool:
                 self._tick_call.cancel()
             for generation in self._generations:
                 generation.happens(Event.STOPPED)
+            if not self._started.called and self._generations:
+                self._started.errback(Failure(CancelledError("the pool was stopped meanwhile")))
             self._check_stopped()
         return self._stopped
 
