@@ -23,6 +23,7 @@ from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job, settled
 from sharded_milter.dispatch.timeouts import Deadlines
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded, WorkerLost
+from sharded_milter.forks import guarded
 from sharded_milter.ipc.memory import view_of
 from sharded_milter.limits import Limits
 from sharded_milter.protocol.commands import Abort
@@ -139,7 +140,9 @@ class InMaster:
             if job.command:
                 message = bytes(message) + bytes(view_of(job.command))
         try:
-            answer = self._dialect.answer(job.stage, bytes(view_of(connection)), message, session)
+            answer = guarded(
+                self._dialect.answer, job.stage, bytes(view_of(connection)), message, session
+            )
         except (SystemExit, KeyboardInterrupt) as error:  # no milter ends the service
             raise CallbackFailed(f"the callback raised {error!r}") from error
         if isinstance(answer, bytes):
@@ -212,7 +215,7 @@ class InMaster:
         """A step of a coroutine."""
         began = self._stopwatch()
         try:
-            return send(value)
+            return guarded(send, value)
         finally:
             self._watch(_word(job), self._stopwatch() - began)
 

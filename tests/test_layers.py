@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     ".descriptors": {".errors"},
     ".alarms": set(),
     ".prctl": set(),
+    ".forks": {"twisted"},
     ".ipc": {".ipc", ".protocol", ".errors", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
@@ -43,12 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     ".context": {".mta", ".dispatch", ".alarms", ".ipc", ".limits"},
     ".server": {".context", ".mta", ".dispatch", ".pool", ".limits", ".protocol", "twisted"},
     ".in_master": {
-        ".dispatch", ".ipc", ".limits", ".coroutines", ".protocol", ".errors", "twisted",
+        ".dispatch", ".ipc", ".limits", ".coroutines", ".forks", ".protocol", ".errors",
+        "twisted",
     },
     ".embedded": {".context", ".in_master", ".mta", ".dispatch", ".limits", ".dialects", "twisted"},
     ".scanner": {".scanner", ".api", ".errors", "yara_x"},
     ".workers": {
-        ".workers", ".dialects", ".ipc", ".coroutines", ".prctl", ".protocol", ".errors",
+        ".workers", ".dialects", ".ipc", ".coroutines", ".forks", ".prctl", ".protocol", ".errors",
         "twisted", "ampoule",
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
@@ -58,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         ".protocol", ".errors", "twisted", "zope", "click",
     },
     ".cli": {
-        ".cli", ".ops", ".server", ".in_master", ".mta", ".dispatch", ".pool", ".testing",
+        ".cli", ".ops", ".server", ".in_master", ".forks", ".mta", ".dispatch", ".pool", ".testing",
         ".sizing", ".descriptors", ".dialects", ".prctl", ".protocol", ".errors", ".__version__",
         "twisted", "click", "rich", "psutil",
     },

@@ -17,10 +17,15 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from .. import forks
 from ..prctl import hide_memory
 
 # The master's end of the socket pair is on the other side of this descriptor.
 CHANNEL = 3
+
+# The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to the
+# whole group. They are not ignored, because what a milter executes would ignore them too.
+_OF_THE_MASTER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -48,20 +53,18 @@ def main(
     hide_memory()  # from other workers: it is going to hold mail
     os.setsid()  # a process group of its own, which the master ends with the worker
     _restrict(nice, memory_limit, cpus, open_files)
-    # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to
-    # the whole group.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    forks.handle_here(_OF_THE_MASTER, _leave_to_the_master)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
     if not script:
         # The asyncio reactor, so that coroutines of authors can use both asyncio and Twisted. A
         # script has none, and may want to run an asyncio loop of its own in a callback.
-        from twisted.internet import asyncioreactor
-
-        asyncioreactor.install()
+        forks.install_asyncio_reactor()
     from twisted.internet import reactor
+
+    if script:
+        forks.guard_loop_of(reactor)
     from twisted.internet.protocol import Factory
 
     _log_warnings()
@@ -75,11 +78,16 @@ def main(
     os.set_blocking(CHANNEL, False)
 
     def serve(child: Child) -> None:
-        factory = Factory.forProtocol(lambda: child)
+        def build(_: object) -> Any:
+            os.close(CHANNEL)  # the reactor has a descriptor of its own by now
+            return child
+
+        factory = Factory()
+        factory.buildProtocol = build  # type: ignore[assignment,method-assign]
+        forks.in_children(child.forked)  # the milters, which this loads, may fork at once
         reactor.adoptStreamConnection(  # type: ignore[attr-defined]
             CHANNEL, socket.AF_UNIX, factory
         )
-        os.close(CHANNEL)
         # The milters are loaded and the master knows it. What is here now is not looked at again
         # by collections, each of which would take as long as hundreds of messages. It is freed all
         # the same when nobody needs it any more, but for cycles.
@@ -96,6 +104,10 @@ def main(
         reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
 
     Script(specs[0], specs[1:], serve, halt, shut_in).run()
+
+
+def _leave_to_the_master(number: int, frame: object) -> None:
+    """Nothing is done about the signal."""
 
 
 def _log_warnings() -> None:

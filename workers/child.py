@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 from ..coroutines import driven
 from ..dialects.loader import Dialect, code_digest, load
 from ..errors import BrokenRule, MilterError, MilterLoadError
+from ..forks import guarded
 from ..ipc.boxes import Boxes
 from ..ipc.fields import MAX_TEXT
 from ..ipc.memory import Memory, Received, packed, release
@@ -86,7 +87,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         """Imports the milters and tells the master how that went."""
         super().connectionMade()
         try:
-            self._dialects = [self._loading(spec) for spec in self._specs]
+            self._dialects = [guarded(self._loading, spec) for spec in self._specs]
             code = code_digest(self._specs)
             report = self._sandbox.enter(self._dialects, self._specs)
         except (MilterError, MemoryError) as error:
@@ -109,6 +110,12 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         """The master is gone, or wants no more: nothing is begun."""
         self._questions.clear()
         super().connectionLost(reason)
+
+    def forked(self) -> None:
+        """This is a child that the milter has forked: the master is not its own."""
+        self._questions.clear()
+        if self.transport is not None:
+            self.transport.socket.close()
 
     def _tell(self, command: Any, **arguments: Any) -> None:
         self.callRemote(command, **arguments)
@@ -177,7 +184,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         try:
             replies = self._replies_to(question, views)
             if not isinstance(replies, bytes):
-                later: defer.Deferred[Any] = driven(replies)
+                later: defer.Deferred[Any] = driven(replies, guarded)
                 later.addCallback(Answer).addErrback(self._failed)
                 later.addCallback(self._answer, tag, views).addErrback(self.unhandledError)
                 later.addCallback(lambda _: self._go_on(waited=True))
@@ -194,9 +201,9 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         news = question.message[head.start :]  # of memory it is a view of its own
         views += (news, question.connection, question.message, question.command)
         message = bytes(news) + bytes(question.command) if question.command else news
-        return self._dialects[head.milter].answer(
-            STAGES.get(head.stage[0]), bytes(question.connection), message, head.session
-        )
+        stage = STAGES.get(head.stage[0])
+        answer = self._dialects[head.milter].answer
+        return guarded(answer, stage, bytes(question.connection), message, head.session)
 
     def _answer(self, answer: Answer, tag: bytes, views: Sequence[Bytes]) -> None:
         for view in views:

@@ -203,9 +203,9 @@ def chosen_reactor(*, asyncio: bool) -> Any:
     how Python spells that a package, which is optional to Twisted, is not there.
     """
     if asyncio:
-        from twisted.internet import asyncioreactor
+        from sharded_milter.forks import install_asyncio_reactor
 
-        asyncioreactor.install()
+        install_asyncio_reactor()
     else:
         sys.modules.setdefault("OpenSSL", None)  # type: ignore[arg-type]  # typeshed has no None
     from twisted.internet import reactor
