@@ -189,8 +189,8 @@ class Dispatcher:
                 self._go_on(job, KILLED)
         self._shards.capacity(pipeline)
 
-    def lost(self, shard: Shard, loss: Loss) -> None:
-        """The shard is gone, with what it had in hand and with its objects."""
+    def lost(self, shard: Shard, loss: Loss) -> bool:
+        """The shard is gone, with its objects; returns whether it had something in hand."""
         attempts, waiting = self._shards.remove(shard, loss)
         for attempt, blamed in attempts:
             self._attempt_lost(attempt, loss, blamed=blamed)
@@ -199,6 +199,7 @@ class Dispatcher:
             if not job.done:  # who heard of one that is lost may have cancelled others
                 self._again(job)
         self._assignment.match()
+        return bool(attempts)
 
     def _attempt_lost(self, attempt: Attempt, loss: Loss, *, blamed: bool) -> None:
         job = attempt.job

@@ -123,6 +123,11 @@ class MasterChannel(Boxes, amp.AMP):
         elif len(self._to_send) == 1:
             self._reactor.callLater(0, self._send_all)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the worker has answered all that it was asked."""
+        return not self._unanswered
+
     def withdraw(self, number: int) -> None:
         """Asks the worker not to begin a question; it answers that it has not, or answers it."""
         self._send_all()

@@ -148,7 +148,7 @@ class Work(Protocol):
     def give_up_objects(self, shard: Shard) -> None: ...
     def unavailable(self, shard: Shard) -> None: ...
     def answered(self, shard: Shard, number: int, answer: Answer) -> str: ...
-    def lost(self, shard: Shard, loss: Loss) -> None: ...
+    def lost(self, shard: Shard, loss: Loss) -> bool: ...
 
 
 class Events(Protocol):
@@ -177,6 +177,7 @@ class Shard:
         self.working_on = ""  # the queue id of what it does, or did last
         self.answers = 0  # that it has given
         self.worn_after = 0  # answers; 0: never
+        self.died_at_work = False  # it is gone, and had a job in hand
         self._work = work
         self._events = events
         self._reactor = reactor
@@ -373,7 +374,7 @@ class Shard:
         self._cancel_calls()
         self._channel.abort()
         self.place.end_family()
-        self._work.lost(self, self.loss)
+        self.died_at_work = self._work.lost(self, self.loss)
         ending = Ending.ENDED if self._told_to_leave else Ending.DIED
         self._events.shard_gone(self, ending if self.manifests else Ending.NOT_STARTED)
 

@@ -10,13 +10,13 @@ from sharded_milter.dispatch.job import Blame, Loss
 from sharded_milter.limits import Limits
 from sharded_milter.pool.shard import Shard
 
-# A worker that has served this long, seconds, or has given this many answers was healthy: its
-# death is no sign of a crash loop, and it is replaced at once.
+# A worker that has served this long, seconds, or has given any answer is in no crash loop: it is
+# replaced at once when it dies. Else a message a second that kills would leave no worker to others.
 HEALTHY_AFTER = 10.0
-HEALTHY_ANSWERS = 100
 
-# The longest delay, seconds, before one that has answered anything is replaced.
-LONGEST_AFTER_ANSWERS = 1.0
+# The longest delay, seconds, before one is replaced that died of the first job that it was given:
+# a message that kills takes a fresh worker too, for its second try.
+LONGEST_AT_WORK = 1.0
 
 # Recycling all workers at once would leave none warm: the count of answers is spread by this.
 JITTER = 0.1
@@ -81,10 +81,10 @@ class Slot:
 
     def delay_after_death(self, shard: Shard, now: float, limits: Limits) -> float:
         """Seconds until the successor of a shard that has died is started."""
-        if now - self.served_since >= HEALTHY_AFTER or shard.answers >= HEALTHY_ANSWERS:
+        if shard.answers or now - self.served_since >= HEALTHY_AFTER:
             self.delay = 0.0
             return 0.0
-        return self.back_off(limits, LONGEST_AFTER_ANSWERS if shard.answers else None)
+        return self.back_off(limits, LONGEST_AT_WORK if shard.died_at_work else None)
 
     def back_off(self, limits: Limits, longest: float | None = None) -> float:
         """Seconds until the next try: twice as many as before it, within the limits."""

@@ -86,13 +86,17 @@ class Book:
         self.gone += 1
         check(process.blame in (None, loss.blame), "who is to blame for a death", process, loss)
         hand = process.hand.copy()
+        process.died_at_work = bool(hand)
         first = process.first_at_kill if process.worker.killed is not None else None
         if process.worker.killed is None and hand:
             first = hand[0]
         together = {one.asked for one in hand if one.live}
         for conversation in self.conversations:
             affinity, out = conversation.affinity, conversation.out
-            if affinity is not None and affinity.holder and affinity.holder.shard is shard:
+            if affinity is None:
+                continue
+            given_up = conversation.told_to is process and affinity.lost
+            if given_up or (affinity.holder and affinity.holder.shard is shard):
                 if conversation.told_to is process:
                     conversation.told_to = None
                     conversation.lost |= not conversation.replayable
@@ -141,7 +145,6 @@ class Book:
     def answered(self, shard: Shard, number: int, answer: Answer) -> None:
         """The master takes an answer."""
         process, one = self.processes[shard], self._in_hand(shard, number)
-        process.answers += 1
         if one is None:
             return
         if answer.withdrawn:
@@ -152,6 +155,7 @@ class Book:
             return
         if not one.is_first:
             return
+        process.answers += 1
         live = one.live
         if live:
             one.asked.expected = answer.replies or answer.error

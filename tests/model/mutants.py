@@ -13,7 +13,9 @@ from sharded_milter.dispatch.job import Attempt, Blame, Job, Loss
 from sharded_milter.dispatch.queue import Queue
 from sharded_milter.dispatch.shards import Shards
 from sharded_milter.ipc.channel import MasterChannel
+from sharded_milter.limits import Limits
 from sharded_milter.pool import generation, shard, slot
+from sharded_milter.pool.shard import Shard
 from sharded_milter.pool.table import Cell
 from sharded_milter.protocol.stages import Stage
 
@@ -116,9 +118,15 @@ def forgets_the_reason(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shard, "TRANSITIONS", table)
 
 
-def any_answer_is_health(patch: pytest.MonkeyPatch) -> None:
-    """One answer resets the back-off."""
-    patch.setattr(slot, "HEALTHY_ANSWERS", 1)
+def work_is_no_health(patch: pytest.MonkeyPatch) -> None:
+    """Answers do not reset the back-off."""
+    real = slot.Slot.delay_after_death
+
+    def delay_after_death(self: slot.Slot, shard: Shard, now: float, limits: Limits) -> float:
+        shard.answers = 0
+        return real(self, shard, now, limits)
+
+    patch.setattr(slot.Slot, "delay_after_death", delay_after_death)
 
 
 def light_jobs_always_first(patch: pytest.MonkeyPatch) -> None:
@@ -143,6 +151,6 @@ MUTANTS: dict[Mutant, tuple[str, tuple[str, ...]]] = {
     closes_descriptors_early: ("cold", SENDING),
     does_not_hear_of_failures: ("empty", STARTS),
     forgets_the_reason: ("empty", STARTS),
-    any_answer_is_health: ("cold", DEATHS),
+    work_is_no_health: ("cold", DEATHS),
     light_jobs_always_first: ("aged", ("connect", "answer", "advance")),
 }

@@ -148,6 +148,7 @@ class Process:
     fresh: bool = True
     heavy: bool = False
     answers: int = 0
+    died_at_work: bool = False
     first_at_kill: Try | None = None
     blame: Blame | None = None  # who must be blamed, where the test knows
 

@@ -10,8 +10,8 @@ from .book import Book
 from .records import EPSILON, Process, check
 
 # The rules for who is replaced when, seconds.
-FIRST, LONGEST, LONGEST_AFTER_ANSWERS = 0.1, 30.0, 1.0
-HEALTHY_AFTER, HEALTHY_ANSWERS = 10.0, 100
+FIRST, LONGEST, LONGEST_AT_WORK = 0.1, 30.0, 1.0
+HEALTHY_AFTER = 10.0
 
 # Whose turn it is, is replaced within this.
 WITHIN = 1.0
@@ -80,11 +80,10 @@ class Spares:
             return
         if self._due.get(slot, 0.0) > now or self._members(pool, slot):
             return  # its successor starts, or is due already
-        healthy = now - process.served_since >= HEALTHY_AFTER
-        if healthy or process.answers >= HEALTHY_ANSWERS:
+        if process.answers or now - process.served_since >= HEALTHY_AFTER:
             self._delay[slot], self._due[slot] = 0.0, now
         else:
-            self._back_off(slot, LONGEST_AFTER_ANSWERS if process.answers else LONGEST)
+            self._back_off(slot, LONGEST_AT_WORK if process.died_at_work else LONGEST)
 
     def _is_superfluous(self, process: Process) -> bool:
         """Whether the pool itself has ended it: the slot was given up, or it had other code."""

@@ -63,10 +63,10 @@ class WatchedDispatcher(Dispatcher):
         worker.noticed = worker.noticed or bool(broken)
         return broken
 
-    def lost(self, shard: Any, loss: Loss) -> None:
+    def lost(self, shard: Any, loss: Loss) -> bool:
         if shard in self.book.processes:  # it was started
             self.book.lost(shard, loss)
-        super().lost(shard, loss)
+        return super().lost(shard, loss)
 
 
 class WatchedPool(Pool):

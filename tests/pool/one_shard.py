@@ -82,8 +82,9 @@ class Room:
         self.log.append(f"answer {number}")
         return self.broken
 
-    def lost(self, shard: Shard, loss: Loss) -> None:
+    def lost(self, shard: Shard, loss: Loss) -> bool:
         self.log.append(f"lost: {loss.reason}")
+        return self.has_work
 
     # The pool
 

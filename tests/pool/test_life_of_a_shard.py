@@ -204,6 +204,14 @@ def test_a_rule_that_is_broken_is_like_a_death_in_every_state(state: State) -> N
 # Ends
 
 
+@pytest.mark.parametrize("has_work", [True, False])
+def test_a_shard_that_is_gone_says_whether_it_was_at_work(has_work: bool) -> None:
+    room = Room(State.SERVING)
+    room.has_work = has_work
+    room.place.exit()
+    assert room.shard.died_at_work is has_work
+
+
 def test_the_exit_says_why_and_the_message_is_to_blame() -> None:
     room = Room(State.SERVING)
     room.place.exit("killed by SIGSEGV")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from armed import armed
 from one_pool import MANIFEST, Bench, noted, states, texts
+from twisted.internet.defer import CancelledError
 from twisted.logger import capturedLogs
 
 from sharded_milter.errors import ConfigError, MilterLoadError, SystemRefused
@@ -107,11 +108,20 @@ def test_a_crash_loop_goes_on_for_ever() -> None:
     assert len(bench.shards) == 201
 
 
-def test_a_worker_that_has_answered_is_replaced_within_a_second() -> None:
+def test_a_worker_that_has_answered_is_replaced_at_once() -> None:
     bench = Bench()
     for _ in range(7):
         bench.submit()
         bench.answer_all(len(bench.shards) - 1)
+        bench.places[-1].exit()
+        assert bench.until_another() == pytest.approx(0.0, abs=0.06)
+        bench.be_ready()
+
+
+def test_a_worker_that_dies_of_its_first_job_is_replaced_within_a_second() -> None:
+    bench = Bench(retries=0)
+    for _ in range(7):
+        bench.submit()
         bench.places[-1].exit()
         delay = bench.until_another()
         bench.be_ready()
@@ -232,12 +242,14 @@ def test_stopping_a_pool_that_was_never_started_is_done_at_once() -> None:
     assert Bench(ready=False).pool.stop().called
 
 
-def test_a_pool_that_is_stopped_before_it_is_ready_just_ends() -> None:
+def test_the_start_of_a_pool_that_is_stopped_before_it_is_ready_ends_too() -> None:
     bench = Bench(ready=False)
     bench.start()
     stopped = bench.pool.stop()
+    [outcome] = bench.outcome
+    assert isinstance(outcome, CancelledError)
     bench.places[0].exit()
-    assert (stopped.called, bench.outcome) == (True, [])
+    assert (stopped.called, bench.outcome) == (True, [outcome])
 
 
 def test_a_job_that_is_lost_at_the_end_goes_to_no_other_worker() -> None:
