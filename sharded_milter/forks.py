@@ -7,9 +7,7 @@ So it gives up what is not its own, and ends where the milter's code ends.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import selectors
 import signal
 import sys
 import traceback
@@ -17,6 +15,10 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from threading import get_ident
 from typing import Any, NoReturn
+
+# RLIMIT_LOCKS, which Python has no name for: a limit that nothing is checked against. A worker's is
+# a number by which the master knows all that descends from it.
+MARKED_LIMIT = 10
 
 Handler = Callable[[int, Any], object]
 
@@ -96,6 +98,9 @@ def handle_here(numbers: Collection[int], handler: Handler) -> None:
 
 def install_asyncio_reactor() -> None:
     """Installs Twisted's reactor on asyncio; a child that comes back to its loop ends."""
+    import asyncio  # here, because the master and a script's worker do without
+    import selectors
+
     from twisted.internet import asyncioreactor
 
     selector = selectors.DefaultSelector()

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "twisted", "zope",
     },
     ".pool": {
-        ".pool", ".dispatch", ".ipc", ".limits", ".protocol", ".errors",
+        ".pool", ".dispatch", ".forks", ".ipc", ".limits", ".protocol", ".errors",
         "twisted", "psutil", "ampoule",
     },
     ".context": {".mta", ".dispatch", ".alarms", ".ipc", ".limits"},

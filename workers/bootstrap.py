@@ -37,6 +37,7 @@ def main(
     nice: int = 0,
     memory_limit: int = 0,
     cpus: Collection[int] = (),
+    mark: int = 0,
     script: bool = False,
     open_files: int = 0,
     sandbox: Mapping[str, Any] | None = None,
@@ -46,13 +47,14 @@ def main(
     With `script` they are a pymilter script and its arguments instead.
     `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
     `cpus` are those it may run on (none: any), `open_files` is its soft limit of descriptors (0:
-    the master's), `sandbox` the arguments of its `Sandbox`.
+    the master's), `sandbox` the arguments of its `Sandbox`. By `mark` (0: none) the master knows
+    what descends from it.
     """
     gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
     _die_with(master)
     hide_memory()  # from other workers: it is going to hold mail
     os.setsid()  # a process group of its own, which the master ends with the worker
-    _restrict(nice, memory_limit, cpus, open_files)
+    _restrict(nice, memory_limit, cpus, open_files, mark)
     forks.handle_here(_OF_THE_MASTER, _leave_to_the_master)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -125,8 +127,12 @@ def _log_warnings() -> None:
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
 
 
-def _restrict(nice: int, memory_limit: int, cpus: Collection[int], open_files: int) -> None:
+def _restrict(
+    nice: int, memory_limit: int, cpus: Collection[int], open_files: int, mark: int
+) -> None:
     os.nice(nice)
+    if mark:
+        resource.setrlimit(forks.MARKED_LIMIT, (mark, mark))
     if memory_limit:
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     if open_files:

@@ -146,6 +146,7 @@ def shard_maker(
     dispatcher: Any,
     reactor: Any,
     open_files: int,
+    descendants: Any = None,
 ) -> Any:
     """What the pool calls for a new shard; `open_files` is the limit that the operator has set."""
     from sharded_milter.pool.shard import Shard
@@ -161,6 +162,7 @@ def shard_maker(
         settings.pymilter is not None,
         open_files,
         sandbox_of(settings),
+        descendants,
     )
 
     def make(slot: int, events: Any) -> Shard:
@@ -232,6 +234,7 @@ class _Run:
         from sharded_milter.dispatch.dispatcher import Dispatcher
         from sharded_milter.dispatch.poison import Keep
         from sharded_milter.dispatch.policy import Policy
+        from sharded_milter.pool.descendants import Descendants
         from sharded_milter.pool.pool import Pool
         from sharded_milter.server import Server
 
@@ -243,7 +246,10 @@ class _Run:
         if settings.keep_dir:
             keep = Keep(Path(settings.keep_dir), settings.keep_quota, clock.callInThread)
         dispatcher = Dispatcher(limits, reactor, keep)
-        make_shard = shard_maker(settings, specs, dispatcher, reactor, open_files)
+        self._descendants = Descendants(reactor, shares=bool(settings.in_master))
+        make_shard = shard_maker(
+            settings, specs, dispatcher, reactor, open_files, self._descendants
+        )
         workers = settings.workers if specs else 0
         pool = Pool(make_shard, workers, limits, dispatcher, reactor)
         in_master = in_master_members(settings, reactor, dispatcher.counters)
@@ -272,12 +278,14 @@ class _Run:
         """Returns the exit code; raises what kept the service from starting."""
         self._reactor.callWhenRunning(self._start)
         self._reactor.run()
+        self._descendants.finish()
         if self._failure is not None:
             raise self._failure
         return os.EX_OK
 
     def _start(self) -> None:
         server = self._server
+        self._descendants.begin()
         for number, act in {
             signal.SIGTERM: lambda: self._stop(False),
             signal.SIGINT: lambda: self._stop(True),
@@ -312,7 +320,7 @@ class _Run:
             except OSError as error:
                 self._log.warn("--ready-fd {fd}: {why}", fd=fd, why=error.strerror)
         hide_memory()  # from workers, before the first message arrives
-        # What shards need when they must be killed, which may be when no descriptor is left.
+        # What is needed to look at workers, which may be when no descriptor is left.
         import psutil  # noqa: F401
 
         gc.collect()

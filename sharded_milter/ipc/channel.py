@@ -126,7 +126,7 @@ class MasterChannel(Boxes, amp.AMP):
     @property
     def is_idle(self) -> bool:
         """Whether the worker has answered all that it was asked."""
-        return not self._unanswered
+        return not self._asked
 
     def withdraw(self, number: int) -> None:
         """Asks the worker not to begin a question; it answers that it has not, or answers it."""

@@ -23,6 +23,7 @@ from twisted.internet.unix import Server as UNIXServer
 from twisted.python.failure import Failure
 
 from sharded_milter.ipc.sockets import LossySocket, read_now
+from sharded_milter.pool.descendants import Descendants
 from sharded_milter.pool.output import Output
 from sharded_milter.pool.places import Owner
 
@@ -58,9 +59,7 @@ MAX_CATCH_UP = 8
 _OUTPUTS = (1, 2)
 _CHANNEL = 3
 _BOOTSTRAP = (
-    "import sys; from sharded_milter.workers.bootstrap import main;"
-    " main({}, sys.argv[1:], nice={!r}, memory_limit={!r}, cpus={!r}, script={!r}, open_files={!r},"
-    " sandbox={!r})"
+    "import sys; from sharded_milter.workers.bootstrap import main; main({}, sys.argv[1:], **{!r})"
 )
 
 
@@ -71,6 +70,7 @@ class Workplace:
     With `script` they are a pymilter script and its arguments. `cpus` are dealt out, one for each
     slot in turn; none leaves the workers where they like. `open_files` is their soft limit of
     descriptors, 0 leaves it as the master's is. `sandbox` are the arguments of their `Sandbox`.
+    `descendants` ends what workers leave.
     """
 
     specs: tuple[str, ...]
@@ -81,19 +81,21 @@ class Workplace:
     script: bool = False
     open_files: int = 0
     sandbox: Mapping[str, Any] = field(default_factory=dict)
+    descendants: Descendants | None = None
 
-    def bootstrap(self, slot: int) -> str:
+    def bootstrap(self, slot: int, mark: int = 0) -> str:
         """The program that Python runs in the worker of a slot."""
         cpus = (self.cpus[(slot - 1) % len(self.cpus)],) if self.cpus else ()
-        return _BOOTSTRAP.format(
-            os.getpid(),
-            self.nice,
-            self.memory_limit,
-            cpus,
-            self.script,
-            self.open_files,
-            dict(self.sandbox),
-        )
+        options = {
+            "nice": self.nice,
+            "memory_limit": self.memory_limit,
+            "cpus": cpus,
+            "mark": mark,
+            "script": self.script,
+            "open_files": self.open_files,
+            "sandbox": dict(self.sandbox),
+        }
+        return _BOOTSTRAP.format(os.getpid(), options)
 
 
 class Spawned:
@@ -101,6 +103,8 @@ class Spawned:
 
     def __init__(self, workplace: Workplace, slot: int, reactor: Any) -> None:
         self.pid = 0
+        self._descendants = workplace.descendants or Descendants(reactor)
+        self._mark = 0  # of the process and all that descends from it
         self._workplace = workplace
         self._slot = slot
         self._reactor = reactor
@@ -113,11 +117,18 @@ class Spawned:
         Raises OSError when the system refuses.
         """
         place = self._workplace
+        self._mark = self._descendants.mark()
         starter = Starter(
-            bootstrap=place.bootstrap(self._slot), args=place.specs, env=dict(place.env)
+            bootstrap=place.bootstrap(self._slot, self._mark),
+            args=place.specs,
+            env=dict(place.env),
         )
         starter.connectorFactory = lambda protocol: self._connect(protocol, owner)
-        starter.start(channel, self._started, self._reactor)
+        try:
+            starter.start(channel, self._started, self._reactor)
+        except OSError:
+            self._descendants.end(self._mark)
+            raise
 
     def _connect(self, channel: Any, owner: Owner) -> Connector:
         connector = self._connector = Connector(channel, self._slot, owner, self._reactor)
@@ -131,17 +142,12 @@ class Spawned:
         self._connector.catch_up()
 
     def kill(self) -> None:
-        """Ends the process and all its descendants at once."""
-        import psutil  # here and below, because workers are started sooner without it
+        """Ends the process and its group at once; its other descendants end when it is gone.
 
-        try:
-            family = psutil.Process(self.pid).children(recursive=True)
-        except (psutil.Error, OSError):  # it is gone, or no descriptor is left to look
-            family = []
+        No descriptor is needed for that, and no look into /proc.
+        """
         self._signal(signal.SIGKILL)
-        for process in family:
-            with suppress(psutil.Error):
-                process.kill()
+        self._end_group()
 
     def stacks(self) -> None:
         """Has the process write the Python stacks of all its threads."""
@@ -152,16 +158,21 @@ class Spawned:
             self._process.signalProcess(number)
 
     def memory(self) -> int:
-        """The bytes of memory that the process has resident; 0 when it is gone."""
-        import psutil
+        """The bytes of memory that the process has resident; 0 when that cannot be known."""
+        import psutil  # here, because workers are started sooner without it
 
         try:
             return int(psutil.Process(self.pid).memory_info().rss)
-        except psutil.Error:
+        except (psutil.Error, OSError):  # it is gone, or no descriptor is left to look
             return 0
 
     def end_family(self) -> None:
-        """Ends what the dead process has left running; its group bears its process id."""
+        """Ends what the dead process has left running."""
+        self._end_group()
+        self._descendants.end(self._mark)
+
+    def _end_group(self) -> None:
+        """Ends the process group, which bears the process id."""
         if self.pid:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import socket
@@ -108,7 +109,10 @@ class Room(Clock):
         self.exits: list[str] = []
         self.refuse: OSError | None = None
         self.channel: Any = Protocol()
-        self.place = Spawned(Workplace(("x:milter",), {"LANG": "C"}), 3, self)
+        self.marks: list[str] = []
+        descendants: Any = self
+        workplace = Workplace(("x:milter",), {"LANG": "C"}, descendants=descendants)
+        self.place = Spawned(workplace, 3, self)
         if started:
             self.start()
 
@@ -129,6 +133,15 @@ class Room(Clock):
     def addReader(self, reader: Any) -> None: ...
     def removeReader(self, reader: Any) -> None: ...
     def removeWriter(self, writer: Any) -> None: ...
+
+    # Descendants
+
+    def mark(self) -> int:
+        self.marks.append("marked")
+        return 7
+
+    def end(self, mark: int) -> None:
+        self.marks.append(f"end {mark}")
 
     # A shard
 
@@ -187,13 +200,29 @@ def test_numerical_libraries_start_one_thread_unless_the_operator_says_otherwise
     assert worker_environment({}, {"OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "2"
 
 
-@pytest.mark.parametrize(("slot", "cpus"), [(1, "(4,)"), (2, "(6,)"), (3, "(4,)")])
-def test_cpus_are_dealt_out_in_turn(slot: int, cpus: str) -> None:
+def options(program: str) -> dict[str, Any]:
+    """With what the program calls the worker's main function."""
+    found: dict[str, Any] = ast.literal_eval(program.partition("**")[2].removesuffix(")"))
+    return found
+
+
+@pytest.mark.parametrize(("slot", "cpus"), [(1, (4,)), (2, (6,)), (3, (4,))])
+def test_cpus_are_dealt_out_in_turn(slot: int, cpus: tuple[int]) -> None:
     workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6), open_files=9)
-    said = f"nice=5, memory_limit=10, cpus={cpus}, script=False, open_files=9, sandbox={{}})"
-    assert said in workplace.bootstrap(slot)
+    said = options(workplace.bootstrap(slot, 9))
+    assert said == {
+        "nice": 5,
+        "memory_limit": 10,
+        "cpus": cpus,
+        "mark": 9,
+        "script": False,
+        "open_files": 9,
+        "sandbox": {},
+    }
     script = Workplace(("x.py",), script=True, sandbox={"mode": "on"}).bootstrap(slot)
-    assert "cpus=(), script=True, open_files=0, sandbox={'mode': 'on'})" in script
+    said = options(script)
+    assert (said["cpus"], said["mark"], said["script"]) == ((), 0, True)
+    assert said["sandbox"] == {"mode": "on"}
 
 
 def test_a_system_that_refuses_is_an_error_of_the_start() -> None:
@@ -243,53 +272,43 @@ def test_stacks_are_asked_for_by_a_signal() -> None:
     assert room.process.signals == [signal.SIGUSR1]
 
 
-def test_descendants_are_killed_too() -> None:
+def test_killing_ends_the_group_and_needs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
     room = Room()
     script = (
         "import subprocess; child = subprocess.Popen(['sleep', '600'])\n"
         "print(child.pid, flush=True); child.wait()"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as worker:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True
+    ) as worker:
         assert worker.stdout is not None
         sleeper = psutil.Process(int(worker.stdout.readline()))
         room.place.pid = worker.pid
-        room.place.kill()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refuse)
+            patch.setattr("builtins.open", refuse)
+            room.place.kill()
+        assert room.process.signals == [signal.SIGKILL]
         sleeper.wait(10)
-        worker.kill()
 
 
-@pytest.mark.parametrize("exception", [psutil.NoSuchProcess(1), psutil.AccessDenied(1)], ids=repr)
-def test_a_descendant_that_is_gone_already_is_no_trouble(
-    exception: psutil.Error, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed = []
-
-    class Child:
-        def kill(self) -> None:
-            killed.append(self)
-            raise exception
-
-    class Family:
-        def __init__(self, pid: int) -> None: ...
-
-        def children(self, recursive: bool) -> list[Child]:
-            return [Child(), Child()]
-
+def test_what_a_dead_worker_has_left_is_ended_by_its_mark() -> None:
     room = Room()
-    monkeypatch.setattr(psutil, "Process", Family)
-    room.place.kill()
-    assert len(killed) == 2
-    assert room.process.signals == [signal.SIGKILL]
+    room.exit()
+    assert room.marks == ["marked"]
+    room.place.end_family()
+    assert room.marks == ["marked", "end 7"]
 
 
-def test_killing_needs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pid: int) -> None:
-        raise OSError(24, "Too many open files")
-
-    room = Room()
-    monkeypatch.setattr(psutil, "Process", refuse)
-    room.place.kill()
-    assert room.process.signals == [signal.SIGKILL]
+def test_a_worker_that_was_not_started_leaves_no_mark() -> None:
+    room = Room(started=False)
+    room.refuse = OSError(11, "no more")
+    with pytest.raises(OSError, match="no more"):
+        room.start()
+    assert room.marks == ["marked", "end 7"]
 
 
 def test_memory_is_that_of_the_process() -> None:
@@ -297,6 +316,14 @@ def test_memory_is_that_of_the_process() -> None:
     assert room.place.memory() == 0
     room.place.pid = os.getpid()
     assert room.place.memory() > 1_000_000
+
+
+def test_memory_that_cannot_be_looked_at_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(psutil, "Process", refuse)
+    assert Room().place.memory() == 0
 
 
 # Output
