@@ -69,6 +69,14 @@ class Worker:
 
     def stacks(self) -> None: ...
 
+    def is_stopped(self) -> bool:
+        """It is not."""
+        return False
+
+    def is_traced(self) -> bool:
+        """It is not."""
+        return False
+
     def memory(self) -> int:
         return 0
 

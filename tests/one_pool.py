@@ -75,6 +75,9 @@ class FakePlace:
         self.pid = pid
         self.did: list[str] = []
         self.rss = 0
+        self.stopped = self.traced = False
+        self.pings = 0
+        self.listens = True  # it answers pings at once
         self.refuse: OSError | None = None
         self.owner: Any = None
         self.channel: Any = None
@@ -88,6 +91,12 @@ class FakePlace:
         self.owner, self.channel, self.is_alive = owner, channel, True
         self.worker.makeConnection(self.theirs)  # type: ignore[no-untyped-call]
         channel.makeConnection(self.ours)
+        channel.ping = self.ping
+
+    def ping(self) -> None:
+        self.pings += 1
+        if self.listens:
+            self.owner.ponged()
 
     def read_output(self) -> None:
         self.did.append("read output")
@@ -97,6 +106,12 @@ class FakePlace:
 
     def stacks(self) -> None:
         self.did.append("stacks")
+
+    def is_stopped(self) -> bool:
+        return self.stopped
+
+    def is_traced(self) -> bool:
+        return self.traced
 
     def memory(self) -> int:
         return self.rss

@@ -68,6 +68,9 @@ class Master(MasterChannel):
     def answered(self, number: int, answer: Answer) -> None:
         self.answers.append(answer)
 
+    def ponged(self) -> None:
+        self.told.append("pong")
+
     def broke_rule(self, why: str) -> None:
         raise AssertionError(why)
 

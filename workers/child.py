@@ -33,6 +33,7 @@ from ..ipc.messages import (
     Answer,
     Ask,
     LoadFailed,
+    Ping,
     Question,
     Ready,
     Sandboxed,
@@ -135,6 +136,10 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             self._withdraw(box[b"tag"])
         else:
             super().ampBoxReceived(box)
+
+    @Ping.responder
+    def _listens(self) -> dict[str, Any]:
+        return {}
 
     def _withdraw(self, tag: bytes) -> None:
         """The master has given a question to another worker, or needs no answer to it."""

@@ -32,6 +32,7 @@ from sharded_milter.ipc.messages import (
     ANSWER,
     Answer,
     LoadFailed,
+    Ping,
     Ready,
     Sandboxed,
     Withdraw,
@@ -73,6 +74,7 @@ class Owner(Protocol):
     def load_failed(self, reason: bytes, details: bytes) -> None: ...
     def sandboxed(self, text: bytes, incomplete: bytes) -> None: ...
     def answered(self, number: int, answer: Answer) -> None: ...
+    def ponged(self) -> None: ...
     def broke_rule(self, why: str) -> None: ...
     def channel_closed(self) -> None: ...
 
@@ -132,6 +134,11 @@ class MasterChannel(Boxes, amp.AMP):
         """Asks the worker not to begin a question; it answers that it has not, or answers it."""
         self._send_all()
         self.callRemote(Withdraw, tag=_TAG % number)
+
+    def ping(self) -> None:
+        """Asks the worker whether it listens; its owner hears of the answer."""
+        self._send_all()
+        self.callRemote(Ping).addCallbacks(lambda _: self._owner.ponged(), lambda _: None)
 
     def _send_all(self) -> None:
         """At once, if the worker waits for it; else with whatever else comes in this turn."""

@@ -7,6 +7,7 @@
 | Sandboxed  | master | before Ready: what became of the sandbox, in a sentence for the log  |
 | Ask        | worker | answer this question; its answer is an `Answer`                      |
 | Withdraw   | worker | do not begin that question; its answer is an `Answer` that says so   |
+| Ping       | worker | say that you listen                                                  |
 
 All travel in AMP's boxes over one UNIX socket for each worker. A question carries a transcript
 and its answer carries reply packets, both in the milter protocol's own bytes. What an answer may
@@ -157,6 +158,12 @@ class Withdraw(amp.Command):
     arguments = [(b"tag", Field())]  # noqa: RUF012
     response = []  # noqa: RUF012
     requiresAnswer = False
+
+
+class Ping(amp.Command):
+    """Master to worker: answer this as soon as you read it. There is one at a time."""
+
+    response = []  # noqa: RUF012
 
 
 _MANIFEST = (b"name", b"negotiation", b"light", b"shard_by", b"pinning")

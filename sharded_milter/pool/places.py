@@ -34,6 +34,12 @@ class Place(Protocol):
     def stacks(self) -> None:
         """Has it write the Python stacks of all its threads, once it is ready."""
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it; a debugger does not count."""
+
+    def is_traced(self) -> bool:
+        """Whether a debugger holds it."""
+
     def memory(self) -> int:
         """The bytes of memory that it uses."""
 

@@ -3,7 +3,8 @@
 Start and reload are one act: a generation loads, and once all of its shards are READY it takes over
 and the one before drains. So a load that fails costs no shard that serves. Resizing changes the
 generations that there are. The pool hears what happens to shards; no answer passes through it. Once
-a second it replaces shards that are worn, and one where a job waits for a fresh shard.
+a second it replaces shards that are worn, and one where a job waits for a fresh shard, and has all
+look after their processes.
 """
 
 from __future__ import annotations
@@ -238,6 +239,8 @@ class Pool:
     def _tick(self) -> None:
         self._ticks += 1
         self._tick_call = self._reactor.callLater(TICK, self._tick)
+        for shard in self.shards:
+            shard.look()
         generation = self._serving
         if generation is None:
             return

@@ -26,6 +26,7 @@ from sharded_milter.dispatch.job import Blame, Job, Loss
 from sharded_milter.errors import BrokenRule, MilterError, MilterLoadError
 from sharded_milter.ipc.channel import MasterChannel
 from sharded_milter.ipc.messages import Answer
+from sharded_milter.pool.heartbeat import DEAF, Heartbeat, Pulse
 from sharded_milter.pool.places import Place
 from sharded_milter.pool.table import Cell, row
 from sharded_milter.protocol.negotiation import Manifest, Pinning
@@ -68,6 +69,8 @@ class Event(Enum):
     EXIT_DUE = auto()  # it was told to exit, and has had its time for that
     KILL = auto()
     SILENT = auto()  # its socket is closed, and it lives on
+    LOOK = auto()  # a second is over
+    PONGED = auto()  # it has answered a ping
     CLOSED = auto()  # its socket is closed
     EXITED = auto()  # the process is reaped
 
@@ -101,6 +104,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell[State]]] = {
         DRAIN=Cell(State.DRAINING, "_retire"),
         STOP=Cell(State.DRAINING, "_stop"),
         KILL=_KILL,
+        LOOK=Cell(State.SERVING, "_look"),
+        PONGED=Cell(State.SERVING, "_note_pong"),
         CLOSED=Cell(State.SERVING, "_lose_channel"),
         SILENT=_KILL,
         EXITED=_GONE,
@@ -115,6 +120,8 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell[State]]] = {
         EMPTIED=Cell(State.LEAVING, "_leave"),
         STOP=_KILL,
         KILL=_KILL,
+        LOOK=Cell(State.DRAINING, "_look"),
+        PONGED=Cell(State.DRAINING, "_note_pong"),
         CLOSED=Cell(State.DRAINING, "_lose_channel"),
         SILENT=_KILL,
         EXITED=_GONE,
@@ -182,6 +189,7 @@ class Shard:
         self._events = events
         self._reactor = reactor
         self._channel = MasterChannel(self, reactor)
+        self._heartbeat = Heartbeat()
         self._told_to_leave = False
         self._has_ended = False  # or its socket has
         self._calls: list[Any] = []  # what is due
@@ -217,6 +225,8 @@ class Shard:
 
     def give(self, number: int, job: Job) -> None:
         """Sends a job as the question of that number; raises OSError where memory is short."""
+        if self._heartbeat.is_quiet and self._channel.is_idle:
+            self._ping()  # if this is not answered, the job is not to blame
         if job.affinity is None:
             head = (job.letter, job.milter, 0, 0)
             self._channel.ask(number, head, job.connection, job.command or job.message)
@@ -240,6 +250,10 @@ class Shard:
     def kill(self, loss: Loss) -> None:
         """Ends the process and all its descendants at once."""
         self._happens(Event.KILL, loss)
+
+    def look(self) -> None:
+        """A second is over: one that was stopped, or is deaf while it is idle, is killed."""
+        self._happens(Event.LOOK)
 
     def dump_stacks(self) -> None:
         """Has the worker write the Python stacks of all its threads into the log."""
@@ -278,6 +292,10 @@ class Shard:
     def answered(self, number: int, answer: Answer) -> None:
         """It has answered the question of that number."""
         self._happens(Event.ANSWERED, number, answer)
+
+    def ponged(self) -> None:
+        """It has answered a ping."""
+        self._happens(Event.PONGED)
 
     def broke_rule(self, why: str) -> None:
         """It has said what no worker says: nothing more is taken from it.
@@ -326,6 +344,7 @@ class Shard:
         self._leave()
 
     def _take(self, number: int, answer: Answer) -> None:
+        self._heartbeat.heard()
         self.place.read_output()
         broken = self._work.answered(self, number, answer)
         if broken:
@@ -377,6 +396,26 @@ class Shard:
         self.died_at_work = self._work.lost(self, self.loss)
         ending = Ending.ENDED if self._told_to_leave else Ending.DIED
         self._events.shard_gone(self, ending if self.manifests else Ending.NOT_STARTED)
+
+    def _look(self) -> None:
+        self._channel.catch_up()  # what it has said until now counts
+        pulse = self._heartbeat.look(idle=self._channel.is_idle, stopped=self.place.is_stopped())
+        if pulse is Pulse.SILENT:
+            self._ping()
+        elif pulse is Pulse.STOPPED:
+            # Stopped before it was given anything, as far as is known, or at work on that.
+            blame = Blame.PLACE if self._heartbeat.is_asked else Blame.MESSAGE
+            self.kill(Loss("it was stopped by a signal", blame))
+        elif pulse is Pulse.DEAF and not self.place.is_traced():
+            why = f"it was idle and has not answered a ping within {DEAF} s"
+            self.kill(Loss(why, Blame.PLACE))
+
+    def _ping(self) -> None:
+        self._heartbeat.asked()
+        self._channel.ping()
+
+    def _note_pong(self) -> None:
+        self._heartbeat.answered()
 
     def _cancel_calls(self) -> None:
         for call in self._calls:

@@ -157,6 +157,26 @@ class Spawned:
         with suppress(ProcessExitedAlready):
             self._process.signalProcess(number)
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it (SIGSTOP); needs no descriptor.
+
+        One that a debugger has stopped is none that this is true of.
+        """
+        try:
+            options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, options) is not None
+        except ChildProcessError:
+            return False
+
+    def is_traced(self) -> bool:
+        """Whether a debugger or strace is attached to it; False where that cannot be known."""
+        try:
+            with open(f"/proc/{self.pid}/status", "rb") as status:
+                tracers = [line.split()[1] for line in status if line.startswith(b"TracerPid:")]
+        except OSError:
+            return False
+        return tracers not in ([], [b"0"])
+
     def memory(self) -> int:
         """The bytes of memory that the process has resident; 0 when that cannot be known."""
         import psutil  # here, because workers are started sooner without it

@@ -49,6 +49,8 @@ class Owner:
         self.heard.append(("answered", number, answer))
         self.then(number)
 
+    def ponged(self) -> None: ...
+
     def broke_rule(self, why: str) -> None:
         self.heard.append(("broke rule", why))
         self.then_stop()

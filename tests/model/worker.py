@@ -19,6 +19,7 @@ from sharded_milter.ipc.messages import (
     Answer,
     Ask,
     LoadFailed,
+    Ping,
     Question,
     Ready,
     Withdraw,
@@ -85,6 +86,14 @@ class Worker:
 
     def stacks(self) -> None:
         """It writes nothing."""
+
+    def is_stopped(self) -> bool:
+        """No signal stops it."""
+        return False
+
+    def is_traced(self) -> bool:
+        """No debugger holds it."""
+        return False
 
     def memory(self) -> int:
         """It needs none."""
@@ -169,6 +178,8 @@ class Worker:
                 if waiting[0] == box[b"tag"]:
                     self._questions.remove(waiting)
                     self.say(waiting[0], WITHDRAWN)
+        elif command == Ping.commandName:
+            self.wire.push(amp.AmpBox({amp.ANSWER: box[amp.ASK]}).serialize())
         elif command == Shutdown.commandName:
             self.told_to_leave = True
             if not self.stubborn:

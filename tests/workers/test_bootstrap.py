@@ -58,6 +58,19 @@ def test_collections_look_at_what_came_after_the_start_only(folder: Path) -> Non
         assert worker.ready().master.evaluated() == "True"
 
 
+def test_a_worker_answers_a_ping_before_a_question_that_came_with_it(folder: Path) -> None:
+    with Worker(folder) as worker:
+        master = worker.ready().master
+        master.told.clear()
+        for number in range(3):
+            master.put(number)
+            master.ping()
+        assert [master.answer() for _ in range(3)] == ["1"] * 3
+        while len(master.told) < 3:
+            master.dataReceived(master.sock.recv(65_536))
+        assert master.told == ["pong"] * 3
+
+
 def test_a_worker_ends_with_its_socket(folder: Path) -> None:
     with Worker(folder) as worker:
         worker.ready().sock.close()
@@ -74,6 +87,15 @@ def test_a_worker_ends_well_when_it_is_told_to(folder: Path) -> None:
         worker.master.until(done)
         worker.sock.close()
         assert worker.wait() == 0
+
+
+def test_a_worker_and_what_it_starts_bear_its_mark(folder: Path) -> None:
+    expression = (
+        "__import__('subprocess').run(['setsid', 'grep', 'locks', '/proc/self/limits'],"
+        " capture_output=True, text=True).stdout.split()[3:5]"
+    )
+    with Worker(folder, env={"EXPRESSION": expression}, mark=12345678) as worker:
+        assert eval(worker.ready().master.evaluated()) == ["12345678"] * 2
 
 
 def test_a_worker_leaves_the_signals_of_its_group_to_the_master(folder: Path) -> None:

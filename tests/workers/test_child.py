@@ -102,6 +102,8 @@ class Owner:
         assert number not in self.answers
         self.answers[number] = answer
 
+    def ponged(self) -> None: ...
+
     def broke_rule(self, why: str) -> None:
         raise AssertionError(why)
 
