@@ -82,15 +82,8 @@ def take_rights(settings: config.Settings, account: privileges.Account | None) -
 
     Raises NotPermitted or SystemRefused.
     """
-    from twisted.logger import Logger
-
     if account is not None:
         privileges.become(account)
-    if os.geteuid() == privileges.ROOT:
-        Logger().warn(
-            "the service runs as root, and so do milters that read hostile mail; {cure}",
-            cure=privileges.CURE,
-        )
     if settings.keep_dir:
         privileges.check_folder("--keep-dir", settings.keep_dir)
 
@@ -307,6 +300,11 @@ class _Run:
         for line in filter(None, [self._warning, *warnings]):
             self._log.warn("{line}", line=line)
         names = [listener.address.for_postfix(listener.port) for listener in listeners]
+        if os.geteuid() == privileges.ROOT:
+            self._log.warn(
+                "the service runs as root, and so do milters that read hostile mail; {cure}",
+                cure=privileges.CURE,
+            )
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
             n=self._workers,

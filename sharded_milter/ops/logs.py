@@ -112,18 +112,28 @@ def _traceback(failure: Failure) -> list[str]:
     return [printable(line) for line in text.split("\n")]
 
 
-class Stream(io.TextIOBase):
-    """What is written to standard error, line by line, once the log has begun."""
+class Lines:
+    """Takes whole lines, which are escaped already."""
 
-    def __init__(self, writer: LogWriter, descriptor: int, encoding: str) -> None:
-        self._writer = writer
+    def __init__(self, writer: LogWriter, encoding: str) -> None:
+        self.writer = writer
+        self.encoding = encoding
+
+    def write(self, text: str, /) -> None:
+        self.writer.write(text.encode(self.encoding, "backslashreplace"))
+
+
+class Stream(io.TextIOBase):
+    """Standard error once the log has begun: it takes text, whatever that is, as lines."""
+
+    def __init__(self, lines: Lines, descriptor: int) -> None:
+        self._lines = lines
         self._descriptor = descriptor
-        self._encoding = encoding
         self._rest = ""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # an attribute that typeshed lets be set
-        return self._encoding
+        return self._lines.encoding
 
     def writable(self) -> bool:
         return True
@@ -139,15 +149,14 @@ class Stream(io.TextIOBase):
         if len(self._rest) > MAX_LINE:
             lines, self._rest = [*lines, self._rest], ""
         if lines:
-            data = "".join(f"{printable(line)}\n" for line in lines)
-            self._writer.write(data.encode(self._encoding, "backslashreplace"))
+            self._lines.write("".join(f"{printable(line)}\n" for line in lines))
         return len(text)
 
     def end(self) -> None:
         """Writes what lacks its line's end, and gives what still waits a moment."""
         if self._rest:
             self.write("\n")
-        self._writer.close()
+        self._lines.writer.close()
 
 
 def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -167,10 +176,11 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
         said = f"{dropped} log lines were dropped: standard error did not take them"
         return observer.text(LogLevel.warn, time.time(), [said]).encode(encoding)
 
-    stream = Stream(LogWriter(descriptor, notice), descriptor, encoding)
+    lines = Lines(LogWriter(descriptor, notice), encoding)
+    stream = Stream(lines, descriptor)
     atexit.register(stream.end)
     sys.stderr = stream
-    observer = LineObserver(stream, journald="JOURNAL_STREAM" in environ)
+    observer = LineObserver(lines, journald="JOURNAL_STREAM" in environ)
     globalLogBeginner.beginLoggingTo(
         [FilteringLogObserver(observer, [predicate])], redirectStandardIO=False
     )

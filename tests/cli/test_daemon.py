@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from integration.machine import free_port
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
@@ -127,16 +128,6 @@ def test_root_runs_no_scanner_and_no_script(
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         with pytest.raises(NotPermitted, match=f"^{what} does not run as root"):
             serve(found)
-
-
-@pytest.mark.parametrize("uid", [0, 1234])
-def test_root_is_warned_of_itself_with_the_cure(uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = settings(monkeypatch, "x:y")
-    monkeypatch.setattr(os, "geteuid", lambda: uid)
-    with capturedLogs() as events:
-        take_rights(chosen, None)
-    said = [event["log_format"].format(**event) for event in events]
-    assert ["say --user NAME" in line for line in said] == [True] * (uid == 0)
 
 
 def test_a_keep_dir_is_looked_at_with_the_rights_that_will_use_it(
@@ -278,6 +269,17 @@ def begin_and_end(server: FakeServer) -> None:
     server.started.callback(None)
     os.kill(os.getpid(), signal.SIGTERM)
     server.stopped.callback(None)
+
+
+@pytest.mark.parametrize("uid", [0, 1234])
+def test_root_is_warned_of_itself_with_the_cure_when_it_serves(
+    uid: int, running: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    with capturedLogs() as events:
+        assert running(begin_and_end, "--listen", f"inet:{free_port()}@127.0.0.1", "x:y") == 0
+    said = [event["log_format"].format(**event) for event in events]
+    assert [line.endswith("; say --user NAME") for line in said] == [True] * (uid == 0) + [False]
 
 
 def test_what_has_started_is_not_looked_at_by_collections(running: Any, socket_path: Path) -> None:
