@@ -153,3 +153,8 @@ def test_the_macros_of_a_stage_are_a_short_list(names: Any) -> None:
 def test_a_macro_name_is_spelled_as_the_mta_does(name: Any) -> None:
     with pytest.raises(InvalidValue, match="macro"):
         Milter("a", macros={"eom": [name]})
+
+
+def test_a_milter_opts_in_to_the_sandbox() -> None:
+    assert not Milter("x").sandbox
+    assert Milter("x", sandbox=True).sandbox

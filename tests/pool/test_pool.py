@@ -9,8 +9,9 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import capturedLogs
 
 from sharded_milter.errors import ConfigError, MilterLoadError, SystemRefused
+from sharded_milter.ipc.messages import Sandboxed
 from sharded_milter.pool.pool import TICK
-from sharded_milter.pool.shard import State
+from sharded_milter.pool.shard import MAX_SANDBOX_TEXT, State
 
 # Starting
 
@@ -27,6 +28,28 @@ def test_the_pool_has_started_when_every_worker_is_ready() -> None:
     assert bench.pool.socket == "unix:/s"
     assert {shard.slot for shard in bench.pool.shards} == {1, 2}
     assert bench.serving == [0, 1]
+
+
+@pytest.mark.parametrize(("incomplete", "level"), [(b"", "info"), (b"yes", "warn")])
+def test_what_became_of_the_sandbox_is_said_once(incomplete: bytes, level: str) -> None:
+    bench = Bench(3, ready=False)
+    bench.start()
+    with capturedLogs() as events:
+        for place, text in zip(bench.places, (b"same", b"same", b"other"), strict=True):
+            place.say(Sandboxed, text=text, incomplete=incomplete)
+            place.deliver()
+        bench.be_ready()
+    said = [event for event in events if event["log_format"] == "{text}"]
+    assert [event["text"] for event in said] == ["same", "other"]
+    assert {event["log_level"].name for event in said} == {level}
+
+
+def test_a_sentence_of_a_worker_has_an_end() -> None:
+    bench = Bench(1, ready=False)
+    bench.start()
+    bench.places[0].say(Sandboxed, text=b"x" * 60_000, incomplete=b"")
+    bench.places[0].deliver()
+    assert bench.shards[0].sandbox == ("x" * MAX_SANDBOX_TEXT, False)
 
 
 def test_a_pool_without_workers_has_started_at_once() -> None:

@@ -22,6 +22,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
+from sharded_milter.errors import MilterLoadError
 from sharded_milter.ipc.channel import MasterChannel
 from sharded_milter.ipc.memory import MAX_INLINE, Memory, packed
 from sharded_milter.ipc.messages import MAX_LINE, MAX_PACKETS, WITHDRAWN, Answer, Ask
@@ -29,6 +30,7 @@ from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
 from sharded_milter.workers.child import MAX_IN_A_TURN, Child
+from sharded_milter.workers.sandbox import NO_SANDBOX, Report, Sandbox
 
 MILTER = """
 import asyncio, json, sys
@@ -114,9 +116,10 @@ class Owner:
 class Room:
     """A child and its master, connected in memory."""
 
-    def __init__(self, spec: str = "child_milter:milter") -> None:
+    def __init__(self, spec: str = "child_milter:milter", sandbox: Sandbox = NO_SANDBOX) -> None:
         self.clock, self.owner = Clock(), Owner()
-        self.master, self.child = MasterChannel(self.owner, self.clock), Child([spec])
+        self.master = MasterChannel(self.owner, self.clock)
+        self.child = Child([spec], sandbox=sandbox)
         self.ours, self.theirs = Link(), Link()
         self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
         self.child.makeConnection(self.theirs)
@@ -172,6 +175,40 @@ def descriptors() -> int:
 
 
 # The start
+
+
+class Cage(Sandbox):
+    """Keeps what is to be shut in, and is never entered."""
+
+    def enter(self, milters: Any, specs: Any) -> Report:
+        assert [milter.manifest.name for milter in milters] == ["child"]
+        assert specs == ["child_milter:milter"]
+        return self._report()
+
+    def _report(self) -> Report:
+        return Report("shut in", True)
+
+    def cure(self, error: BaseException) -> str:
+        return f"do allow {error}"
+
+
+class Broken(Cage):
+    def _report(self) -> Report:
+        raise MilterLoadError("no sandbox here")
+
+
+def test_the_sandbox_is_entered_and_told_before_the_worker_is_ready(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    room = Room(sandbox=Cage())
+    assert [what for what, *_ in room.told] == ["sandboxed", "ready"]
+    assert room.told[0] == ("sandboxed", b"shut in", True)
+    room.call("fail(PermissionError('this'))")
+    assert capsys.readouterr().err.endswith("PermissionError: this\ndo allow this\n")
+
+
+def test_a_sandbox_that_cannot_be_entered_is_a_milter_that_cannot_be_loaded() -> None:
+    assert Room(sandbox=Broken()).told == [("load failed", b"no sandbox here", b"")]
 
 
 def test_a_milter_that_is_loaded_is_told_with_its_manifest() -> None:
