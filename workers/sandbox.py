@@ -75,35 +75,43 @@ class Sandbox:
                 f"workers are not sandboxed: {', '.join(others)} has not opted in"
                 " (sandbox = True); --sandbox on is for every milter"
             )
-        missing: list[str] = []
         restrict_resources()
         landlock.no_new_privileges()
         version = landlock.abi(self.max_abi)
-        library = None
-        try:
-            library = seccomp.library()
-        except seccomp.Unavailable as error:
-            missing.append(f"seccomp ({error.strerror or error})")
-        if not version:
-            missing.append("Landlock (the kernel has none; it came with Linux 5.13)")
-        unrestricted = _other_threads() if version < landlock.ALL_THREADS_SINCE else 0
-        if unrestricted:
-            missing.append(
-                f"Landlock in {unrestricted} threads that a milter has started when it was"
-                " imported (start them at the first message)"
-            )
+        lacks = filter(None, (self._restrict_files(version, specs), self._restrict_calls(version)))
+        missing = list(lacks)
         if missing and self.mode == "on":
             raise MilterLoadError(
                 f"--sandbox on, but there is no {' and no '.join(missing)}; --sandbox auto goes on"
                 " without"
             )
-        if version:
-            landlock.restrict(self._paths(specs), version, network=self._may("network"))
-        if library is not None:
-            seccomp.restrict(library, self._rules(version))
         if missing:
             return Report(f"workers are sandboxed without {' and '.join(missing)}", True)
         return Report(f"workers are sandboxed, with Landlock {version}")
+
+    def _restrict_files(self, version: int, specs: Sequence[str]) -> str:
+        """Enters Landlock; returns what is missing."""
+        if not version:
+            return "Landlock (the kernel has none; it came with Linux 5.13)"
+        threads = _other_threads() if version < landlock.ALL_THREADS_SINCE else 0
+        try:
+            landlock.restrict(self._paths(specs), version, network=self._may("network"))
+        except OSError as error:
+            return f"Landlock ({error.strerror})"
+        if threads:
+            return (
+                f"Landlock in {threads} threads that a milter has started when it was imported"
+                " (start them at the first message)"
+            )
+        return ""
+
+    def _restrict_calls(self, version: int) -> str:
+        """Enters seccomp, and nothing else can be entered then; returns what is missing."""
+        try:
+            seccomp.restrict(seccomp.library(), self._rules(version))
+        except seccomp.Unavailable as error:
+            return f"seccomp ({error})"
+        return ""
 
     def cure(self, error: BaseException) -> str:
         """Which option would allow what was refused; empty where the sandbox is not to blame."""

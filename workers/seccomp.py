@@ -33,8 +33,7 @@ ALWAYS = (
     "readlink", "readlinkat", "statfs", "fstatfs",
     "getcwd", "chdir", "fchdir", "getdents", "getdents64", "umask", "flock", "dup", "dup2",
     "dup3", "pipe", "pipe2",
-    "mmap", "munmap", "mprotect", "mremap", "madvise", "brk", "msync", "mincore",
-    "memfd_create",
+    "mmap", "munmap", "mprotect", "mremap", "madvise", "brk", "msync",
     "eventfd", "eventfd2", "timerfd_create", "timerfd_settime", "timerfd_gettime",
     "sendmsg", "recvmsg", "sendto", "recvfrom", "sendmmsg", "recvmmsg",
     "getsockname", "getpeername", "getsockopt", "shutdown",
@@ -77,7 +76,7 @@ _COMMANDS = (
     *(fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
     *(36, 37, 38),  # F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW
     *(fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS),
-    *(1031, 1032),  # F_SETPIPE_SZ, F_GETPIPE_SZ
+    1032,  # F_GETPIPE_SZ
 )
 
 # TCGETS, TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Not TIOCSTI.
@@ -91,6 +90,8 @@ _CLONE_PARENT = 0x0000_8000
 # New namespaces: CGROUP, UTS, IPC, USER, PID, NET, NS.
 _CLONE_NAMESPACES = 0x7E02_0000
 
+_MEMFD_FLAGS = 0x1B  # CLOEXEC, ALLOW_SEALING, NOEXEC_SEAL, EXEC
+
 _SOCK_TYPE = 0xF
 _IPV4_AND_6 = (socket.AF_INET, socket.AF_INET6)
 
@@ -101,7 +102,7 @@ _BAD_ARCHITECTURE, _ALL_THREADS, _OPTIMIZE = 2, 4, 8  # attributes of a filter
 _BINARY_TREE = 2
 
 
-class Unavailable(OSError):
+class Unavailable(Exception):
     """There is no filter; the text says what is missing."""
 
 
@@ -145,6 +146,8 @@ def rules(
         *(Rule("prctl", (equal(0, option),)) for option in _PRCTLS),
         # One's own limits, to read them.
         *(Rule("prlimit64", (equal(0, who), equal(2, 0))) for who in (0, pid)),
+        # Sealed or not, executable or not, but not of huge pages, which all processes share.
+        Rule("memfd_create", (masked(1, 0xFFFF_FFFF & ~_MEMFD_FLAGS, 0),)),
         # An unconnected datagram socket could send to any UNIX socket by its path.
         Rule("socketpair", (equal(0, socket.AF_UNIX), masked(1, _SOCK_TYPE, socket.SOCK_STREAM))),
         Rule(

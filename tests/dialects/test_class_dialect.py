@@ -72,6 +72,18 @@ def test_a_manifest_says_who_it_is_and_whether_it_can_be_rebuilt() -> None:
     assert manifest(Stage.EOM).light == frozenset()
 
 
+def test_a_class_opts_in_to_the_sandbox() -> None:
+    class Plain(Milter):
+        def xxfi_eom(self) -> ReturnCodes:
+            return ReturnCodes.ACCEPT
+
+    class Sandboxed(Plain):
+        sandbox = True
+
+    assert not as_dialect(Plain).sandbox
+    assert as_dialect(Sandboxed).sandbox
+
+
 def test_a_callback_of_an_object_alone_counts() -> None:
     class Built(Milter):
         def __init__(self, factory: Any, protocol: Any) -> None:

@@ -161,6 +161,7 @@ def attempts(ground: Ground) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "raise its own limits", lambda: call("prlimit64", 0, 7, _bytes(16, 1), None)
     yield "take priority", lambda: os.setpriority(os.PRIO_PROCESS, victim, 19)
     yield "be dumpable again", lambda: _prctl(4, 1)
+    yield "huge pages", lambda: os.memfd_create("huge", os.MFD_HUGETLB)
     yield "see who traces", lambda: _prctl(0x59616D61, -1)
     # Sockets
     yield "IPv4", lambda: socket.socket(socket.AF_INET)
