@@ -32,7 +32,7 @@ from sharded_milter.protocol.stages import Stage
 from sharded_milter.testing.mta import Mail, MtaClient
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS_OPTIONS = {"--help", "--ms"}  # the latter is of a bench script
 PROGRAMS: list[click.Command] = [daemon, *ctl.commands.values()]
 
