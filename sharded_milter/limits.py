@@ -50,7 +50,8 @@ class Limits:
     # MTA connections at a time; more are told to come back. Each is a descriptor: with workers, and
     # memory for large messages, so many fit into a limit of 20,000.
     max_connections: int = 16_000
-    # Bytes of all messages that are not answered yet; above it new ones get a 452.
+    # Bytes that are held for MTAs: messages until their scans end, pieces of packets, answers that
+    # are not read, and 10 KB for each connection that has any; above it new messages get a 452.
     max_inflight_bytes: int = 1024 * 1024 * 1024
     # The packets that an MTA may send if it offers them: 64K, 256K or 1M. None of today's does.
     max_data_size: str = "64K"

@@ -200,7 +200,7 @@ _LIMITS: Mapping[str, tuple[Any, str]] = {
         "Bytes of memory above which a worker is replaced; 0: never.",
     ),
     "max_connections": (_COUNT, "MTA connections at a time; more are told to come back."),
-    "max_inflight_bytes": (_COUNT, "Bytes of unanswered messages; above it new ones get a 452."),
+    "max_inflight_bytes": (_COUNT, "Bytes held for MTAs; above it new messages get a 452."),
     "retries": (click.IntRange(min=0), "How often a message goes on when its worker died."),
     "worker_start_timeout": (_SECONDS, "Seconds for a worker to import the milter."),
     "idle_timeout": (_SECONDS, "Seconds after which a silent MTA connection is closed."),
