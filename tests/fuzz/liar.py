@@ -54,7 +54,8 @@ class Reactor(Clock):
             due = [call for call in self.getDelayedCalls() if call.getTime() <= self.seconds()]
             if not ready and not due:
                 return
-            for act in (*ready, partial(self.advance, 0)):
+            acts: list[Callable[[], Any]] = [*ready, partial(self.advance, 0)]
+            for act in acts:
                 began = time.perf_counter()
                 act()
                 self.longest = max(self.longest, time.perf_counter() - began)
