@@ -148,13 +148,13 @@ class Dispatcher:
             self.counters["attempts_superseded"] += 1
             self._shards.capacity(pipeline)
             return ""
-        self.counters["attempts_answered"] += 1
         job.attempts.remove(attempt)
         job.started, job.slot = attempt.began, pipeline.slot
         if answer.short or answer.lost:
             self._came_to_nothing(job, answer)
             self._shards.capacity(pipeline)
             return ""
+        self.counters["attempts_answered"] += 1
         self._ends.close(job)
         self._shards.capacity(pipeline)
         self._ends.tell(
