@@ -69,7 +69,7 @@ def test_a_message_that_still_grows_is_told_as_a_copy_of_what_is_new() -> None:
     news = affinity.tell(b"connection", memory)
     assert isinstance(news.message, Memory)
     assert news.message.is_sealed
-    assert (news.start, view_of(news.message)) == (0, bytes(MAX_INLINE + 1))
+    assert (news.start, bytes(view_of(news.message))) == (0, bytes(MAX_INLINE + 1))
     memory.seal()
     whole = affinity.tell(b"connection", memory)
     assert (whole.start, whole.message) == (len(memory), memory)
