@@ -83,8 +83,10 @@ class AttemptClocks:
 
     def _past_limit(self, attempt: Attempt, deadline: float) -> None:
         attempt.limit = None
-        if not attempt.pipeline.available:  # it is killed already
-            return
+        attempt.pipeline.shard.catch_up()
+        pipeline = attempt.pipeline
+        if not pipeline.available or attempt.number not in pipeline.attempts:
+            return  # it is killed already, or has answered while this process slept
         self._counters["deadlines"] += 1
         reason = f"{attempt.job.about} was not answered within {deadline:g} s"
         attempt.pipeline.shard.kill(Loss(reason, Blame.MESSAGE, attempt.number))
@@ -153,7 +155,14 @@ class JobClocks:
                 attempt.pipeline.shard.dump_stacks()
 
     def _past_deadline(self, job: Job) -> None:
-        """The deadline: the MTA hears at once; a shard is killed if this scan took the time."""
+        """The deadline: the MTA hears at once; a shard is killed if this scan took the time.
+
+        It may have answered while this process slept.
+        """
+        for attempt in list(job.attempts):
+            attempt.pipeline.shard.catch_up()
+        if job.done:
+            return
         self._counters["deadlines"] += 1
         deadline, now = self._limits.deadline(job.stage), self._reactor.seconds()
         reason = f"{job.about} was not answered within {deadline:g} s"

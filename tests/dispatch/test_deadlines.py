@@ -35,6 +35,29 @@ def test_at_the_deadline_the_answer_comes_at_once_and_the_worker_is_killed(
     assert workers.counters["deadlines"] == 1
 
 
+def test_an_answer_that_arrived_while_the_master_slept_counts_at_the_deadline() -> None:
+    workers = Workers(**DEADLINES)
+    result = workers.submit()
+    [shard] = workers.shards
+    workers.wait(180.0)
+    shard.arrived.append(shard.answer)
+    workers.wait(20.0)
+    assert result.only == b"replies"
+    assert shard.told == ["dump stacks"]
+    assert workers.counters["deadlines"] == 0
+
+
+def test_so_it_does_for_one_whose_answer_is_not_awaited() -> None:
+    workers = Workers(**DEADLINES)
+    cancelled = workers.submit()
+    workers.dispatcher.cancel(cancelled.job)
+    [shard] = workers.shards
+    shard.arrived.append(shard.answer)
+    workers.wait(200.0)
+    assert shard.told == []
+    assert (workers.counters["deadlines"], cancelled.values) == (0, [])
+
+
 def test_a_worker_that_dies_of_the_kill_counts_no_second_deadline() -> None:
     workers = Workers(2, **DEADLINES)
     result = workers.submit()
