@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from sharded_milter import __version__, descriptors
+from sharded_milter.cli import threads
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, NotPermitted, UsageError
 from sharded_milter.mta.addresses import Address, parse_listen
@@ -334,7 +335,21 @@ class _Run:
         again, self._stopping = self._stopping, True
         stopped = self._server.stop(quick=quick or again)
         if not again:
-            stopped.addCallback(lambda _: self._reactor.stop())
+            stopped.addCallback(lambda _: self._end())
+
+    def _end(self) -> None:
+        """The service is over; a milter's thread that is not must not keep the process."""
+        if self._settings.in_master and self._failure is None:
+            threads.leave_after(threads.GRACE, os.EX_OK, self._leave_threads)
+        self._reactor.stop()
+
+    def _leave_threads(self, names: str) -> None:
+        self._descendants.finish()
+        self._log.warn(
+            "threads of milters in the master have not ended within {n:g} s, and are left: {names}",
+            n=threads.GRACE,
+            names=names,
+        )
 
 
 def main() -> None:
