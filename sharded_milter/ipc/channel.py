@@ -112,11 +112,14 @@ class MasterChannel(Boxes, amp.AMP):
 
         Of memory that still grows the worker gets a copy.
         """
-        parts = (passable(connection), passable(message), passable(command))
+        parts = (connection, message, command)
+        memory = [part for part in parts if isinstance(part, Memory)]
+        if memory:
+            parts = (passable(connection), passable(message), passable(command))
+            memory = [part for part in parts if isinstance(part, Memory)]
         tag = _TAG % number
         self._to_send.append(question_box(tag, head, *parts, self))
         self._asked[tag] = number
-        memory = [part for part in parts if isinstance(part, Memory)]
         self._sending += memory
         # A descriptor waits in the transport already, which breaks if no data is behind it when
         # the socket is writable.
@@ -202,7 +205,7 @@ class MasterChannel(Boxes, amp.AMP):
         except OSError as error:
             self._owner.answered(number, Answer(lost=_lack(error)))
             return
-        if any(type(value) is Received for value in values):
+        if Received in map(type, values):
             self._read_large(number, values)
         else:
             self._owner.answered(number, Answer._make((*values, b"")))

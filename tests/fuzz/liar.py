@@ -56,9 +56,9 @@ class Reactor(Clock):
                 return
             acts: list[Callable[[], Any]] = [*ready, partial(self.advance, 0)]
             for act in acts:
-                began = time.perf_counter()
+                began = time.thread_time()  # the machine may have other things to do besides
                 act()
-                self.longest = max(self.longest, time.perf_counter() - began)
+                self.longest = max(self.longest, time.thread_time() - began)
         raise AssertionError("it never comes to rest")
 
     def _ready(self) -> list[Callable[[], None]]:
