@@ -202,7 +202,7 @@ class MasterChannel(Boxes, amp.AMP):
             values = ANSWER.read(box, self)
         except BrokenRule as rule:
             raise BrokenRule(f"its answer cannot be read: {rule}") from None
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._owner.answered(number, Answer(lost=_lack(error)))
             return
         if Received in map(type, values):
@@ -244,7 +244,7 @@ class MasterChannel(Boxes, amp.AMP):
             self._large = None
             self.broke_rule(f"its answer cannot be read: {rule}")
             return
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             answer = Answer(lost=_lack(error))
         self._large = None
         self._owner.answered(number, answer)
@@ -316,5 +316,6 @@ class MasterChannel(Boxes, amp.AMP):
             transport.abortConnection()
 
 
-def _lack(error: OSError) -> bytes:
-    return f"the master cannot take the answer: {error.strerror}".encode()
+def _lack(error: OSError | MemoryError) -> bytes:
+    why = "there is no memory left" if isinstance(error, MemoryError) else error.strerror
+    return f"the master cannot take the answer: {why}".encode()

@@ -156,16 +156,18 @@ class Schema:
     def read(self, box: Mapping[bytes, bytes], channel: Descriptors) -> list[Any]:
         """The values of a box in the fields' order; empty bytes where it has none.
 
-        Raises BrokenRule for what `write` does not write, OSError for memory that got lost.
+        Raises BrokenRule for what `write` does not write, OSError for memory that got lost, and
+        MemoryError where there is none for it.
         """
-        values, lost = [], None
+        values: list[Any] = []
+        lost: Exception | None = None
         for key, field in self._fields:
             if key in box:
                 try:
                     values.append(field.unpack(box[key], channel))
                 except BrokenRule as rule:
                     raise BrokenRule(f"{key.decode()}: {rule}") from None
-                except OSError as error:
+                except (OSError, MemoryError) as error:
                     lost = error  # what has come with the other fields is claimed all the same
             elif field.always:
                 raise BrokenRule(f"{key.decode()}: it is missing")
@@ -179,5 +181,5 @@ class Schema:
         """Lets go of the memory that has come with a box which is not read."""
         for key, field in self._fields:
             if key in box:
-                with suppress(BrokenRule, OSError):
+                with suppress(BrokenRule, OSError, MemoryError):
                     field.unpack(box[key], channel)

@@ -275,19 +275,31 @@ def test_a_large_answer_that_is_not_read_whole_is_given_up_with_its_worker() -> 
     assert descriptors() == before
 
 
-def test_where_the_memory_of_a_large_answer_cannot_be_read_it_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("size", [LARGE, AT_ONCE + 1])
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(12, "Cannot allocate memory"), b"Cannot allocate memory"),
+        (MemoryError(), b"there is no memory left"),
+    ],
+)
+def test_where_the_memory_of_an_answer_cannot_be_read_the_answer_is_lost(
+    size: int, error: Exception, why: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> bytes:
-        raise OSError(12, "Cannot allocate memory")
+        raise error
 
+    before = descriptors()
     room = Room()
-    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))), (2, Answer()))
-    room.pump()
-    monkeypatch.setattr(os, "pread", refuse)
-    room.work()
-    why = b"the master cannot take the answer: Cannot allocate memory"
-    assert room.owner.heard == [("answered", 1, Answer(lost=why)), ("answered", 2, Answer())]
+    room.say((1, Answer(in_memory(bytes(size)))), (2, Answer()))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", refuse)
+        room.pump()
+        room.work()
+    lost = Answer(lost=b"the master cannot take the answer: " + why)
+    assert room.owner.heard == [("answered", 1, lost), ("answered", 2, Answer())]
+    error.__traceback__ = None
+    assert descriptors() == before
 
 
 def test_a_defect_of_ours_at_a_large_answer_is_logged_and_ends_the_connection() -> None:
