@@ -130,7 +130,7 @@ def test_a_message_without_room_is_refused_at_the_next_question(stage: str) -> N
     assert mta.pool.jobs == []
 
 
-@pytest.mark.parametrize("method", ["__init__", "append"])
+@pytest.mark.parametrize("method", ["__init__", "append", "seal"])
 def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
