@@ -79,6 +79,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._loading = loading
         self._socket = socket
         self._sandbox = sandbox
+        self._is_shut_in = False
         self._dialects: list[Dialect] = []
         self._questions: deque[amp.AmpBox] = deque()
         self._at_work = False
@@ -97,6 +98,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             self._tell(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
             return
         milters = [_introduced(dialect.manifest) for dialect in self._dialects]
+        self._is_shut_in = report.entered
         if report.text:
             text = _log_text(report.text)[:MAX_TEXT]
             self._tell(Sandboxed, text=text, incomplete=b"yes" * report.incomplete)
@@ -234,7 +236,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     def _failed(self, failure: Any) -> Answer:
         error = failure.value
         traceback.print_exception(type(error), error, failure.getTracebackObject())
-        cure = self._sandbox.cure(error)
+        cure = self._sandbox.cure(error) if self._is_shut_in else ""
         if cure:
             print(cure, file=sys.stderr)
         sys.stderr.flush()

@@ -40,11 +40,12 @@ _NULL = "/dev/null"
 class Report(NamedTuple):
     """What became of it, in a sentence for the log; empty where nothing is to be said.
 
-    `incomplete` where something is not as it should be.
+    `incomplete` where something is not as it should be; `entered` where the process is shut in.
     """
 
     text: str = ""
     incomplete: bool = False
+    entered: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,18 @@ class Sandbox:
         restrict_resources()
         landlock.no_new_privileges()
         version = landlock.abi(self.max_abi)
-        lacks = filter(None, (self._restrict_files(version, specs), self._restrict_calls(version)))
-        missing = list(lacks)
+        lacks_files = self._restrict_files(version, specs)
+        # Where Landlock does not have all of the process, seccomp must do without it.
+        lacks_calls = self._restrict_calls(0 if lacks_files else version)
+        missing = list(filter(None, (lacks_files, lacks_calls)))
         if missing and self.mode == "on":
             raise MilterLoadError(
                 f"--sandbox on, but there is no {' and no '.join(missing)}; --sandbox auto goes on"
                 " without"
             )
         if missing:
-            return Report(f"workers are sandboxed without {' and '.join(missing)}", True)
-        return Report(f"workers are sandboxed, with Landlock {version}")
+            return Report(f"workers are sandboxed without {' and '.join(missing)}", True, True)
+        return Report(f"workers are sandboxed, with Landlock {version}", entered=True)
 
     def _restrict_files(self, version: int, specs: Sequence[str]) -> str:
         """Enters Landlock; returns what is missing."""
@@ -114,9 +117,10 @@ class Sandbox:
         return ""
 
     def cure(self, error: BaseException) -> str:
-        """Which option would allow what was refused; empty where the sandbox is not to blame."""
-        if self.mode == "off":
-            return ""
+        """Which option would allow what was refused to a process that is shut in.
+
+        Empty where the sandbox is not to blame.
+        """
         return cure(error, self.allow)
 
     def _may(self, what: str) -> bool:

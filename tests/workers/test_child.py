@@ -186,10 +186,15 @@ class Cage(Sandbox):
         return self._report()
 
     def _report(self) -> Report:
-        return Report("shut in", True)
+        return Report("shut in", True, entered=True)
 
     def cure(self, error: BaseException) -> str:
         return f"do allow {error}"
+
+
+class Open(Cage):
+    def _report(self) -> Report:
+        return Report("not shut in")
 
 
 class Broken(Cage):
@@ -205,6 +210,13 @@ def test_the_sandbox_is_entered_and_told_before_the_worker_is_ready(
     assert room.told[0] == ("sandboxed", b"shut in", True)
     room.call("fail(PermissionError('this'))")
     assert capsys.readouterr().err.endswith("PermissionError: this\ndo allow this\n")
+
+
+def test_a_worker_that_is_not_shut_in_gives_no_advice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Room(sandbox=Open()).call("fail(PermissionError('this'))")
+    assert capsys.readouterr().err.endswith("PermissionError: this\n")
 
 
 def test_a_sandbox_that_cannot_be_entered_is_a_milter_that_cannot_be_loaded() -> None:

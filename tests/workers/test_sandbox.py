@@ -13,7 +13,7 @@ from sharded_milter.dialects.functions.dialect import FunctionDialect
 from sharded_milter.errors import MilterLoadError
 from sharded_milter.workers import landlock, sandbox, seccomp
 from sharded_milter.workers.landlock import READ, RUN, WRITE, Right
-from sharded_milter.workers.sandbox import MAX_DESCRIPTORS, NO_SANDBOX, Report, Sandbox
+from sharded_milter.workers.sandbox import MAX_DESCRIPTORS, Report, Sandbox
 
 
 class Machine:
@@ -25,6 +25,7 @@ class Machine:
         self.did: list[str] = []
         self.paths: dict[str, Right] = {}
         self.rules: list[str] = []
+        self.opens_for_writing = False
         monkeypatch.setattr(sandbox, "restrict_resources", lambda: self.did.append("limits"))
         monkeypatch.setattr(landlock, "no_new_privileges", lambda: self.did.append("privileges"))
         monkeypatch.setattr(landlock, "abi", lambda most: self.landlock)
@@ -46,6 +47,7 @@ class Machine:
 
     def _restrict_calls(self, found: str, rules: Sequence[seccomp.Rule]) -> None:
         self.did.append("seccomp")
+        self.opens_for_writing = sum(rule.call == "openat" for rule in rules) > 1
         self.rules = [rule.call for rule in rules if not rule.comparisons]
 
     def enter(self, *opted_in: bool, **arguments: Any) -> Report:
@@ -68,14 +70,15 @@ ALL = ["limits", "privileges", "landlock 6", "seccomp"]
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_all_parts_are_entered_and_seccomp_last(machine: Machine, mode: str) -> None:
     """It would forbid the others."""
-    assert machine.enter(mode=mode) == Report("workers are sandboxed, with Landlock 6")
+    assert machine.enter(mode=mode) == Report(
+        "workers are sandboxed, with Landlock 6", entered=True
+    )
     assert machine.did == ALL
 
 
 def test_off_does_nothing_and_says_nothing(machine: Machine) -> None:
     assert machine.enter(mode="off") == Report()
     assert machine.did == []
-    assert NO_SANDBOX.cure(PermissionError(13, "no", "/etc/passwd")) == ""
 
 
 def test_auto_needs_the_word_of_every_milter(machine: Machine) -> None:
@@ -101,7 +104,7 @@ def test_auto_goes_on_without_landlock_and_says_so(machine: Machine) -> None:
 def test_auto_goes_on_without_seccomp_and_says_so(machine: Machine) -> None:
     machine.missing = "no library"
     assert machine.enter(mode="auto") == Report(
-        "workers are sandboxed without seccomp (no library)", True
+        "workers are sandboxed without seccomp (no library)", True, True
     )
     assert machine.did == ["limits", "privileges", "landlock 6"]
 
@@ -112,6 +115,7 @@ def test_auto_says_that_threads_of_before_can_read_files(machine: Machine) -> No
     assert report.incomplete
     assert report.text.startswith("workers are sandboxed without Landlock in 3 threads ")
     assert machine.did == ALL
+    assert not machine.opens_for_writing, "Landlock does not know what these threads open"
 
 
 def test_a_kernel_that_restricts_all_threads_asks_for_none(machine: Machine) -> None:
@@ -149,7 +153,8 @@ def test_a_kernel_that_refuses_a_part_has_none(machine: Machine, mode: str) -> N
         assert words.format("no ") in str(caught.value)
     else:
         report = machine.enter(mode=mode)
-        assert report == Report(f"workers are sandboxed without {words.format('')}", True)
+        assert not machine.opens_for_writing
+        assert report == Report(f"workers are sandboxed without {words.format('')}", True, True)
 
 
 def test_the_operators_paths_are_added(machine: Machine) -> None:
@@ -161,6 +166,11 @@ def test_the_operators_paths_are_added(machine: Machine) -> None:
     assert "/etc/hosts" not in machine.paths
     assert {"unlink", "mkdirat"} <= set(machine.rules)
     assert not {"connect", "execve"} & set(machine.rules)
+
+
+def test_landlock_decides_what_is_opened_for_writing(machine: Machine) -> None:
+    machine.enter(mode="on")
+    assert machine.opens_for_writing
 
 
 def test_network_and_subprocess_are_added(machine: Machine) -> None:
