@@ -1,4 +1,4 @@
-"""Threads of a milter in the master that will not end do not hold up the service's end."""
+"""What milters in the master start beside it: threads that do not end, children that come back."""
 
 from __future__ import annotations
 
@@ -63,3 +63,45 @@ def test_threads_that_end_in_time_are_waited_for(tmp_path: Path) -> None:
         server.signal(signal.SIGTERM)
         server.ends()
         assert "threads of milters" not in server.log()
+
+
+#: A milter in the master whose children come back from its callbacks, in both ways there are.
+FORKING = """
+import asyncio, os
+from sharded_milter import Milter
+
+milter = Milter("light")
+
+def ended(pid):
+    print("the child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+@milter.helo
+def helo(hello):
+    pid = os.fork()
+    if pid:
+        ended(pid)
+        return None
+    raise SystemExit(7)
+
+@milter.mail
+async def mail(sender):
+    pid = os.fork()
+    if pid:
+        ended(pid)
+        return None
+    await asyncio.sleep(0)
+"""
+
+
+def test_children_that_a_milter_in_the_master_forks_end_where_its_code_ends(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "light.py").write_text(FORKING)
+    with Server(tmp_path, "--in-master", "./light.py:milter", workers=1) as server:
+        with server.client() as client:
+            for _ in range(3):
+                assert word(client.deliver(mail())) in ("accept", "continue")
+        assert server.log().count("the child 7") == 1
+        assert server.log().count("the child 0") == 3
+        assert len(server.workers()) == 1
+        assert server.unforeseen() == [], server.log()

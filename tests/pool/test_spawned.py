@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -324,6 +325,58 @@ def test_memory_that_cannot_be_looked_at_is_none(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(psutil, "Process", refuse)
     assert Room().place.memory() == 0
+
+
+# Stopped
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_process_that_a_signal_has_stopped_is_found() -> None:
+    room = Room()
+    assert not room.place.is_stopped()  # there is none
+    with subprocess.Popen(["sleep", "600"]) as worker:
+        room.place.pid = worker.pid
+        assert not room.place.is_stopped()
+        worker.send_signal(signal.SIGSTOP)
+        until(room.place.is_stopped)
+        assert room.place.is_stopped()  # it stays so
+        worker.send_signal(signal.SIGCONT)
+        until(lambda: not room.place.is_stopped())
+        assert not room.place.is_traced()
+        worker.send_signal(signal.SIGSTOP)
+        worker.kill()
+        assert worker.wait() == -signal.SIGKILL  # whose exit was left to whom it belongs to
+        assert not room.place.is_stopped()
+
+
+def test_a_process_that_a_debugger_has_stopped_is_traced_and_not_stopped() -> None:
+    room = Room()
+    debugger = (
+        "import ctypes, os, sys\n"
+        "pid = int(sys.argv[1])\n"
+        "assert ctypes.CDLL(None).ptrace(16, pid, 0, 0) == 0\n"  # PTRACE_ATTACH
+        "os.waitpid(pid, 0); print('attached', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(["sleep", "600"]) as worker:
+        room.place.pid = worker.pid
+        with subprocess.Popen(
+            [sys.executable, "-c", debugger, str(worker.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as tracer:
+            assert tracer.stdout is not None
+            assert tracer.stdout.readline() == b"attached\n"
+            assert psutil.Process(worker.pid).status() == psutil.STATUS_TRACING_STOP
+            assert (room.place.is_stopped(), room.place.is_traced()) == (False, True)
+            tracer.communicate(timeout=30)
+        until(lambda: not room.place.is_traced())
+        worker.kill()
 
 
 # Output
