@@ -60,6 +60,7 @@ class Worker:
 
     def start(self, owner: Any, channel: Any) -> None:
         self._shard = owner
+        channel.ping = owner.ponged  # it listens at all times
         self._clock.callLater(START, self._tell, owner.ready, [_READY], b"code", b"")
 
     def kill(self) -> None:

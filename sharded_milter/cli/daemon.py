@@ -350,6 +350,7 @@ class _Run:
             n=threads.GRACE,
             names=names,
         )
+        logs.finish()
 
 
 def main() -> None:

@@ -178,9 +178,15 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
 
     lines = Lines(LogWriter(descriptor, notice), encoding)
     stream = Stream(lines, descriptor)
-    atexit.register(stream.end)
+    atexit.register(finish)
     sys.stderr = stream
     observer = LineObserver(lines, journald="JOURNAL_STREAM" in environ)
     globalLogBeginner.beginLoggingTo(
         [FilteringLogObserver(observer, [predicate])], redirectStandardIO=False
     )
+
+
+def finish() -> None:
+    """Gives the lines that still wait END_GRACE; for a process that ends now."""
+    if isinstance(sys.stderr, Stream):
+        sys.stderr.end()

@@ -116,6 +116,14 @@ class Liar:
     def stacks(self) -> None:
         """It has none."""
 
+    def is_stopped(self) -> bool:
+        """No signal stops it."""
+        return False
+
+    def is_traced(self) -> bool:
+        """No debugger holds it."""
+        return False
+
     def memory(self) -> int:
         """It needs none."""
         return 0

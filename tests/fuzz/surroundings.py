@@ -59,9 +59,12 @@ class RandomPool:
         self._asked(job)
         if self.prompt:
             answer = self.prompt.popleft()
-            if isinstance(answer, JobFailed):
+            if not isinstance(answer, JobFailed):
+                return in_full(answer, job)
+            try:
                 raise answer
-            return in_full(answer, job)
+            finally:
+                del answer  # whose traceback would keep this call, and the job with it
         self.open = job
         job.answer = Deferred()
         return job.answer

@@ -207,7 +207,7 @@ def test_the_sandbox_is_entered_and_told_before_the_worker_is_ready(
 ) -> None:
     room = Room(sandbox=Cage())
     assert [what for what, *_ in room.told] == ["sandboxed", "ready"]
-    assert room.told[0] == ("sandboxed", b"shut in", True)
+    assert room.told[0] == ("sandboxed", b"shut in", b"yes")
     room.call("fail(PermissionError('this'))")
     assert capsys.readouterr().err.endswith("PermissionError: this\ndo allow this\n")
 
