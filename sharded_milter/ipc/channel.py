@@ -147,10 +147,10 @@ class MasterChannel(Boxes, amp.AMP):
         """At once, if the worker waits for it; else with whatever else comes in this turn."""
         boxes, self._to_send = self._to_send, []
         if boxes:
-            send_now(self.transport, b"".join(boxes))
+            has_left = send_now(self.transport, b"".join(boxes))
             if self._sending:
                 self._let_go()
-            if not is_still(self.transport):
+            if not has_left:
                 self._reactor.callLater(0, self._check_unsent)  # whoever asks is not to be killed
 
     def _let_go(self) -> None:

@@ -12,11 +12,16 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def send_now(transport: Any, data: bytes) -> None:
-    """Writes all of `data`; what the socket does not take now leaves as it always would."""
+def send_now(transport: Any, data: bytes) -> bool:
+    """Writes all of `data`; what the socket does not take now leaves as it always would.
+
+    Returns whether all of it has left.
+    """
     sent = sent_now(transport, data)
     if sent < len(data):
         transport.write(data[sent:])
+        return False
+    return True
 
 
 def sent_now(transport: Any, data: bytes) -> int:

@@ -79,7 +79,6 @@ class MilterConnection(TwistedProtocol):
         self._conversation = Conversation(context)
         self._framer = Framer()
         self._looked = 0  # up to here in the framer's buffer nobody leaves
-        self._outbox = Outbox(self._read)
         self._claim = Claim(context.inflight)
         self._congested = False  # a transport that is no socket has too much
         self._paused = False
@@ -90,6 +89,7 @@ class MilterConnection(TwistedProtocol):
 
     def connectionMade(self) -> None:
         transport: Any = self.transport
+        self._outbox = Outbox(transport, self._read)
         on_tcp = isinstance(transport.getHost(), IPv4Address | IPv6Address)
         if on_tcp and interfaces.ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
@@ -253,7 +253,7 @@ class MilterConnection(TwistedProtocol):
 
     def _write(self, data: bytes) -> None:
         if data:
-            self._outbox.write(self.transport, data)
+            self._outbox.write(data)
 
     def _read(self) -> None:
         """The MTA has taken some of its answers, or has begun to leave some unread."""
@@ -283,7 +283,7 @@ class MilterConnection(TwistedProtocol):
     def _count(self) -> None:
         """Counts what waits on its way in and out, and itself."""
         size = len(self._framer.buffer) + self._outbox.unread
-        if size or self._conversation.has_message:
+        if size or self._conversation.transcript.size:
             size += CONNECTION_COST
         if size != self._claim.size:
             self._claim.set(size)

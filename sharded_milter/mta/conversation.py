@@ -89,7 +89,7 @@ class Conversation:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._session = Session()
-        self._transcript = Transcript(
+        self.transcript = Transcript(
             context.limits.max_message_size, context.inflight, context.new_memory
         )
         self._milters = self._milters_of(())
@@ -102,7 +102,7 @@ class Conversation:
         self.is_over = False  # the MTA has left, or we have
 
     def _milters_of(self, members: Sequence[Member]) -> Milters:
-        return Milters(members, self._context.policy, self._transcript)
+        return Milters(members, self._context.policy, self.transcript)
 
     def turn_away(self, answer: bytes) -> None:
         """From now on this is the answer, instead of what the milters would say."""
@@ -113,18 +113,13 @@ class Conversation:
         """Whether the milters are not asked."""
         return bool(self._turned_away)
 
-    @property
-    def has_message(self) -> bool:
-        """Whether any of a message is kept."""
-        return self._transcript.size > 0
-
     @cached_property
     def takes_early_progress(self) -> bool:
         """Whether the MTA takes PROGRESS before the end of a message too.
 
         Postfix does. Sendmail takes it for a bogus answer there and gives the milter up.
         """
-        return self._transcript.mta().startswith("Postfix")
+        return self.transcript.mta().startswith("Postfix")
 
     def take(self, framer: Framer) -> bytes | Deferred[bytes] | None:
         """Follows the commands that wait there up to one that may need an answer.
@@ -133,7 +128,7 @@ class Conversation:
         are asked; None when no whole packet waits. Raises RemoteProtocolError when a packet is
         malformed, too long or cannot come here.
         """
-        start, transcript = framer.at, self._transcript
+        start, transcript = framer.at, self.transcript
         framer.at, noted = self._session.receive_run(framer.buffer, start)
         if framer.at > start and not self._turned_away:  # of which nothing is kept
             if not transcript.size:
@@ -156,7 +151,7 @@ class Conversation:
         size = framer.waiting
         if size <= SMALL_PART or self._context.inflight.has_room(size) or letter not in _CUT_SHORT:
             return b""
-        self._transcript.refuse_for_room()
+        self.transcript.refuse_for_room()
         framer.cut_short(_CUT_SHORT[letter])
         return framer.next()
 
@@ -175,7 +170,7 @@ class Conversation:
             return self._decided(step.stage, self._turned_away)
         if step.handling is Handling.CONTINUE:
             return self._decided(step.stage, _CONTINUE)
-        transcript = self._transcript
+        transcript = self.transcript
         if transcript.refuses_client or transcript.refusal is not None:
             return self._decided(step.stage, self._refusal(transcript.refusal))
         job = self._job(step.stage, step.keep, packet)
@@ -194,7 +189,7 @@ class Conversation:
         self._milters.agree(agreement)
         answer = agreement.reply.encode()
         told = offer.encode() if self._milters.has_objects else b""  # to their xxfi_negotiate
-        self._transcript.keep(told + answer)
+        self.transcript.keep(told + answer)
         return answer
 
     def _forget(self, leaves: Leaves) -> None:
@@ -205,18 +200,18 @@ class Conversation:
             self.is_over = leaves is Leaves.US
 
     def _message_over(self) -> None:
-        self._transcript.clear_message()
+        self.transcript.clear_message()
         self._milters.message_over()
 
     def _client_over(self) -> None:
         self._milters.client_over(self._began)
-        self._transcript.clear_client()
+        self.transcript.clear_client()
 
     def _keep(self, keep: Keep, packet: bytes) -> None:
         if keep is Keep.SLOT:
-            self._milters.learn(self._transcript.keep(packet), packet)
+            self._milters.learn(self.transcript.keep(packet), packet)
             return
-        transcript = self._transcript
+        transcript = self.transcript
         if keep is Keep.BEGIN and (transcript.size or transcript.refusal is not None):
             self._message_over()
         if not transcript.size:
@@ -225,7 +220,7 @@ class Conversation:
 
     def _refusal(self, refusal: Refusal | None) -> bytes:
         """What is answered instead of asking the milters."""
-        if self._transcript.refuses_client or refusal is None:
+        if self.transcript.refuses_client or refusal is None:
             self._count("refused_no_room")
             return BUSY
         self._count(f"refused_{refusal.name.lower()}")
@@ -238,7 +233,7 @@ class Conversation:
 
     def _job(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
         """What the milters are asked; None when there is no memory for it."""
-        transcript, eom = self._transcript, stage is Stage.EOM
+        transcript, eom = self.transcript, stage is Stage.EOM
         message = transcript.message_part(complete=eom)
         if transcript.refusal is not None:
             return None
@@ -257,7 +252,7 @@ class Conversation:
     def _is_refused(self) -> bool:
         """Whether the MTA itself has refused this recipient; it sends those if asked to."""
         asked_for = self._session.agreement.protocol & ProtocolBits.RCPT_REJ
-        return bool(asked_for) and self._transcript.is_refused()
+        return bool(asked_for) and self.transcript.is_refused()
 
     def _ask(self, job: Job) -> bytes | Deferred[bytes]:
         jobs, answer = self._milters.ask(job)
@@ -271,7 +266,7 @@ class Conversation:
         stage = job.stage
         assert stage is not None  # the milters were asked
         self.asked = None
-        size = self._transcript.size
+        size = self.transcript.size
         if len(replies) > SMALL_ANSWER:
             replies = self._bounded(replies, size if stage is Stage.EOM else 0)
         answer = self._decided(stage, replies, refused=job.refused)
@@ -289,7 +284,7 @@ class Conversation:
             return replies
         self.log.warn(
             "{about}: there is no room for an answer of {n} bytes",
-            about=self._transcript.about,
+            about=self.transcript.about,
             n=len(replies),
         )
         self._count("refused_no_room")
@@ -300,12 +295,12 @@ class Conversation:
         try:
             decision = self._session.decide(stage, replies)
         except LocalProtocolError as error:
-            about = self._transcript.about
+            about = self.transcript.about
             self.log.error("{about}: {why}; not sent", about=about, why=str(error))
             replies = answer_for(error, self._context.policy, stage)
             decision = self._session.decide(stage, replies)
         if decision.mark or refused:
-            self._transcript.append(REFUSED)
+            self.transcript.append(REFUSED)
         if decision.ended:
             self._message_over()
         return replies

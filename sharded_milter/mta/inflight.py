@@ -13,15 +13,15 @@ SMALL_ANSWER = 16_384
 class Inflight:
     """Counts what is held for MTAs, in bytes, up to a limit."""
 
-    __slots__ = ("_limit", "used")
+    __slots__ = ("limit", "used")
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.used = 0
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes more may be held."""
-        return self.used + size <= self._limit
+        return self.used + size <= self.limit
 
     def claim(self, size: int) -> Claim | None:
         """A claim of so many bytes; None where there is no room for them."""
@@ -42,9 +42,10 @@ class Claim:
 
     def grow(self, size: int) -> bool:
         """Counts so many bytes more, if there is room for them."""
-        if not self._inflight.has_room(size):
+        inflight = self._inflight
+        if inflight.used + size > inflight.limit:
             return False
-        self._inflight.used += size
+        inflight.used += size
         self.size += size
         return True
 

@@ -32,20 +32,21 @@ class Outbox:
     `changed` is called when some are left unread where none were, and whenever some are taken.
     """
 
-    __slots__ = ("_changed", "_transport", "_waiting", "unread")
+    __slots__ = ("_changed", "_is_socket", "_transport", "_waiting", "unread")
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, transport: Any, changed: Callable[[], None]) -> None:
         self.unread = 0  # bytes that the socket has not taken
         self._changed = changed
-        self._transport: Any = None
+        self._transport = transport
+        self._is_socket = is_socket(transport)
         self._waiting = bytearray()  # those of them that the transport has not been given
 
-    def write(self, transport: Any, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Sends all of `data`, in its turn."""
-        if not is_socket(transport):
-            transport.write(data)
+        if not self._is_socket:
+            self._transport.write(data)
             return
-        sent = 0 if self.unread else sent_now(transport, data)
+        sent = 0 if self.unread else sent_now(self._transport, data)
         if sent == len(data):
             return
         with memoryview(data) as view, view[sent:] as rest:
@@ -53,8 +54,7 @@ class Outbox:
         began = not self.unread
         self.unread += len(data) - sent
         if began:
-            self._transport = transport
-            transport.registerProducer(self, False)  # which calls resumeProducing
+            self._transport.registerProducer(self, False)  # which calls resumeProducing
             self._changed()
 
     def resumeProducing(self) -> None:

@@ -50,7 +50,6 @@ class Transcript:
 
     __slots__ = (
         "_asked",
-        "_claim",
         "_firsts",
         "_head",
         "_head_claim",
@@ -61,6 +60,7 @@ class Transcript:
         "_queue_id",
         "_recent",
         "_slots",
+        "claim",
         "inflight",
         "refusal",
         "refuses_client",
@@ -85,7 +85,8 @@ class Transcript:
         self._head: bytes | None = b""
         self._new_memory = new_memory
         self._head_claim = Claim(inflight)  # for what of it is more than USUAL_HEAD
-        self._claim: Claim | None = None  # for the message's part, beside which jobs have it too
+        # What the message's part counts with; whoever is given the part holds it too.
+        self.claim: Claim | None = None
         # The message's part: what was asked about, in bytes that the job shares or in memory, and
         # what has come since.
         self._asked = b""
@@ -119,11 +120,6 @@ class Transcript:
             self._refuse(Refusal.NO_MEMORY, str(error))
             return b""
         return self._memory
-
-    @property
-    def claim(self) -> Claim | None:
-        """What the message's part counts with; whoever is given the part holds it too."""
-        return self._claim
 
     def keep(self, packet: bytes) -> bytes:
         """Puts a packet of the connection's part into its slot, whose name is returned.
@@ -184,9 +180,9 @@ class Transcript:
         if self.size + size > self._max_size:
             self._refuse(Refusal.TOO_LARGE, f"it is larger than {self._max_size} bytes")
             return
-        if self._claim is None:
-            self._claim = Claim(self.inflight)
-        if not self._claim.grow(size + self._note(noted)):
+        if self.claim is None:
+            self.claim = Claim(self.inflight)
+        if not self.claim.grow(size + self._note(noted)):
             self.refuse_for_room()
             return
         self.size += size
@@ -243,7 +239,7 @@ class Transcript:
         self.refusal = None
         self._asked = b""
         self._recent.clear()
-        self._memory = self._claim = None
+        self._memory = self.claim = None
         self._macros.clear()
         self._firsts.clear()
         self._queue_id = ""

@@ -301,7 +301,8 @@ def check_command(packet: bytes) -> None:
     finds it well-formed.
     """
     letter = packet[LETTER]
-    check_length(letter, len(packet) - LENGTH_BYTES)
+    if len(packet) > LENGTH_BYTES + LONGEST.get(letter, MAX_PACKET):
+        check_length(letter, len(packet) - LENGTH_BYTES)
     shape = SHAPES.get(letter)
     if shape is not None:
         start, size = shape.start, len(packet)

@@ -289,7 +289,7 @@ class Conversation(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         connection = self.connection
-        transcript = connection._conversation._transcript
+        transcript = connection._conversation.transcript
         assert transcript.size <= LIMITS.max_message_size + MARK
         assert len(transcript.connection_part()) <= CONNECTION_PART
         assert self.context.inflight.used >= transcript.size

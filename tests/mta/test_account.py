@@ -415,7 +415,7 @@ class Account(RuleBasedStateMachine):
     @invariant()
     def no_more_is_counted_than_is_held_nor_less(self) -> None:
         connection = self.mta.connection
-        transcript = connection._conversation._transcript
+        transcript = connection._conversation.transcript
         held = len(connection._framer.buffer) + transcript.size + connection._outbox.unread
         assert held <= self.mta.inflight.used <= 2 * held + CONNECTION_COST + 80_000
         # A read, and an answer that fitted, are all that may come above the limit.
