@@ -53,7 +53,16 @@ def serving(
 
     def command(folder: Path, listen: str) -> list[str]:
         limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
-        return [*limit, python, "-m", "sharded_milter", "--listen", listen, *arguments]
+        return [
+            *limit,
+            python,
+            "-m",
+            "sharded_milter",
+            "--allow-root",
+            "--listen",
+            listen,
+            *arguments,
+        ]
 
     with running(command, tcp=tcp) as server:
         yield server

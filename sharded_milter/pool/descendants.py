@@ -66,7 +66,7 @@ class Descendants:
         """From now on orphans come here. Elsewhere than on Linux only process groups are ended."""
         if sys.platform != "linux":
             return
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _be_subreaper(True)
         with suppress(OSError):  # where /proc is not there, or another namespace's
             if os.readlink("/proc/self") == str(os.getpid()):
                 self._children = os.open("/proc/thread-self/children", os.O_RDONLY | os.O_CLOEXEC)
@@ -97,6 +97,8 @@ class Descendants:
         if self._children >= 0:
             os.close(self._children)
             self._children = -1
+        if self._call is not None:
+            _be_subreaper(False)
 
     def _look(self) -> None:
         if self._ended:
@@ -142,6 +144,10 @@ class Descendants:
             return False
         self._ended[pid] = self._ended.get(pid, 0) + 1
         return self._ended[pid] > self._unasked
+
+
+def _be_subreaper(becomes: bool) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(becomes), 0, 0, 0)
 
 
 def _first_mark() -> int:

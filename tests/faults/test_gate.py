@@ -29,7 +29,10 @@ FEW = 60
 #: The daemon with a limit of its own.
 LIMITED = (
     "-c",
-    "import resource, runpy;"
+    "import fcntl, os, resource, runpy, sys;"
+    # The tests may have so many files open that the number is above the limit.
+    "at = sys.argv.index('--ready-fd') + 1; high = int(sys.argv[at]);"
+    "sys.argv[at] = str(fcntl.fcntl(high, fcntl.F_DUPFD, 3)); os.close(high);"
     f"resource.setrlimit(resource.RLIMIT_NOFILE, ({FEW}, {FEW}));"
     "runpy.run_module('sharded_milter', run_name='__main__')",
 )
@@ -209,7 +212,8 @@ def test_users_who_are_named_are_served(tmp_path: Path, kind: str) -> None:
     with Server(tmp_path, "--allowed-peers", peers) as server:
         with server.client() as client:
             assert word(client.deliver(mail())) == "accept"
-        assert " warn " not in server.log()
+        said = [line for line in server.log().splitlines() if " warn " in line]
+        assert [line for line in said if "runs as root" not in line] == []
 
 
 @pytest.mark.parametrize(
