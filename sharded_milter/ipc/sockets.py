@@ -64,6 +64,9 @@ def read_now(readers: Iterable[Any], most: int) -> None:
                 poll.unregister(descriptor)
 
 
+_recvmsg = socket.socket.recvmsg
+
+
 class LossySocket(socket.socket):
     """A UNIX socket that counts the descriptors which the kernel has dropped on their way.
 
@@ -74,7 +77,7 @@ class LossySocket(socket.socket):
 
     def recvmsg(self, *arguments: Any) -> Any:
         """As the socket's own."""
-        received = super().recvmsg(*arguments)
+        received = _recvmsg(self, *arguments)
         if received[2] & socket.MSG_CTRUNC:
             self.lost += 1
         return received
