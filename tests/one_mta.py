@@ -83,9 +83,11 @@ class RecordedPool:
     released: list[Affinity] = field(default_factory=list)
     at_once: list[bytes | Exception] = field(default_factory=list)
     counters: Counter[str] = field(default_factory=Counter)
+    clock: Clock = field(default_factory=Clock)
 
     def submit(self, job: Job) -> bytes | Deferred[bytes]:
         self.jobs.append(job)
+        job.submitted = self.clock.seconds()
         if self.at_once:
             answer = self.at_once.pop(0)
             if isinstance(answer, bytes):
@@ -130,7 +132,7 @@ class Mta(ServerContext):
     ) -> None:
         self.manifests = manifests or (manifest,)
         self.pool = RecordedPool()
-        super().__init__(Limits(**limits), Policy(on_error), Clock(), self.pool.counters)
+        super().__init__(Limits(**limits), Policy(on_error), self.pool.clock, self.pool.counters)
         self.transport = Transport()
         self.connection = MilterConnection(self)
         self.connection.makeConnection(self.transport)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ withdrawn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class Job:
     done: bool = False
     alarm: Alarm[Job] | None = None  # that is set for its deadline
     entry: int = 0  # of the queue; 0 while it does not wait there
-    submitted: float = 0.0
+    submitted: float = math.inf  # not yet
     started: float = 0.0  # when the attempt began that has answered it
     slot: int = 0  # whose shard has answered; 0 for none
     _digest: bytes = b""

@@ -8,6 +8,7 @@ never passed on, but a sealed copy of it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -59,8 +60,13 @@ class Memory:
                     self.size += os.write(self.fd, rest)
 
     def view(self) -> memoryview:
-        """What is in it now, read-only."""
-        return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
+        """What is in it now, read-only. It is a copy where no descriptor is left to map it."""
+        try:
+            return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
+        except OSError as error:
+            if error.errno != errno.EMFILE:  # Python's mmap takes a descriptor of its own
+                raise
+            return memoryview(os.pread(self.fd, self.size, 0))
 
     def seal(self) -> None:
         """From now on no process can change it, so no process needs to copy it."""

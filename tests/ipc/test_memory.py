@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import mmap
@@ -75,6 +76,24 @@ def test_what_the_system_takes_in_pieces_is_all_there(monkeypatch: pytest.Monkey
     memory = Memory()
     memory.append(b"0123456789")
     assert bytes(memory.view()) == b"0123456789"
+
+
+@pytest.mark.parametrize(("number", "copied"), [(errno.EMFILE, True), (errno.ENOMEM, False)])
+def test_memory_is_read_where_no_descriptor_is_left_to_map_it(
+    monkeypatch: pytest.MonkeyPatch, number: int, copied: bool
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    memory = Memory()
+    memory.append(b"0123456789")
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    if copied:
+        assert bytes(memory.view()) == b"0123456789"
+        assert memory.view().readonly
+        return
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        memory.view()
 
 
 def test_data_that_could_not_be_written_can_be_changed_afterwards() -> None:

@@ -21,6 +21,7 @@ from one_mta import (
     TEMPFAIL,
     UNKNOWN,
     content,
+    lines,
     packed,
 )
 from several_milters import ALL_NR, WHOLE, A, B, C, Several, answering
@@ -256,3 +257,15 @@ def test_one_negotiation_serves_for_all() -> None:
     assert (words.version, words.actions) == (6, 0x5)
     expected = ALL_NR & ~(Protocol.NR_RCPT | Protocol.NR_EOM)
     assert words.protocol == expected
+
+
+def test_a_milter_that_is_not_asked_any_more_has_not_waited_either() -> None:
+    mta = Several(A, B)
+    mta.reactor.advance(1000.0)
+    mta.go_on(CLIENT, HELO, *WHOLE[:-1])
+    mta.pool.at_once = [packed(replies.Reject())]
+    with capturedLogs() as events:
+        mta.say(EOM)
+    assert [line.partition(" verdict=")[2] for line in lines(events)] == [
+        "reject actions=0 shard=0,0 queue_ms=0.0 scan_ms=0.0"
+    ]
