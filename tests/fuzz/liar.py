@@ -176,7 +176,7 @@ class Liar:
             if box.get(amp.COMMAND) == b"Ask":
                 part = box[b"message"]
                 message = part[1:] if part[:1] == b"=" else self._memory[int(part[1:].split()[0])]
-                self.asked.append((box[amp.ASK], message.split()[0]))
+                self.asked.append((box[amp.ASK], message[PAYLOAD:].split()[0]))
             box, at = {}, end
         self._unread = self._unread[at:]
 

@@ -39,6 +39,7 @@ from sharded_milter.ipc.memory import MAX_INLINE, SEALS, packed
 from sharded_milter.ipc.messages import MAX_ANSWER
 from sharded_milter.ipc.sockets import unsent
 from sharded_milter.protocol.stages import Stage
+from sharded_milter.protocol.wire import frame
 
 from .liar import Liar, Master
 from .surroundings import Problems
@@ -191,7 +192,7 @@ class Channels(RuleBasedStateMachine):
     @rule(large=st.booleans(), stage=st.sampled_from([Stage.EOM, Stage.RCPT]))
     def a_job(self, large: bool, stage: Stage) -> None:
         number = len(self.jobs)
-        message = packed(b"%d " % number * (MAX_INLINE if large else 1))
+        message = packed(frame(b"B", b"%d " % number * (MAX_INLINE if large else 1)))
         job, ended = Job(stage, b"connection", message), []  # type: tuple[Job, list[Any]]
         self.jobs[number] = job, ended
         try:
