@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -51,8 +52,9 @@ class Answer:
 class Flow:
     """Messages on several connections as long as the `with` lasts; then all is accounted for.
 
-    Each connection says goodbye only when it has its verdicts and nothing else has come. A
-    connection that is told 421 comes again, as an MTA does.
+    All connections are there before the first message is sent. Each says goodbye only when it has
+    its verdicts and nothing else has come. A connection that is told 421 comes again, as an MTA
+    does.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Flow:
         self._size = size
         self._server = server
         self._stopping = threading.Event()
+        self._all_there = threading.Barrier(connections, timeout=PATIENCE)
         self._threads = [threading.Thread(target=self._run) for _ in range(connections)]
 
     def __enter__(self) -> Self:
@@ -104,14 +107,17 @@ class Flow:
 
     def _run(self) -> None:
         try:
+            self._one_connection(self._all_there.wait)
             while not self._stopping.is_set():
                 self._one_connection()
-        except (RemoteProtocolError, OSError) as error:
+        except (RemoteProtocolError, OSError, threading.BrokenBarrierError) as error:
             self.lost.append(repr(error))
+            self._all_there.abort()
 
-    def _one_connection(self) -> None:
+    def _one_connection(self, once_negotiated: Callable[[], object] = lambda: None) -> None:
         sock = self._server.socket()
         with MtaClient(sock, timeout=PATIENCE) as client:
+            once_negotiated()
             while not self._stopping.is_set():
                 message, after = mail(next(self._words), self._size), len(self.answers)
                 self._under_way.add(subject(message))
