@@ -155,29 +155,22 @@ def check(connections: int, workers: int) -> None:
 
 
 class Spare:
-    """Descriptors that are held so that a connection can be answered when none is left."""
-
-    # One for the connection, and one for the copy of it that Twisted makes.
-    WHOLE = 2
+    """A descriptor that is held so that a connection can be answered when none is left."""
 
     def __init__(self) -> None:
-        self._held: list[int] = []
+        self._held: int | None = None
 
     def refill(self) -> bool:
-        """Takes what is missing; returns whether nothing is missing now."""
-        with suppress(OSError):
-            while len(self._held) < self.WHOLE:
-                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        return len(self._held) == self.WHOLE
+        """Takes one again if it was given up; returns whether there is one now."""
+        if self._held is None:
+            with suppress(OSError):
+                self._held = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return self._held is not None
 
     def give(self) -> bool:
-        """Gives one up, so that it is free; returns whether there was one."""
-        if self._held:
-            os.close(self._held.pop())
-            return True
-        return False
-
-    def close(self) -> None:
-        """Gives all up."""
-        while self.give():
-            pass
+        """Gives it up, so that its number is free; returns whether there was one."""
+        held, self._held = self._held, None
+        if held is None:
+            return False
+        os.close(held)
+        return True

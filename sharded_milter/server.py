@@ -122,7 +122,7 @@ class Server(ServerContext):
             self._stopping = True
             for listener in self.listeners:
                 listener.close()
-            self.gate.spare.close()
+            self.gate.spare.give()
             if self._serving:
                 self.log.info("stopping, {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)

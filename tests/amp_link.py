@@ -23,6 +23,7 @@ class Link:
     def __init__(self) -> None:
         self.sent: list[bytes | int] = []
         self.lost = False
+        self.descriptors_lost = 0
 
     def write(self, data: bytes) -> None:
         self.sent.append(data)

@@ -1,13 +1,16 @@
-"""A reactor that adopts connections into a list and reads when the test says so; an open gate."""
+"""A reactor that reads when told to, a factory that lists its connections, an open gate."""
 
 from __future__ import annotations
 
 import socket
 from typing import Any
 
+from twisted.internet.interfaces import IAddress
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 
 from sharded_milter.descriptors import Spare
+from sharded_milter.mta.accepting import Acceptor
 from sharded_milter.mta.listener import Listener
 
 
@@ -22,26 +25,35 @@ class OpenGate:
         return self.waits.pop(0) if self.waits else 0.0
 
 
+class Connections(Factory):
+    """Lists the peers of the connections that it has made a protocol for."""
+
+    def __init__(self) -> None:
+        self.peers: list[IAddress | None] = []
+
+    def buildProtocol(self, addr: IAddress | None) -> Protocol:
+        self.peers.append(addr)
+        return Protocol()
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+
 class Reactor(Clock):
-    """Adopts connections into a list; `refusals` are raised instead, one by one."""
+    """Reads of the acceptors that it has; `connections` is a factory for what they accept."""
 
     def __init__(self) -> None:
         super().__init__()
         self.readers: set[Any] = set()
-        self.adopted: list[tuple[int, Any]] = []
-        self.refusals: list[OSError] = []
+        self.connections = Connections()
+        self._transports: set[Any] = set()
         self._clients: list[socket.socket] = []
 
     def addReader(self, reader: Any) -> None:
-        self.readers.add(reader)
+        (self.readers if isinstance(reader, Acceptor) else self._transports).add(reader)
 
     def removeReader(self, reader: Any) -> None:
         self.readers.discard(reader)
-
-    def adoptStreamConnection(self, fd: int, family: int, factory: Any) -> None:
-        if self.refusals:
-            raise self.refusals.pop(0)
-        self.adopted.append((family, factory))
 
     def read(self) -> None:
         """One turn."""
@@ -55,9 +67,9 @@ class Reactor(Clock):
         return new
 
     def hang_up(self) -> None:
-        """All clients leave."""
-        for client in self._clients:
-            client.close()
+        """All connections end."""
+        for end in (*self._clients, *(each.socket for each in self._transports)):
+            end.close()
 
 
 def connected(listener: Listener) -> socket.socket:

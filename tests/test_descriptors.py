@@ -89,14 +89,14 @@ def test_what_is_in_use_is_guessed_where_the_system_does_not_tell(
     assert descriptors.in_use() == OF_A_PROGRAM
 
 
-def test_spare_descriptors_are_given_up_and_taken_again() -> None:
+def test_a_spare_descriptor_is_given_up_and_taken_again() -> None:
     spare, before = Spare(), descriptors.in_use()
     assert spare.refill()
-    assert descriptors.in_use() == before + Spare.WHOLE
-    assert [spare.give() for _ in range(3)] == [True, True, False]
-    assert spare.refill()
-    spare.close()
+    assert descriptors.in_use() == before + 1
+    assert [spare.give(), spare.give()] == [True, False]
     assert descriptors.in_use() == before
+    assert spare.refill()
+    assert spare.give()
 
 
 def test_spare_descriptors_that_cannot_be_taken_are_missing(

@@ -31,14 +31,16 @@ ALLOWED: dict[str, set[str]] = {
     ".alarms": set(),
     ".prctl": set(),
     ".forks": {"twisted"},
+    ".transports": {"twisted"},
+    ".reactor": {"twisted"},
     ".ipc": {".ipc", ".protocol", ".errors", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
         ".mta", ".dispatch", ".alarms", ".descriptors", ".ipc", ".limits", ".protocol", ".errors",
-        "twisted", "zope",
+        ".transports", "twisted", "zope",
     },
     ".pool": {
-        ".pool", ".dispatch", ".forks", ".ipc", ".limits", ".protocol", ".errors",
+        ".pool", ".dispatch", ".forks", ".ipc", ".limits", ".protocol", ".errors", ".transports",
         "twisted", "psutil", "ampoule",
     },
     ".context": {".mta", ".dispatch", ".alarms", ".ipc", ".limits"},
@@ -51,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     ".scanner": {".scanner", ".api", ".errors", "yara_x"},
     ".workers": {
         ".workers", ".dialects", ".ipc", ".coroutines", ".forks", ".prctl", ".protocol", ".errors",
-        "twisted", "ampoule",
+        ".transports", "twisted", "ampoule",
     },
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
     ".sizing": {".sizing", ".testing", ".protocol", ".errors", "psutil", "rich"},
@@ -61,7 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     ".cli": {
         ".cli", ".ops", ".server", ".in_master", ".forks", ".mta", ".dispatch", ".pool", ".testing",
-        ".sizing", ".descriptors", ".dialects", ".prctl", ".protocol", ".errors", ".__version__",
+        ".sizing", ".descriptors", ".dialects", ".prctl", ".protocol", ".errors", ".reactor",
+        ".__version__",
         "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip

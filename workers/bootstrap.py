@@ -67,7 +67,8 @@ def main(
 
     if script:
         forks.guard_loop_of(reactor)
-    from twisted.internet.protocol import Factory
+
+    from ..transports import PassingTransport
 
     _log_warnings()
     from .child import Child
@@ -80,16 +81,10 @@ def main(
     os.set_blocking(CHANNEL, False)
 
     def serve(child: Child) -> None:
-        def build(_: object) -> Any:
-            os.close(CHANNEL)  # the reactor has a descriptor of its own by now
-            return child
-
-        factory = Factory()
-        factory.buildProtocol = build  # type: ignore[assignment,method-assign]
         forks.in_children(child.forked)  # the milters, which this loads, may fork at once
-        reactor.adoptStreamConnection(  # type: ignore[attr-defined]
-            CHANNEL, socket.AF_UNIX, factory
-        )
+        channel = socket.fromfd(CHANNEL, socket.AF_UNIX, socket.SOCK_STREAM)
+        os.close(CHANNEL)
+        PassingTransport.connect(channel, child, reactor)
         # The milters are loaded and the master knows it. What is here now is not looked at again
         # by collections, each of which would take as long as hundreds of messages. It is freed all
         # the same when nobody needs it any more, but for cycles.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 import traceback
 from collections import deque
@@ -88,6 +89,8 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     def connectionMade(self) -> None:
         """Imports the milters and tells the master how that went."""
         super().connectionMade()
+        self._arrived_more = select.poll()
+        self._arrived_more.register(self.transport.fileno(), select.POLLIN)
         try:
             self._dialects = [guarded(self._loading, spec) for spec in self._specs]
             code = code_digest(self._specs)
@@ -159,7 +162,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         """
         self._at_work = True
         for _ in range(MAX_IN_A_TURN):
-            if waited and self._questions:
+            if waited and self._questions and self._arrived_more.poll(0):
                 read_now([self.transport], MAX_CATCH_UP)
             if not self._questions:
                 self._at_work = False

@@ -204,6 +204,9 @@ def chosen_reactor(*, asyncio: bool) -> Any:
         install_asyncio_reactor()
     else:
         sys.modules.setdefault("OpenSSL", None)  # type: ignore[arg-type]  # typeshed has no None
+        from sharded_milter.reactor import install
+
+        install()
     from twisted.internet import reactor
 
     return reactor

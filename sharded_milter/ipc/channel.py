@@ -216,7 +216,7 @@ class MasterChannel(Boxes, amp.AMP):
         if fd is not None:
             memory = Received(fd, size)
             return memory if size > AT_ONCE else b"".join(memory.pieces())
-        if getattr(self.transport.socket, "lost", 0) == self._lost:
+        if getattr(self.transport, "descriptors_lost", 0) == self._lost:
             raise BrokenRule("it has not sent the memory")
         self._lost += 1
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -7,7 +7,6 @@ turn; what can leave now leaves now.
 from __future__ import annotations
 
 import select
-import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,22 +61,3 @@ def read_now(readers: Iterable[Any], most: int) -> None:
         for descriptor, _ in said:
             if by_descriptor[descriptor].doRead() is not None:  # that was its end
                 poll.unregister(descriptor)
-
-
-_recvmsg = socket.socket.recvmsg
-
-
-class LossySocket(socket.socket):
-    """A UNIX socket that counts the descriptors which the kernel has dropped on their way.
-
-    It does so where this process has no number left for one.
-    """
-
-    lost = 0
-
-    def recvmsg(self, *arguments: Any) -> Any:
-        """As the socket's own."""
-        received = _recvmsg(self, *arguments)
-        if received[2] & socket.MSG_CTRUNC:
-            self.lost += 1
-        return received

@@ -44,6 +44,10 @@ class Acceptor:
         self, sock: socket.socket, spec: str, gate: Gate, factory: Factory, reactor: Any
     ) -> None:
         """Begins at once; `spec` is what log lines call the socket."""
+        # Imported now, because until here a mistake is answered without waiting for Twisted's TCP.
+        from sharded_milter.transports import adopt
+
+        self._adopt = adopt
         self._socket = sock
         self._spec = spec
         self._gate = gate
@@ -79,26 +83,16 @@ class Acceptor:
                 self._pause(wait)
                 return
             try:
-                connection = self._with_spare(self._accept)
+                connection, peer = self._with_spare(self._accept)
             except (BlockingIOError, ConnectionError):
                 return
             except OSError:
                 self._pause(ACCEPT_PAUSE)  # the kernel holds new connections until then
                 return
-            with connection:
-                self._adopt(connection)
+            self._adopt(connection, peer, self._factory, self._reactor)
 
-    def _accept(self) -> socket.socket:
-        return self._socket.accept()[0]
-
-    def _adopt(self, connection: socket.socket) -> None:
-        """Gives a copy of the descriptor to Twisted; the peer may have left again meanwhile."""
-        connection.setblocking(False)
-        adopt = self._reactor.adoptStreamConnection
-        try:
-            self._with_spare(lambda: adopt(connection.fileno(), connection.family, self._factory))
-        except OSError:  # it hears the end of the connection, because nothing else can be said
-            return
+    def _accept(self) -> tuple[socket.socket, Any]:
+        return self._socket.accept()
 
     def _with_spare(self, act: Callable[[], T]) -> T:
         """What `act` returns, once enough spare descriptors are given up for it."""

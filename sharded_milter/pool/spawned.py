@@ -9,6 +9,7 @@ pair instead of two pipes, so that descriptors can be passed.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -19,13 +20,13 @@ from typing import Any
 
 from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.unix import Server as UNIXServer
 from twisted.python.failure import Failure
 
-from sharded_milter.ipc.sockets import LossySocket, read_now
+from sharded_milter.ipc.sockets import read_now
 from sharded_milter.pool.descendants import Descendants
 from sharded_milter.pool.output import Output
 from sharded_milter.pool.places import Owner
+from sharded_milter.transports import PassingTransport
 
 # The worker must not find the operator's secrets in its environment, nor be steered by it.
 PASSED_ENVIRONMENT = (
@@ -206,8 +207,7 @@ class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
 
         Raises OSError when the system refuses.
         """
-        pair = socket.socketpair()
-        ours, theirs = (LossySocket(fileno=end.detach()) for end in pair)
+        ours, theirs = socket.socketpair()
         with theirs:
             try:
                 process = reactor.spawnProcess(
@@ -221,7 +221,7 @@ class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
                 ours.close()
                 raise
         started(process)
-        protocol.makeConnection(UNIXServer(ours, protocol, "", None, 0, reactor))
+        PassingTransport.connect(ours, protocol, reactor)
 
 
 class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
@@ -235,10 +235,21 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
 
     def connectionMade(self) -> None:
         self.transport.closeStdin()
+        self._watch_pipes()
+
+    def childConnectionLost(self, childFD: int) -> None:
+        super().childConnectionLost(childFD)
+        self._watch_pipes()
+
+    def _watch_pipes(self) -> None:
+        """Prepare the question whether anything is written: it is asked for every answer."""
+        self._written = select.poll()
+        for reader in self._readers():
+            self._written.register(reader.fileno(), select.POLLIN)
 
     def catch_up(self) -> None:
         """Takes what was written so far: it belongs to the job that was answered just now."""
-        if not self._output.held:
+        if self._written.poll(0) and not self._output.held:
             read_now(self._readers(), MAX_CATCH_UP)
 
     def _readers(self) -> list[Any]:

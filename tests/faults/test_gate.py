@@ -157,7 +157,7 @@ def test_a_new_generation_starts_at_the_limit(tmp_path: Path) -> None:
 def test_without_any_descriptor_a_spare_one_is_used_for_the_answer(tmp_path: Path) -> None:
     with Server(tmp_path) as server:
         with server.client() as early:
-            with Lowered(server, resource.RLIMIT_NOFILE, server.descriptors()):
+            with Lowered(server, resource.RLIMIT_NOFILE, server.descriptors() - 1):
                 for _ in range(3):
                     assert hears_451(server.socket()).startswith("4.3.2 ")
                 assert word(early.deliver(mail())) == "accept"

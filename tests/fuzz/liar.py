@@ -13,18 +13,17 @@ from functools import partial
 from typing import Any
 
 from twisted.internet.task import Clock
-from twisted.internet.unix import Server as UNIXServer
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
 from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.ipc.messages import Ready
-from sharded_milter.ipc.sockets import LossySocket
 from sharded_milter.limits import Limits
 from sharded_milter.pool.pool import Pool
 from sharded_milter.pool.shard import Shard
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.wire import PAYLOAD
+from sharded_milter.transports import PassingTransport
 
 MANIFEST = Manifest("fuzzed")
 READY = {
@@ -100,11 +99,10 @@ class Liar:
 
     def start(self, owner: Any, channel: Any) -> None:
         """As a place does."""
-        pair = socket.socketpair()
-        ours, self.socket = (LossySocket(fileno=end.detach()) for end in pair)
+        ours, self.socket = socket.socketpair()
         self.socket.setblocking(False)
         self.owner, self.channel, self.alive = owner, channel, True
-        channel.makeConnection(UNIXServer(ours, channel, "", None, 0, self._reactor))
+        PassingTransport.connect(ours, channel, self._reactor)
 
     def read_output(self) -> None:
         """It writes nothing."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,6 @@ from sharded_milter.ipc.messages import (
     Ready,
     Sandboxed,
 )
-from sharded_milter.ipc.sockets import LossySocket
 from sharded_milter.protocol.wire import frame
 
 MILTER = dict.fromkeys(("name", "negotiation", "light", "shard_by", "pinning"), b"x")
@@ -388,17 +386,10 @@ def test_no_more_descriptors_wait_than_a_worker_needs(over: int) -> None:
         assert descriptors() == before
 
 
-class Dropping:
-    """A socket on which the kernel has dropped so many descriptors."""
-
-    def __init__(self, lost: int) -> None:
-        self.lost = lost
-
-
 def test_an_answer_whose_memory_the_kernel_has_dropped_is_lost_and_no_rule_is_broken() -> None:
     before = descriptors()
     room = Room()
-    room.ours.socket = Dropping(1)
+    room.ours.descriptors_lost = 1
     notes = packed(bytes(LARGE))
     room.say((1, Answer(b"x", b"", b"", b"", notes)), (2, Answer(b"fine")))  # type: ignore[arg-type]
     [dropped] = [what for what in room.theirs.sent if isinstance(what, int)]
@@ -422,7 +413,7 @@ def test_an_answer_whose_memory_the_kernel_has_dropped_is_lost_and_no_rule_is_br
 def test_of_an_answer_that_is_lost_no_other_memory_stays() -> None:
     before = descriptors()
     room = Room()
-    room.ours.socket = Dropping(1)
+    room.ours.descriptors_lost = 1
     parts = [packed(bytes(LARGE)) for _ in range(3)]
     room.say((1, Answer(parts[0], b"", b"", b"", *parts[1:])))  # type: ignore[arg-type]
     dropped = next(what for what in room.theirs.sent if isinstance(what, int))
@@ -432,22 +423,6 @@ def test_of_an_answer_that_is_lost_no_other_memory_stays() -> None:
     room.pump()
     assert [kind for kind, *_ in room.owner.heard] == ["answered"]
     assert descriptors() == before
-
-
-def test_a_socket_counts_what_the_kernel_drops() -> None:
-    ours, theirs = (LossySocket(fileno=end.detach()) for end in socket.socketpair())
-    with ours, theirs:
-        socket.send_fds(theirs, [b"x"], [0])
-        _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        try:
-            received = ours.recvmsg(1, 4096)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert (received[:2], ours.lost) == ((b"x", []), 1)
-        theirs.send(b"y")
-        ours.recvmsg(1, 4096)
-        assert ours.lost == 1
 
 
 # Large answers

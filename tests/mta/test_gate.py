@@ -70,7 +70,7 @@ class House(ServerContext):
         return connection, peer
 
     def close(self) -> None:
-        self.gate.spare.close()
+        self.gate.spare.give()
         for peer in self._peers:
             peer.close()
 

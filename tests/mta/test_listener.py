@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from one_listener import OpenGate, Reactor
+from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.protocol import Factory
 from twisted.logger import capturedLogs
 
 from sharded_milter.errors import ConfigError, NotPermitted, SocketTaken, SystemRefused
@@ -40,8 +42,7 @@ def serving(listeners: list[Listener], address: Address) -> tuple[Listener, Reac
     """A listener that is served, and closed after the test; its acceptor is the one reader."""
     listener, reactor = Listener(address, 0o600, ""), Reactor()
     listeners.append(listener)
-    factory: Any = "factory"
-    listener.serve(factory, OpenGate(), reactor)
+    listener.serve(reactor.connections, OpenGate(), reactor)
     return listener, reactor
 
 
@@ -54,8 +55,8 @@ def test_what_connects_is_given_to_the_factory(
     reactor.clients(listener, 2)
     reactor.read()
     reactor.hang_up()
-    family = socket.AF_INET if kind == "inet" else socket.AF_UNIX
-    assert reactor.adopted == [(family, "factory")] * 2
+    expected = IPv4Address if kind == "inet" else UNIXAddress
+    assert [type(peer) for peer in reactor.connections.peers] == [expected] * 2
     assert (listener.port > 0) == (kind == "inet")
     assert listener.host == ("127.0.0.1" if kind == "inet" else "")
 
@@ -174,9 +175,8 @@ def test_no_other_file_gets_the_group_of_a_socket_that_was_moved(
     [(given_to, moved)] = given
     assert given_to == moved
     assert unchanged(precious)
-    factory: Any = "factory"
     with pytest.raises(SocketTaken):
-        listener.serve(factory, OpenGate(), Reactor())
+        listener.serve(Factory(), OpenGate(), Reactor())
     listener.close()
     assert os.path.islink(path)
 
@@ -278,7 +278,7 @@ def test_a_socket_that_nobody_serves_is_taken_over(path: str, listeners: list[Li
     reactor.clients(listener, 1)
     reactor.read()
     reactor.hang_up()
-    assert len(reactor.adopted) == 1
+    assert len(reactor.connections) == 1
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["accepting", "full"])
@@ -314,9 +314,8 @@ def test_what_is_no_socket_stays_as_it_is(what: str, path: str, tmp_path: Path) 
 def test_a_place_that_is_taken_between_start_and_ready_is_left_to_the_other(path: str) -> None:
     first = Listener(parse_listen(path), 0o660, "")
     second, _ = serving([], parse_listen(path))
-    factory: Any = "factory"
     with pytest.raises(SocketTaken):
-        first.serve(factory, OpenGate(), Reactor())
+        first.serve(Factory(), OpenGate(), Reactor())
     first.close()
     assert os.path.exists(path)
     second.close()
@@ -389,7 +388,6 @@ def test_a_socket_that_may_not_listen_is_the_systems_refusal(
 
     monkeypatch.setattr(socket, "socket", Refusing)
     listener = Listener(LOCAL, 0o660, "")
-    factory: Any = "factory"
     with pytest.raises(NotPermitted):
-        listener.serve(factory, OpenGate(), Reactor())
+        listener.serve(Factory(), OpenGate(), Reactor())
     listener.close()

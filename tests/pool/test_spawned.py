@@ -234,11 +234,6 @@ def test_a_system_that_refuses_is_an_error_of_the_start() -> None:
     room.place.end_family()  # there is none, so no group is signalled
 
 
-def test_a_worker_is_spoken_to_over_a_socket_that_counts_what_the_kernel_drops() -> None:
-    transport = Room().channel.transport
-    assert (transport.connected, transport.socket.lost) == (1, 0)
-
-
 # Ends
 
 

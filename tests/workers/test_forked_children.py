@@ -103,7 +103,7 @@ if way == "import" and not os.fork():
 def sync(connection):
     global CHANNEL
     server = reactor.getReaders() if hasattr(reactor, "getReaders") else []
-    sockets = [each for each in server if type(each).__name__ == "Server"]
+    sockets = [each for each in server if type(each).__name__ == "PassingTransport"]
     CHANNEL = os.readlink(f"/proc/self/fd/{sockets[0].fileno()}")
     act = OTHERS.get(way)
     return Reject(act(way) if act else of_child(WAYS.get(way, WAYS["return"])))

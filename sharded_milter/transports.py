@@ -1,0 +1,131 @@
+"""Transports of stream sockets: Twisted's own, with a shorter way to the system calls.
+
+Twisted takes each read and each write through four more functions, and looks for descriptors in
+each read of a UNIX socket. Without that a short message costs the master 6 % fewer instructions.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+from twisted.internet import tcp, unix
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IProtocol
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.protocol import Factory
+
+# Bytes of ancillary data of one read: more descriptors than the kernel passes with it (253).
+_ANCILLARY = 4096
+
+_UNNAMED: Any = UNIXAddress(None)
+_ADDRESSES = {socket.AF_INET: IPv4Address, socket.AF_INET6: IPv6Address}
+
+
+class TcpTransport(tcp.Server):
+    """A TCP connection: one call reads, and one call writes."""
+
+    _is_reading = False  # the protocol is being given what has arrived
+    _is_over = False  # it has closed the connection meanwhile, and all is written
+
+    def doRead(self) -> ConnectionDone | ConnectionLost | None:  # type: ignore[override]
+        """Pass on what has arrived. Return why the connection has ended, or None."""
+        try:
+            data = self.socket.recv(self.bufferSize)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self._is_reading = True
+        try:
+            self.protocol.dataReceived(data)
+        finally:
+            self._is_reading = False
+        return CONNECTION_DONE if self._is_over else None
+
+    def writeSomeData(self, data: bytes) -> int | ConnectionLost:
+        """Return how many bytes the socket has taken, or why it takes none any more."""
+        try:
+            return self.socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            return 0 if error.errno == errno.ENOBUFS else CONNECTION_LOST
+
+    def loseConnection(self) -> None:
+        """Close the connection once all is written: at the end of `doRead` if it is already.
+
+        Twisted waits for the socket to be writable first, which costs another reactor iteration.
+        """
+        waits = self.dataBuffer or self._tempDataBuffer or self.producer is not None
+        if self._is_reading and not waits:
+            self.disconnecting = self._is_over = True
+        else:
+            super().loseConnection()
+
+
+class UnixTransport(TcpTransport, unix.Server):
+    """A connection of a UNIX socket, by which no descriptors come: the kernel closes them."""
+
+
+class PassingTransport(TcpTransport, unix.Server):
+    """One end of a socket pair that passes descriptors.
+
+    `descriptors_lost` counts the reads with which the kernel has dropped some, because this process
+    had no number left for them.
+    """
+
+    descriptors_lost = 0
+
+    @classmethod
+    def connect(cls, sock: socket.socket, protocol: IProtocol, reactor: Any) -> None:
+        """Connect `protocol` to the socket."""
+        protocol.makeConnection(cls(sock, protocol, "", None, 0, reactor))
+
+    def doRead(self) -> ConnectionDone | ConnectionLost | None:  # type: ignore[override]
+        """Pass on what has arrived, descriptors first, as `TcpTransport.doRead` does."""
+        try:
+            data, ancillary, flags, _ = self.socket.recvmsg(self.bufferSize, _ANCILLARY)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if flags & socket.MSG_CTRUNC:
+            self.descriptors_lost += 1
+        protocol: Any = self.protocol
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                whole = len(content) - len(content) % 4
+                for fd in memoryview(content)[:whole].cast("i"):
+                    protocol.fileDescriptorReceived(fd)
+        if not data:
+            return CONNECTION_DONE
+        protocol.dataReceived(data)
+        return None
+
+    def writeSomeData(self, data: bytes) -> int | ConnectionLost:
+        """As `TcpTransport` does; descriptors that wait leave with the first bytes."""
+        if self._sendmsgQueue:
+            sent: int | ConnectionLost = unix.Server.writeSomeData(self, data)
+            return sent
+        return super().writeSomeData(data)
+
+
+def adopt(connection: socket.socket, peer: Any, factory: Factory, reactor: Any) -> None:
+    """Give an accepted connection of `peer` to a protocol of the factory."""
+    connection.setblocking(False)
+    kind: Any = TcpTransport
+    port, address = 0, _UNNAMED
+    if connection.family == socket.AF_UNIX:
+        kind = UnixTransport
+    else:
+        port = peer[1]
+        address = _ADDRESSES[connection.family]("TCP", *peer)
+    protocol: Any = factory.buildProtocol(address)
+    transport: Any = kind(connection, protocol, peer, None, port, reactor)
+    transport.repstr = transport.logstr  # Twisted names it by the port that has accepted it
+    protocol.makeConnection(transport)
