@@ -12,12 +12,16 @@ from sharded_milter.dispatch.policy import Policy
 from sharded_milter.ipc.memory import Memory
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import CLOSE_GRACE, MilterConnection
+from sharded_milter.mta.conversation import MessageLog, log_message
 from sharded_milter.mta.gate import ALL_MAY, Admission, Gate
 from sharded_milter.mta.inflight import Inflight
 
 
 class ServerContext:
-    """What connections share, but for the milters; `logs_messages`: the log has a line for each."""
+    """What connections share, but for the milters.
+
+    `message_log` writes the line about each message; None: there is none.
+    """
 
     def __init__(
         self,
@@ -26,14 +30,14 @@ class ServerContext:
         reactor: Any,
         counters: Counter[str],
         *,
-        logs_messages: bool = True,
+        message_log: MessageLog | None = log_message,
         admission: Admission = ALL_MAY,
     ) -> None:
         self.limits = limits
         self.policy = policy
         self.reactor = reactor
         self.counters = counters
-        self.logs_messages = logs_messages
+        self.message_log = message_log
         self.inflight = Inflight(limits.max_inflight_bytes)
         self.idle = Alarm(reactor, limits.idle_timeout, MilterConnection.timed_out)
         self.closing = Alarm(reactor, CLOSE_GRACE, MilterConnection.give_up_unread)

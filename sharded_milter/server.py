@@ -14,6 +14,7 @@ from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
+from sharded_milter.mta.conversation import MessageLog, log_message
 from sharded_milter.mta.gate import ALL_MAY, Admission
 from sharded_milter.mta.listener import Listener
 from sharded_milter.mta.members import Member, workers_members
@@ -30,8 +31,8 @@ class Server(ServerContext):
 
     `in_master` are milters that run in this process, before those that the workers serve. The
     listeners are bound already; they are served once the workers are ready. Where there are none,
-    `bind` makes them, of the socket that the workers' script asks for. `logs_messages` says that
-    a line for each message is of use; `admission` which connections are served.
+    `bind` makes them, of the socket that the workers' script asks for. `message_log` writes
+    the line about each message, `admission` says which connections are served.
     """
 
     log = Logger()
@@ -47,12 +48,12 @@ class Server(ServerContext):
         in_master: Sequence[Member] = (),
         bind: Callable[[str], Sequence[Listener]] | None = None,
         *,
-        logs_messages: bool = True,
+        message_log: MessageLog | None = log_message,
         admission: Admission = ALL_MAY,
     ) -> None:
         super().__init__(
             *(limits, policy, reactor, dispatcher.counters),
-            logs_messages=logs_messages,
+            message_log=message_log,
             admission=admission,
         )
         self.pool = pool

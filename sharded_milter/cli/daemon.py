@@ -265,7 +265,7 @@ class _Run:
             reactor,
             in_master,
             bind,
-            logs_messages=logs.takes(settings.log_level, "info"),
+            message_log=logs.message_log(),
             admission=Admission(settings.allowed_peers, shares),
         )
         self._failure: BaseException | None = None

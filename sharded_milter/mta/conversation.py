@@ -7,7 +7,7 @@ connection hands it no command while a job is out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -65,6 +65,10 @@ VERDICT_NAMES = {"a": "accept", "c": "continue", "d": "discard", "r": "reject", 
 _QUARANTINE = Quarantine.letter[0]
 
 
+# Takes the line about a message: what it was, what became of it, what it cost.
+MessageLog = Callable[[str], object]
+
+
 class Context(Protocol):
     """What a conversation needs of the service it belongs to."""
 
@@ -72,7 +76,7 @@ class Context(Protocol):
     policy: Policy
     inflight: Inflight
     counters: Counter[str]
-    logs_messages: bool  # whether there is a log that has a line for each
+    message_log: MessageLog | None  # writes a line for each message
 
     @property
     def reactor(self) -> Any: ...
@@ -270,9 +274,9 @@ class Conversation:
         if len(replies) > SMALL_ANSWER:
             replies = self._bounded(replies, size if stage is Stage.EOM else 0)
         answer = self._decided(stage, replies, refused=job.refused)
-        if stage is Stage.EOM and self._context.logs_messages:
-            line = _log_line(job, jobs, size, answer, self._context.reactor.seconds())
-            self.log.info("{line}", line=line)  # one field, because Twisted formats each slowly
+        write = self._context.message_log
+        if stage is Stage.EOM and write is not None:
+            write(_log_line(job, jobs, size, answer, self._context.reactor.seconds()))
         return answer
 
     def _bounded(self, replies: bytes, freed: int) -> bytes:
@@ -319,6 +323,11 @@ class Conversation:
         self.is_over = True
         self._client_over()
         return answer
+
+
+def log_message(line: str) -> None:
+    """Log the line about a message in Twisted's way, which takes as long as a short message."""
+    Conversation.log.info("{line}", line=line)
 
 
 def _log_line(job: Job, jobs: list[Job], size: int, answer: bytes, now: float) -> str:

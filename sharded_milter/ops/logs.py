@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from twisted.logger import (
@@ -16,6 +16,7 @@ from twisted.logger import (
     LogEvent,
     LogLevel,
     LogLevelFilterPredicate,
+    PredicateResult,
     formatEvent,
     formatTime,
     globalLogBeginner,
@@ -29,13 +30,11 @@ from sharded_milter.protocol.text import printable
 OURS = "sharded_milter"
 LEVELS = ("debug", "info", "warn", "error")
 
+# Stands for the lines about messages, which have no event of their own.
+_MESSAGE: LogEvent = {"log_namespace": OURS, "log_level": LogLevel.info}
+
 # Characters of a line: a worker's are shorter (pool/output), and an MTA's values could be 64 KB.
 MAX_LINE = 16_384
-
-
-def takes(level: str, what: str) -> bool:
-    """Whether a log of a level has lines of another."""
-    return LEVELS.index(level) <= LEVELS.index(what)
 
 
 # sd-daemon(3): the severities of syslog, which journald reads from "<N>" at the line's start.
@@ -90,6 +89,10 @@ class LineObserver:
                 self.text(event.get("log_level", LogLevel.info), event.get("log_time", 0.0), lines)
             )
 
+    def message(self, line: str) -> None:
+        """Write an info line of one message, past Twisted's logger: there are most of these."""
+        self._stream.write(self.text(LogLevel.info, time.time(), [printable(line)]))
+
     def text(self, level: Any, when: float, lines: list[str]) -> str:
         """The lines of one event as they are written."""
         lines = [line if len(line) <= MAX_LINE else _cut(line) for line in lines]
@@ -127,6 +130,7 @@ class Stream(io.TextIOBase):
     """Standard error once the log has begun: it takes text, whatever that is, as lines."""
 
     def __init__(self, lines: Lines, descriptor: int) -> None:
+        self.message_log: Callable[[str], None] | None = None  # where the level has such lines
         self._lines = lines
         self._descriptor = descriptor
         self._rest = ""
@@ -181,9 +185,16 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
     atexit.register(finish)
     sys.stderr = stream
     observer = LineObserver(lines, journald="JOURNAL_STREAM" in environ)
+    if predicate(_MESSAGE) is not PredicateResult.no:
+        stream.message_log = observer.message
     globalLogBeginner.beginLoggingTo(
         [FilteringLogObserver(observer, [predicate])], redirectStandardIO=False
     )
+
+
+def message_log() -> Callable[[str], None] | None:
+    """Return what writes the line about a message; None where the log has no such lines."""
+    return sys.stderr.message_log if isinstance(sys.stderr, Stream) else None
 
 
 def finish() -> None:

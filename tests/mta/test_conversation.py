@@ -157,7 +157,7 @@ def test_changes_and_verdict_go_in_one_write() -> None:
 
 def test_a_log_that_has_no_lines_for_messages_costs_none() -> None:
     mta = at_the_end(*MESSAGE)
-    mta.logs_messages = False
+    mta.message_log = None
     with capturedLogs() as events:
         mta.answer(CONTINUE)
     assert lines(events) == []

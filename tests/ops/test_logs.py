@@ -13,7 +13,7 @@ import pytest
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from sharded_milter.ops.logs import LEVELS, MAX_LINE, LineObserver, takes
+from sharded_milter.ops.logs import LEVELS, MAX_LINE, LineObserver
 
 
 def logged(*, journald: bool, level: str = "info", text: str = "{x}", **values: Any) -> str:
@@ -134,9 +134,33 @@ def test_we_are_heard_from_the_level_on_and_others_when_they_warn(
     assert done.stdout == "printed\n"
 
 
-def test_a_level_takes_itself_and_what_is_worse() -> None:
-    taken = {level: [what for what in LEVELS if takes(level, what)] for level in LEVELS}
-    assert taken == {level: list(LEVELS[place:]) for place, level in enumerate(LEVELS)}
+MESSAGES = """
+import sys
+from twisted.logger import Logger
+from sharded_milter.ops import logs
+assert logs.message_log() is None
+logs.begin(sys.argv[1], {name: "1" for name in sys.argv[2:]})
+write = logs.message_log()
+if write is None:
+    print("none")
+else:
+    write("qid=\x1b1 size=2")
+    Logger("sharded_milter").info("qid=\x1b1 size=2")
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("journal", [[], ["JOURNAL_STREAM"]], ids=["terminal", "journald"])
+def test_a_line_about_a_message_is_as_any_other_info_line(level: str, journal: list[str]) -> None:
+    command = [sys.executable, "-c", MESSAGES, level, *journal]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if level in ("debug", "info"):
+        stamped = 0 if journal else len("2026-01-01T00:00:00+0000")
+        first, second = (line[stamped:] for line in done.stderr.splitlines())
+        assert first == second
+        assert first.endswith("qid=\\x1b1 size=2")
+    else:
+        assert (done.stderr, done.stdout) == ("", "none\n")
 
 
 def program(source: str, stderr: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
