@@ -30,14 +30,15 @@ ALLOWED: dict[str, set[str]] = {
     ".descriptors": {".errors"},
     ".alarms": set(),
     ".prctl": set(),
+    ".accounts": set(),
     ".forks": {"twisted"},
     ".transports": {"twisted"},
     ".reactor": {"twisted"},
     ".ipc": {".ipc", ".protocol", ".errors", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
-        ".mta", ".dispatch", ".alarms", ".descriptors", ".ipc", ".limits", ".protocol", ".errors",
-        ".transports", "twisted", "zope",
+        ".mta", ".dispatch", ".accounts", ".alarms", ".descriptors", ".ipc", ".limits", ".protocol",
+        ".errors", ".transports", "twisted", "zope",
     },
     ".pool": {
         ".pool", ".dispatch", ".forks", ".ipc", ".limits", ".protocol", ".errors", ".transports",
@@ -58,8 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     ".testing": {".testing", ".api", ".dialects", ".protocol", ".errors"},
     ".sizing": {".sizing", ".testing", ".protocol", ".errors", "psutil", "rich"},
     ".ops": {
-        ".ops", ".limits", ".dispatch.policy", ".mta.addresses", ".mta.peers", ".dialects.spec",
-        ".protocol", ".errors", "twisted", "zope", "click",
+        ".ops", ".accounts", ".limits", ".dispatch.policy", ".mta.addresses", ".mta.peers",
+        ".dialects.spec", ".protocol", ".errors", "twisted", "zope", "click",
     },
     ".cli": {
         ".cli", ".ops", ".server", ".in_master", ".forks", ".mta", ".dispatch", ".pool", ".testing",

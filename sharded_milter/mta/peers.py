@@ -18,14 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sharded_milter import accounts
 from sharded_milter.errors import UsageError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ACCEPTED = "a network (192.0.2.0/24, ::1), user:NAME or group:NAME"
-
-# What the numbers of users and groups are in the kernel; the last one says "none".
-_NO_ID = 0xFFFF_FFFF
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: process, user, group
 _ID = struct.Struct("I")
@@ -92,9 +90,9 @@ def parse_peers(text: str) -> Peers:
 def _parsed(piece: str) -> Peers:
     kind, colon, name = piece.partition(":")
     if colon and kind == "user":
-        return Peers(users=frozenset({_number(piece, name, _user_id)}))
+        return Peers(users=frozenset({_number(piece, name, accounts.user_id)}))
     if colon and kind == "group":
-        group = _number(piece, name, _group_id)
+        group = _number(piece, name, accounts.group_id)
         return Peers(groups=frozenset({group}), members=frozenset(_members(group)))
     return Peers((_network(piece),))
 
@@ -117,25 +115,11 @@ def _network(piece: str) -> Network:
 
 
 def _number(piece: str, name: str, look_up: Callable[[str], int]) -> int:
-    """A user's or a group's, which may be written as such."""
-    if name.isascii() and name.isdigit():
-        number = int(name)
-        if number >= _NO_ID:
-            raise UsageError(f"{piece!r}: the largest number is {_NO_ID - 1}")
-        return number
+    """Return the number of a user or a group; UsageError names the piece."""
     try:
         return look_up(name)
-    except (KeyError, ValueError):
-        kind = piece.partition(":")[0]
-        raise UsageError(f"{piece!r}: there is no such {kind}") from None
-
-
-def _user_id(name: str) -> int:
-    return pwd.getpwnam(name).pw_uid
-
-
-def _group_id(name: str) -> int:
-    return grp.getgrnam(name).gr_gid
+    except ValueError as error:
+        raise UsageError(f"{piece!r}: {error}") from None
 
 
 def _members(group: int) -> Iterable[int]:

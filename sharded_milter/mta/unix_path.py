@@ -8,14 +8,13 @@ socket gets its mode when it is made, and its group through a descriptor of the 
 from __future__ import annotations
 
 import errno
-import grp
 import os
-import pwd
 import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from sharded_milter import accounts
 from sharded_milter.errors import ConfigError, NotPermitted
 
 # A descriptor that gives access to the file itself, whatever kind it is, and to no other.
@@ -113,7 +112,7 @@ class UnixPath:
         try:
             os.chown(_magic(file), -1, gid)
         except PermissionError as error:
-            user = _user_name()
+            user = accounts.user_name(os.geteuid())
             raise NotPermitted(
                 f"cannot listen on unix:{self._path}: {error.strerror}: user {user} cannot give"
                 f" the socket to --socket-group {group!r}; make {user} a member of that group, or"
@@ -147,16 +146,7 @@ def _taken() -> OSError:
 
 
 def _group_id(group: str) -> int:
-    if group.isascii() and group.isdigit():
-        return int(group)
     try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ConfigError(f"--socket-group {group!r}: there is no such group") from None
-
-
-def _user_name() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+        return accounts.group_id(group)
+    except ValueError as error:
+        raise ConfigError(f"--socket-group {group!r}: {error}") from None

@@ -7,17 +7,20 @@ alike, and for good.
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from sharded_milter import accounts
 from sharded_milter.errors import ConfigError, NotPermitted, SystemRefused, UsageError
 
 ROOT = 0
 
 CURE = "say --user NAME"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,45 +44,23 @@ def account(user: str, group: str) -> Account | None:
         if group:
             raise UsageError(f"--group {group} is for --user, which is not given")
         return None
-    entry = _user(user)
+    entry = _found("--user", user, accounts.user_entry)
     if entry is None:
         if not group:
             raise ConfigError(f"--user {user}: that number has no entry; say --group too")
-        gid = _group(group)
-        return Account(user, int(user), gid, (gid,), "/")
-    gid = _group(group) if group else entry.pw_gid
+        gid = _found("--group", group, accounts.group_id)
+        return Account(user, accounts.user_id(user), gid, (gid,), "/")
+    gid = _found("--group", group, accounts.group_id) if group else entry.pw_gid
     groups = tuple(os.getgrouplist(entry.pw_name, gid))
     return Account(entry.pw_name, entry.pw_uid, gid, groups, entry.pw_dir)
 
 
-def _user(user: str) -> pwd.struct_passwd | None:
-    """The entry of a user; None for a number without one."""
-    number = _number("--user", user)
+def _found(option: str, text: str, look_up: Callable[[str], T]) -> T:
+    """Return what `look_up` finds for the value of an option; ConfigError names both."""
     try:
-        return pwd.getpwnam(user) if number is None else pwd.getpwuid(number)
-    except KeyError:
-        if number is None:
-            raise ConfigError(f"--user {user!r}: there is no such user") from None
-        return None
-
-
-def _group(group: str) -> int:
-    number = _number("--group", group)
-    if number is not None:
-        return number
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        raise ConfigError(f"--group {group!r}: there is no such group") from None
-
-
-def _number(option: str, text: str) -> int | None:
-    """The number that a text is; None for a name. The highest one means "no change" to Linux."""
-    if not (text.isascii() and text.isdigit()):
-        return None
-    if int(text) >= 0xFFFFFFFF:
-        raise ConfigError(f"{option} {text}: the highest number is {0xFFFFFFFE}")
-    return int(text)
+        return look_up(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: {error}") from None
 
 
 def check(wanted: Account | None, refused: str, *, allow_root: bool) -> None:
@@ -140,11 +121,5 @@ def _could_go_back() -> bool:
 def check_folder(option: str, path: str) -> None:
     """Raises NotPermitted where the process, as it is now, cannot make files in a directory."""
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-        raise NotPermitted(f"{option} {path}: user {_name()} cannot write there")
-
-
-def _name() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+        user = accounts.user_name(os.geteuid())
+        raise NotPermitted(f"{option} {path}: user {user} cannot write there")

@@ -183,6 +183,7 @@ def test_the_scanner_runs_as_another_user(folder: Path, python: str) -> None:
     ("options", "status", "why"),
     [
         (["--user=no-such-user"], os.EX_CONFIG, "there is no such user"),
+        (["--socket-group=99999999999"], os.EX_CONFIG, "the highest number is 4294967294"),
         (["--user=nobody", "--group=no-such-group"], os.EX_CONFIG, "there is no such group"),
         (["--user=12345678"], os.EX_CONFIG, "say --group too"),
         (["--group=mail"], os.EX_USAGE, "--group mail is for --user"),

@@ -255,6 +255,13 @@ def test_an_unknown_group_is_named(path: str) -> None:
     assert not os.path.exists(path)
 
 
+@pytest.mark.parametrize("number", ["4294967295", "99999999999"])
+def test_a_number_that_no_group_can_have_is_refused(number: str, path: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{number}': the highest number is 4294967294"):
+        Listener(parse_listen(path), 0o660, number)
+    assert not os.path.exists(path)
+
+
 def test_a_group_that_may_not_be_given_is_a_matter_of_rights(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,7 @@ def test_several_lists_are_one() -> None:
         ("user:", "'user:': there is no such user"),
         ("user:-1", "'user:-1': there is no such user"),
         ("user:a\0b", "'user:a\\x00b': there is no such user"),
-        ("user:4294967295", "'user:4294967295': the largest number is 4294967294"),
+        ("user:4294967295", "'user:4294967295': the highest number is 4294967294"),
         ("192.0.2.1 user:0", f"'192.0.2.1 user:0' is not {ACCEPTED}"),
     ],
 )

@@ -63,8 +63,8 @@ def test_a_number_without_an_entry_needs_a_group() -> None:
         ("no-such", "", ConfigError, "--user 'no-such': there is no such user"),
         ("nobody", "no-such", ConfigError, "--group 'no-such': there is no such group"),
         ("-1", "", ConfigError, "--user '-1': there is no such user"),
-        ("4294967295", "", ConfigError, "--user 4294967295: the highest number is 4294967294"),
-        ("nobody", "99999999999", ConfigError, "--group 99999999999: the highest number is"),
+        ("4294967295", "", ConfigError, "--user '4294967295': the highest number is 4294967294"),
+        ("nobody", "99999999999", ConfigError, "--group '99999999999': the highest number is"),
         ("", "mail", UsageError, "--group mail is for --user, which is not given"),
     ],
 )
