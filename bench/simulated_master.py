@@ -36,7 +36,7 @@ _READY = {
     "negotiation": _MANIFEST.to_packet()[PAYLOAD:],
     "light": b"",
     "shard_by": b"",
-    "pinning": _MANIFEST.pinning.value.encode(),
+    "affinity": _MANIFEST.affinity.value.encode(),
 }
 
 

@@ -136,7 +136,7 @@ class FakePlace:
 
     def be_ready(self, manifest: Manifest = MANIFEST, code: bytes = b"code") -> None:
         fields = {"name": manifest.name.encode(), "negotiation": manifest.to_packet()[5:],
-                  "light": b"", "shard_by": b"", "pinning": b"none"}  # fmt: skip
+                  "light": b"", "shard_by": b"", "affinity": b"none"}  # fmt: skip
         self.say(Ready, milters=[fields], code=code, socket=b"unix:/s")
         self.deliver()
 

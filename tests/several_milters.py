@@ -6,7 +6,7 @@ from one_mta import BODY, CONTINUE, DATA, EOH, EOM, MAIL, RCPT, SUBJECT, Mta, pa
 from twisted.logger import capturedLogs
 
 from sharded_milter.dispatch.job import Job
-from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, Manifest, Pinning
+from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, Manifest, SessionAffinity
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import NO_PROTOCOL, Actions, Protocol, Stage
 
@@ -20,11 +20,11 @@ def answering(
     *stages: Stage,
     actions: int = KNOWN_ACTIONS & ~0x100,
     options: Protocol = NO_PROTOCOL,
-    pinning: Pinning = Pinning.NONE,
+    affinity: SessionAffinity = SessionAffinity.NONE,
 ) -> Manifest:
     """A milter that sees everything and answers these stages."""
     answered = sum((stage.no_reply for stage in stages), NO_PROTOCOL)
-    return Manifest(name, Actions(actions), (ALL_NR & ~answered) | options, pinning=pinning)
+    return Manifest(name, Actions(actions), (ALL_NR & ~answered) | options, affinity=affinity)
 
 
 A, B, C = (answering(name, *Stage) for name in "abc")

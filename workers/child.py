@@ -264,7 +264,7 @@ def _introduced(manifest: Manifest) -> dict[str, bytes]:
         "negotiation": manifest.to_packet()[PAYLOAD:],
         "light": b"".join(stage.value for stage in manifest.light),
         "shard_by": to_wire(manifest.shard_by),
-        "pinning": to_wire(manifest.pinning.value),
+        "affinity": to_wire(manifest.affinity.value),
     }
 
 

@@ -166,7 +166,7 @@ class Ping(amp.Command):
     response = []  # noqa: RUF012
 
 
-_MANIFEST = (b"name", b"negotiation", b"light", b"shard_by", b"pinning")
+_MANIFEST = (b"name", b"negotiation", b"light", b"shard_by", b"affinity")
 
 
 class Ready(amp.Command):

@@ -33,7 +33,7 @@ from sharded_milter.mta.transcript import Refusal, Transcript
 from sharded_milter.protocol.commands import Body, Eom, Header, Negotiate, check_length
 from sharded_milter.protocol.negotiation import DATA_SIZES, Handling, Manifest, negotiate
 from sharded_milter.protocol.replies import Continue, Quarantine
-from sharded_milter.protocol.session import REFUSED, Keep, Leaves, Session
+from sharded_milter.protocol.session import REFUSED, Scope, Session, TranscriptPart
 from sharded_milter.protocol.stages import NO_PROTOCOL, Stage
 from sharded_milter.protocol.stages import Protocol as ProtocolBits
 from sharded_milter.protocol.wire import Framer, packets
@@ -156,18 +156,18 @@ class Conversation:
         if size <= SMALL_PART or self._context.inflight.has_room(size) or letter not in _CUT_SHORT:
             return b""
         self.transcript.refuse_for_room()
-        framer.cut_short(_CUT_SHORT[letter])
+        framer.truncate(_CUT_SHORT[letter])
         return framer.next()
 
     def _take(self, packet: bytes) -> bytes | Deferred[bytes]:
         step = self._session.receive(packet)
         if step.offer is not None:
             return self._negotiate(step.offer)
-        if step.leaves is not Leaves.NOTHING:
-            self._forget(step.leaves)
-        if step.keep is not Keep.NO and not self._turned_away:
-            self._keep(step.keep, packet)
-        if step.stage is None or step.handling is Handling.SILENT:
+        if step.ends is not Scope.NONE:
+            self._forget(step.ends)
+        if step.part is not TranscriptPart.NONE and not self._turned_away:
+            self._store(step.part, packet)
+        if step.stage is None or step.handling is Handling.NO_REPLY:
             return b""
         if self._turned_away:
             self.has_heard = True
@@ -177,7 +177,7 @@ class Conversation:
         transcript = self.transcript
         if transcript.refuses_client or transcript.refusal is not None:
             return self._decided(step.stage, self._refusal(transcript.refusal))
-        job = self._job(step.stage, step.keep, packet)
+        job = self._job(step.stage, step.part, packet)
         if job is None:
             self._count("refused_no_memory")
             return self._decided(step.stage, NO_ROOM)
@@ -196,12 +196,12 @@ class Conversation:
         self.transcript.keep(told + answer)
         return answer
 
-    def _forget(self, leaves: Leaves) -> None:
-        if leaves is Leaves.MESSAGE:
+    def _forget(self, leaves: Scope) -> None:
+        if leaves is Scope.MESSAGE:
             self._message_over()
         else:
             self._client_over()
-            self.is_over = leaves is Leaves.US
+            self.is_over = leaves is Scope.CONNECTION
 
     def _message_over(self) -> None:
         self.transcript.clear_message()
@@ -211,12 +211,14 @@ class Conversation:
         self._milters.client_over(self._began)
         self.transcript.clear_client()
 
-    def _keep(self, keep: Keep, packet: bytes) -> None:
-        if keep is Keep.SLOT:
+    def _store(self, part: TranscriptPart, packet: bytes) -> None:
+        if part is TranscriptPart.CONNECTION:
             self._milters.learn(self.transcript.keep(packet), packet)
             return
         transcript = self.transcript
-        if keep is Keep.BEGIN and (transcript.size or transcript.refusal is not None):
+        if keep is TranscriptPart.NEW_MESSAGE and (
+            transcript.size or transcript.refusal is not None
+        ):
             self._message_over()
         if not transcript.size:
             self._message_began = self._context.reactor.seconds()
@@ -235,7 +237,7 @@ class Conversation:
 
     # Questions to the milters
 
-    def _job(self, stage: Stage, keep: Keep, packet: bytes) -> Job | None:
+    def _job(self, stage: Stage, part: TranscriptPart, packet: bytes) -> Job | None:
         """What the milters are asked; None when there is no memory for it."""
         transcript, eom = self.transcript, stage is Stage.EOM
         message = transcript.message_part(complete=eom)
@@ -245,7 +247,7 @@ class Conversation:
             stage,
             transcript.connection_part(),
             message,
-            packet if keep is Keep.NO else b"",  # UNKNOWN belongs to no message
+            packet if part is TranscriptPart.NONE else b"",  # UNKNOWN belongs to no message
             transcript.queue_id,
             self._message_began if transcript.size else self._began,
             transcript.client() if eom and self._context.limits.join_retries else b"",

@@ -24,7 +24,7 @@ from sharded_milter.mta.members import Member
 from sharded_milter.mta.merge import ACCEPT, GO_ON, merged
 from sharded_milter.mta.transcript import Transcript
 from sharded_milter.protocol.answers import check_replies
-from sharded_milter.protocol.negotiation import Agreement, Manifest, Pinning
+from sharded_milter.protocol.negotiation import Agreement, Manifest, SessionAffinity
 from sharded_milter.protocol.replies import Continue
 from sharded_milter.protocol.stages import Protocol as ProtocolBits
 from sharded_milter.protocol.stages import Stage
@@ -59,10 +59,10 @@ class _Milter:
 
     def new_affinity(self) -> Affinity | None:
         """For another object, if the milter is one."""
-        pinning = self.manifest.pinning
-        if pinning is Pinning.NONE:
+        affinity = self.manifest.affinity
+        if affinity is SessionAffinity.NONE:
             return None
-        return Affinity(replayable=pinning is Pinning.REPLAYABLE)
+        return Affinity(replayable=affinity is SessionAffinity.REPLAYABLE)
 
     def is_asked(self, job: Job) -> bool:
         if job.refused and not self.manifest.protocol & ProtocolBits.RCPT_REJ:

@@ -29,7 +29,7 @@ from sharded_milter.ipc.messages import Answer
 from sharded_milter.pool.heartbeat import DEAF, Heartbeat, Pulse
 from sharded_milter.pool.places import Place
 from sharded_milter.pool.table import Cell, row
-from sharded_milter.protocol.negotiation import Manifest, Pinning
+from sharded_milter.protocol.negotiation import Manifest, SessionAffinity
 from sharded_milter.protocol.stages import STAGES
 from sharded_milter.protocol.text import quoted, to_text
 
@@ -433,5 +433,5 @@ def _manifest(milter: Mapping[str, bytes]) -> Manifest:
         milter["negotiation"],
         frozenset(STAGES[letter] for letter in milter["light"]),
         to_text(milter["shard_by"]),
-        Pinning(to_text(milter["pinning"])),
+        SessionAffinity(to_text(milter["affinity"])),
     )

@@ -1,7 +1,7 @@
-"""The answers: whole packets that are about to be sent to the MTA as the answer to a command.
+"""Checks of answers: the reply packets that are about to be sent to the MTA for one command.
 
-The law: nothing a worker says reaches an MTA unless it is legal at its stage, was negotiated, and
-is well-formed. LEGAL in `replies` says what is; here it is applied.
+A reply from a worker reaches the MTA only if it is legal at its stage, was negotiated and is
+well-formed. The rules are LEGAL in `replies`; this module applies them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from sharded_milter.protocol.wire import LETTER, MAX_CHUNK, PAYLOAD, packets
 
 _BODY = ReplaceBody.letter[0]
 
-# The commonest answers, which need no look at their parts. No larger one is looked up among them:
-# its hash would cost as much as all the rest.
+# The most common answers, which need no further check. Only answers of this length are looked up
+# here: hashing a large one would cost as much as the full check.
 _BARE = frozenset((Accept().encode(), Continue().encode()))
 
 
 def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
-    """The letter of the one final reply that closes `replies`.
+    """Return the letter of the final reply, which must be the last packet of `replies`.
 
-    Raises LocalProtocolError when a reply is unknown, malformed, not legal at the stage, not
-    covered by a negotiated action, out of order, or when the final one is missing.
+    Raise LocalProtocolError if a reply is unknown, malformed, illegal at the stage, not covered by
+    a negotiated action or out of order, or if there is no final reply.
     """
-    permitted = agreement.known.get(stage) or _permitted(stage, agreement)
+    permitted = agreement.cache.get(stage) or _permitted(stage, agreement)
     if len(replies) == PAYLOAD and replies in _BARE and replies[LETTER] in permitted:
         return replies[LETTER]
     final = before = None
@@ -36,7 +36,7 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
                 raise LocalProtocolError(f"reply {_name(code)} after the final one at {stage.word}")
             legal = permitted.get(code)
             if legal is None:
-                raise LocalProtocolError(_why_not(code, stage, agreement))
+                raise LocalProtocolError(_reason(code, stage, agreement))
             _check_payload(code, legal, stage, replies, start, end)
             if code == _BODY:
                 if replaced and before != _BODY:
@@ -52,8 +52,8 @@ def check_replies(stage: Stage, replies: bytes, agreement: Agreement) -> int:
 
 
 def _permitted(stage: Stage, agreement: Agreement) -> dict[int, Legality]:
-    """The replies that may be sent at a stage; worked out once for each agreement."""
-    permitted = agreement.known[stage] = {
+    """Return the rules of the replies that may be sent at a stage; cached in the agreement."""
+    permitted = agreement.cache[stage] = {
         code: legal
         for code, legal in LEGAL.items()
         if stage in legal.stages
@@ -63,8 +63,8 @@ def _permitted(stage: Stage, agreement: Agreement) -> dict[int, Legality]:
     return permitted
 
 
-def _why_not(code: int, stage: Stage, agreement: Agreement) -> str:
-    """Why a reply may not be sent."""
+def _reason(code: int, stage: Stage, agreement: Agreement) -> str:
+    """Return the reason why a reply may not be sent."""
     if code not in LEGAL:
         return f"reply {_name(code)} does not exist"
     legal = LEGAL[code]
@@ -78,9 +78,10 @@ def _why_not(code: int, stage: Stage, agreement: Agreement) -> str:
 def _check_payload(
     code: int, legal: Legality, stage: Stage, replies: bytes, start: int, end: int
 ) -> None:
+    """Raise LocalProtocolError if the payload at `start` is too long or malformed."""
     if end - start > MAX_CHUNK:
         raise LocalProtocolError(f"reply {_name(code)} of {end - start} bytes exceeds {MAX_CHUNK}")
-    if not legal.payload.fullmatch(replies, start, end):  # where it lies: a body has megabytes
+    if not legal.payload.fullmatch(replies, start, end):  # in place: a body may have megabytes
         payload = replies[start : min(end, start + 80)]
         raise LocalProtocolError(f"malformed reply {_name(code)} at {stage.word}: {payload!r}")
 

@@ -1,7 +1,7 @@
 """The commands: packets from the MTA (SMFIC).
 
-A command holds exactly what the wire held, so that parsing and encoding are inverse; what it
-means to an author (brackets, `IPv6:` prefixes, macro look-up) is the business of the dialects.
+A command holds exactly the packet's content, so encoding is the inverse of parsing. The dialects
+interpret it for authors (brackets, `IPv6:` prefixes, macro look-up).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sharded_milter.protocol.packets import INT_BYTES, Packet, parse_packet
 from sharded_milter.protocol.text import join_strings, split_strings, to_text, to_wire
 from sharded_milter.protocol.wire import LENGTH_BYTES, LETTER, MAX_PACKET, PAYLOAD
 
-# Families of a CONNECT; only the first two and a path bring a port and an address along.
+# Families of a CONNECT that is followed by a port and an address: IPv4, IPv6, UNIX path.
 FAMILIES_WITH_ADDRESS = ("4", "6", "L")
 PORT_BYTES = 2
 
@@ -44,7 +44,7 @@ class Negotiate(Packet):
 
     @classmethod
     def parse(cls, payload: bytes) -> Self:
-        """A reply of ours, symbol lists included."""
+        """Parse our own reply, symbol lists included."""
         words = cls.offer(payload)
         symlists = []
         rest = payload[3 * INT_BYTES :]
@@ -58,7 +58,7 @@ class Negotiate(Packet):
 
     @classmethod
     def offer(cls, payload: bytes) -> Self:
-        """An MTA's offer; whatever follows the three words is ignored, as libmilter does."""
+        """Parse an MTA's offer; bytes after the three words are ignored, as libmilter does."""
         if len(payload) < 3 * INT_BYTES:
             raise RemoteProtocolError(f"option negotiation of {len(payload)} bytes needs 12")
         version, actions, protocol = struct.unpack_from(">III", payload)
@@ -114,7 +114,9 @@ class Connect(Packet):
         family = to_text(rest[:1])
         if family not in FAMILIES_WITH_ADDRESS:
             if rest[1:]:
-                raise RemoteProtocolError(f"connect of family {family!r} goes on: {payload[:80]!r}")
+                raise RemoteProtocolError(
+                    f"connect of family {family!r} has bytes after it: {payload[:80]!r}"
+                )
             return cls(to_text(hostname), family)
         address = split_strings(rest[1 + PORT_BYTES :])
         if len(address) != 1:
@@ -125,7 +127,7 @@ class Connect(Packet):
 
 @dataclass(frozen=True, slots=True)
 class Helo(Packet):
-    """The client's greeting (SMFIC_HELO), its argument as the client wrote it."""
+    """The client's HELO or EHLO (SMFIC_HELO); `name` is its argument as the client wrote it."""
 
     letter: ClassVar[bytes] = b"H"
     name: str
@@ -151,14 +153,14 @@ class Rcpt(Packet):
 
 @dataclass(frozen=True, slots=True)
 class Data(Packet):
-    """The client said DATA (SMFIC_DATA)."""
+    """The client's DATA command (SMFIC_DATA)."""
 
     letter: ClassVar[bytes] = b"T"
 
 
 @dataclass(frozen=True, slots=True)
 class Header(Packet):
-    """A header field (SMFIC_HEADER), folded with bare LF as the MTA sends it."""
+    """A header field (SMFIC_HEADER); its folds are bare LF, as the MTA sends them."""
 
     letter: ClassVar[bytes] = b"L"
     name: str
@@ -174,7 +176,7 @@ class Eoh(Packet):
 
 @dataclass(frozen=True, slots=True)
 class Body(Packet):
-    """A piece of the body (SMFIC_BODY), CRLF line ends, cut anywhere."""
+    """A chunk of the body (SMFIC_BODY): CRLF line ends; a chunk may end anywhere in a line."""
 
     letter: ClassVar[bytes] = b"B"
     chunk: bytes
@@ -182,7 +184,7 @@ class Body(Packet):
 
 @dataclass(frozen=True, slots=True)
 class Eom(Packet):
-    """End of message (SMFIC_BODYEOB); may carry the last piece of the body."""
+    """End of message (SMFIC_BODYEOB); may carry the last chunk of the body."""
 
     letter: ClassVar[bytes] = b"E"
     chunk: bytes = b""
@@ -190,21 +192,21 @@ class Eom(Packet):
 
 @dataclass(frozen=True, slots=True)
 class Abort(Packet):
-    """The message is dropped (SMFIC_ABORT), the connection stays; never answered."""
+    """The MTA drops the message (SMFIC_ABORT), not the connection; never answered."""
 
     letter: ClassVar[bytes] = b"A"
 
 
 @dataclass(frozen=True, slots=True)
 class Quit(Packet):
-    """The MTA leaves (SMFIC_QUIT); never answered."""
+    """The MTA closes the connection (SMFIC_QUIT); never answered."""
 
     letter: ClassVar[bytes] = b"Q"
 
 
 @dataclass(frozen=True, slots=True)
 class QuitNc(Packet):
-    """The client left, another follows on this socket (SMFIC_QUIT_NC); never answered."""
+    """The client's session is over, another may follow (SMFIC_QUIT_NC); never answered."""
 
     letter: ClassVar[bytes] = b"K"
 
@@ -227,15 +229,15 @@ COMMANDS: dict[int, type[Packet]] = {
 
 
 def parse_command(packet: bytes) -> Packet:
-    """The command in a whole packet.
+    """Parse a whole packet as a command.
 
-    Raises RemoteProtocolError for a letter that is no command's, or a malformed payload.
+    Raise RemoteProtocolError for a letter that no command has, or a malformed payload.
     """
     return parse_packet(COMMANDS, packet)
 
 
 class Shape(NamedTuple):
-    """A payload of nothing but strings, from `start` in the packet on: so many of them."""
+    """A payload of NUL-terminated strings only: its offset in the packet, and how many strings."""
 
     start: int
     counts: range
@@ -243,8 +245,8 @@ class Shape(NamedTuple):
 
 _MANY = MAX_PACKET
 
-# The shapes of commands that are made of strings. The others: what a Body or an Eom holds is free,
-# and the rest is parsed.
+# The shapes of commands that consist of strings. Of the others, the payload of Body and Eom may be
+# anything, and the rest must be parsed.
 SHAPES: Mapping[int, Shape] = {
     Macro.letter[0]: Shape(PAYLOAD + 1, range(0, _MANY, 2)),
     Helo.letter[0]: Shape(PAYLOAD, range(1, 2)),
@@ -260,21 +262,21 @@ _PARSED: Mapping[int, Callable[[bytes], object]] = {
 }
 
 
-# The longest SMTP command that an MTA reads: AUTH has 12,288 octets (RFC 4954), all others less
-# (RFC 5321: 512; Postfix and Sendmail: 2,048).
+# The longest SMTP command that an MTA reads: AUTH has up to 12,288 octets (RFC 4954), all others
+# have fewer (RFC 5321: 512; Postfix and Sendmail: 2,048).
 MAX_LINE = 12_288
 
-# Host names have 255 octets (RFC 1035), paths of sockets 108; HELO is a line of 2,048 at most.
+# Host names have up to 255 octets (RFC 1035), socket paths 108, and the line of a HELO 2,048.
 MAX_HOST = 2048 + 256
 
-# Postfix and Sendmail send a dozen macros with a command, each no longer than a header line.
+# Postfix and Sendmail send about twelve macros with a command, each at most a header line long.
 MAX_MACROS = 16_384
 
-# An offer is 12 bytes; what follows is ignored, so that later versions may say more.
+# An offer has 12 bytes. More are ignored, so that later protocol versions may add some.
 MAX_OFFER = 1024
 
-# The largest packets of those that are no content, letter and payload. What is content is bounded
-# by the message's size.
+# The maximum lengths of packets that are not content, letter and payload, in bytes. Content is
+# limited by the message's maximum size.
 LONGEST: Mapping[int, int] = {
     Negotiate.letter[0]: MAX_OFFER,
     Connect.letter[0]: MAX_HOST,
@@ -287,18 +289,18 @@ LONGEST: Mapping[int, int] = {
 
 
 def check_length(letter: int, length: int) -> None:
-    """Raises RemoteProtocolError where a packet is longer than any MTA's of that letter."""
+    """Raise RemoteProtocolError if `length` exceeds the maximum for the command's letter."""
     longest = LONGEST.get(letter, MAX_PACKET)
     if length > longest:
         name = COMMANDS[letter].__name__
-        raise RemoteProtocolError(f"{name} of {length} bytes is longer than {longest}")
+        raise RemoteProtocolError(f"{name} of {length} bytes is longer than {longest} bytes")
 
 
 def check_command(packet: bytes) -> None:
-    """Raises RemoteProtocolError where parsing the command would, without building its value.
+    """Raise RemoteProtocolError if the command is too long, or if parsing it would raise one.
 
-    So it does for one that is too long. What passes can be kept unread: whoever reads it later
-    finds it well-formed.
+    No value is built. A command that passes can be stored unparsed and is well-formed when a
+    worker parses it.
     """
     letter = packet[LETTER]
     if len(packet) > LENGTH_BYTES + LONGEST.get(letter, MAX_PACKET):

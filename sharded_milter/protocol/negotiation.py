@@ -1,7 +1,7 @@
-"""Option negotiation: what the MTA offers, what the milters want, what we answer.
+"""Option negotiation: the MTA's offer, the milters' manifests, and our reply.
 
-The law: never a bit that was not offered. What a milter wants and the MTA cannot do is done
-here instead: a stage that cannot be suppressed, or that cannot go unanswered, gets our CONTINUE.
+The reply never has a bit that was not offered. If the MTA cannot do what the milters want, the
+master does it: it replies CONTINUE at a stage that cannot be suppressed or left without a reply.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ LOWEST_VERSION = 2
 DEFAULT_ACTIONS = 0xF
 DEFAULT_PROTOCOL = 0x3F
 
-# Every bit that version 6 defines; the rest is libmilter-internal (SMFI_INTERNAL) or unborn.
+# Every bit that version 6 defines; the rest is libmilter-internal (SMFI_INTERNAL) or reserved.
 KNOWN_ACTIONS = 0x1FF
 KNOWN_PROTOCOL = 0x1FFFFF
 
-# Bits beside NO and NR that a milter can ask for; the MTA does them only if all is agreed.
+# Options other than NO and NR that a milter can ask for.
 OPTIONS = Protocol.SKIP | Protocol.RCPT_REJ | Protocol.HDR_LEADSPC
 
-# Larger packets than everybody takes; echoed only where the operator wants them.
+# Packets larger than 64 KB; accepted only if the operator allows them (--max-data-size).
 MDS = Protocol.MDS_256K | Protocol.MDS_1M
 
-# How operators name the sizes, as smfi_setmaxdatasize does.
+# The operator's names for the maximum packet sizes, as in smfi_setmaxdatasize.
 DATA_SIZES = {"64K": NO_PROTOCOL, "256K": Protocol.MDS_256K, "1M": Protocol.MDS_1M}
 
 HEADER_ACTIONS = Actions.ADDHDRS | Actions.CHGHDRS
@@ -54,8 +54,8 @@ MAX_MACROS = 50
 SUPPRESS_ALL = reduce(or_, (stage.suppress for stage in Stage))
 NO_REPLY_ALL = reduce(or_, (stage.no_reply for stage in Stage))
 
-# The macros that Postfix and Sendmail send unasked. A list of ours replaces theirs, so a milter
-# that asks for one more macro would lose these if we did not repeat them.
+# The macros that Postfix and Sendmail send by default. A list of ours replaces theirs, so a milter
+# that asks for one more macro would lose these if the list did not repeat them.
 DEFAULT_MACROS: Mapping[Stage, str] = {
     Stage.CONNECT: "j _ {daemon_name} {daemon_addr} {if_name} {if_addr} v",
     Stage.HELO: "{tls_version} {cipher} {cipher_bits} {cert_subject} {cert_issuer}",
@@ -68,22 +68,22 @@ DEFAULT_MACROS: Mapping[Stage, str] = {
 }
 
 
-class Pinning(Enum):
-    """What ties the questions about one connection to one place."""
+class SessionAffinity(Enum):
+    """Whether all jobs of a connection must go to the shard that has the milter's object."""
 
-    NONE = "none"  # nothing: whoever has the transcript can answer
-    REPLAYABLE = "replayable"  # an object, which can be rebuilt elsewhere from the transcript
-    PINNED = "pinned"  # an object that cannot
+    NONE = "none"  # the milter has no object: any shard can answer from the transcript
+    REPLAYABLE = "replayable"  # another shard can rebuild the object from the transcript
+    REQUIRED = "required"  # the object cannot be rebuilt
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the master knows of a milter: plain data, carried as an option negotiation packet.
+    """The master's description of a milter: plain data, sent as an option negotiation packet.
 
-    `protocol` has the NO bits of the stages it needs nothing of, the NR bits of those it wants
-    to see but has no say in, and its OPTIONS. `macros` are asked for on top of the usual ones.
-    NR_EOM says that it has no say at end of message, where all others are asked. `version` is the
-    highest of the protocol that it speaks.
+    `protocol` has the NO bits of the stages whose commands it does not need, the NR bits of the
+    stages that it sees but gives no verdicts at, and its OPTIONS. NR_EOM means that it gives no
+    verdict at end of message. `macros` are requested in addition to DEFAULT_MACROS. `light` are the
+    stages at which it is fast. `version` is the highest protocol version that it supports.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Manifest:
     macros: tuple[tuple[Stage, tuple[str, ...]], ...] = ()
     light: frozenset[Stage] = frozenset()
     shard_by: str = ""
-    pinning: Pinning = Pinning.NONE
+    affinity: SessionAffinity = SessionAffinity.NONE
     version: int = VERSION
 
     @cached_property
@@ -103,11 +103,11 @@ class Manifest:
         )
 
     def answers(self, stage: Stage) -> bool:
-        """Whether the milter gives verdicts at the stage."""
+        """Return True if the milter gives verdicts at the stage."""
         return stage in self.answered
 
     def to_packet(self) -> bytes:
-        """The negotiable part, for the way from the worker to the master."""
+        """Return the negotiable part as a packet, which the worker sends to the master."""
         numbers = ((stage.symlist, names) for stage, names in self.macros)
         lists = ((number, " ".join(names)) for number, names in numbers if number is not None)
         return Negotiate(self.version, self.actions, self.protocol, tuple(lists)).encode()
@@ -119,11 +119,11 @@ class Manifest:
         payload: bytes,
         light: frozenset[Stage],
         shard_by: str,
-        pinning: Pinning = Pinning.NONE,
+        affinity: SessionAffinity = SessionAffinity.NONE,
     ) -> Manifest:
-        """The manifest whose negotiable part is the payload of `to_packet`.
+        """Return the manifest whose negotiable part is `payload`, as `to_packet` makes it.
 
-        Raises RemoteProtocolError where it is malformed.
+        Raise RemoteProtocolError if it is malformed.
         """
         words = Negotiate.parse(payload)
         try:
@@ -133,26 +133,26 @@ class Manifest:
         except KeyError as error:
             raise RemoteProtocolError(f"macros for a stage of number {error}") from None
         actions, protocol = Actions(words.actions), Protocol(words.protocol)
-        return cls(name, actions, protocol, macros, light, shard_by, pinning, words.version)
+        return cls(name, actions, protocol, macros, light, shard_by, affinity, words.version)
 
 
 class Handling(Enum):
-    """What becomes of a command that a milter could answer."""
+    """The way to answer a command of one stage."""
 
-    ASK = "ask"  # a milter answers
-    CONTINUE = "continue"  # the MTA waits, no milter cares: we answer
-    SILENT = "silent"  # agreed that nobody answers
+    ASK = "ask"  # ask the milters
+    CONTINUE = "continue"  # the MTA waits and no milter gives verdicts: reply CONTINUE
+    NO_REPLY = "no_reply"  # negotiated: the MTA waits for no reply
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was negotiated on one connection."""
+    """The result of option negotiation on one connection."""
 
     reply: Negotiate
-    handling: Mapping[int, Handling]  # by the letter of the stage
+    handling: Mapping[int, Handling]  # by the stage's letter
     recorded: frozenset[int]  # letters of the stages that some milter needs to see
-    # What sessions have found out under it, for all others: it is the same for most connections.
-    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    # Tables that depend on the agreement only. Most connections have equal agreements and share it.
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def actions(self) -> Actions:
@@ -166,10 +166,10 @@ class Agreement:
 def negotiate(
     offer: Negotiate, manifests: Iterable[Manifest], mds: Protocol = NO_PROTOCOL
 ) -> Agreement:
-    """What we answer to an offer so that each of the milters gets at least what it wants.
+    """Return the agreement under which each milter gets at least what its manifest asks for.
 
-    `mds` are the MDS bits that we take if they are offered. Raises RemoteProtocolError for a
-    version below 2.
+    `mds` are the MDS bits to accept if they are offered. Raise RemoteProtocolError for a version
+    below 2.
     """
     return _negotiate(offer, tuple(manifests), mds)
 
@@ -201,13 +201,14 @@ def _negotiate(offer: Negotiate, manifests: tuple[Manifest, ...], mds: Protocol)
 
 
 def merged_protocol(manifests: Iterable[Manifest]) -> Protocol:
-    """The protocol word that serves all: suppressed is what all suppress.
+    """Return the protocol word that fits all milters.
 
-    A stage goes unanswered when nobody answers it. An option is taken when somebody wants it and
-    all whom it concerns do, except that rejected recipients are sent when one milter wants them.
+    A stage is suppressed if all milters suppress it, and gets no reply if none gives verdicts at
+    it. An option is set if at least one milter wants it and every milter that it affects does;
+    RCPT_REJ is set if one milter wants it.
     """
     manifests = list(manifests)
-    words = [m.protocol | _implied_no_reply(m.protocol) | _unconcerned(m) for m in manifests]
+    words = [m.protocol | _implied_no_reply(m.protocol) | _irrelevant_options(m) for m in manifests]
     common = reduce(and_, words, SUPPRESS_ALL | NO_REPLY_ALL | OPTIONS)
     wanted = reduce(or_, (m.protocol for m in manifests), NO_PROTOCOL) & OPTIONS
     stages = common & ~OPTIONS
@@ -217,50 +218,50 @@ def merged_protocol(manifests: Iterable[Manifest]) -> Protocol:
 
 
 def merged_macros(manifests: Iterable[Manifest]) -> tuple[tuple[int, str], ...]:
-    """The symbol lists that give every milter its macros besides the usual ones."""
+    """Return the symbol lists that have DEFAULT_MACROS and the macros of every milter."""
     lists: dict[int, dict[str, None]] = {}
     for manifest in manifests:
         for stage, names in manifest.macros:
             if stage.symlist is not None:
-                lists.setdefault(stage.symlist, _usual(stage)).update(
-                    dict.fromkeys(map(_spelling, names))
+                lists.setdefault(stage.symlist, _default_macros(stage)).update(
+                    dict.fromkeys(map(_normalized, names))
                 )
     ends = (Stage.EOM, Stage.EOH)
     if not lists.keys().isdisjoint(SYMLIST_NUMBERS[stage] for stage in ends):
         # Sendmail honours the list of end of message only if end of headers is listed too, and
         # sends no macro at all at end of message if only end of headers is.
         for stage in ends:
-            lists.setdefault(SYMLIST_NUMBERS[stage], _usual(stage))
+            lists.setdefault(SYMLIST_NUMBERS[stage], _default_macros(stage))
     return tuple(
         (number, " ".join(list(names)[:MAX_MACROS])) for number, names in sorted(lists.items())
     )
 
 
-def _usual(stage: Stage) -> dict[str, None]:
+def _default_macros(stage: Stage) -> dict[str, None]:
     return dict.fromkeys(DEFAULT_MACROS[stage].split())
 
 
-def _spelling(name: str) -> str:
-    """The one spelling of a macro's name: one character stands bare."""
+def _normalized(name: str) -> str:
+    """Return a macro's name without braces if it has one character: `i` for `{i}`."""
     return name[1] if len(name) == 3 and name[0] == "{" and name[2] == "}" else name
 
 
-def _unconcerned(manifest: Manifest) -> Protocol:
-    """The options that make no difference to a milter, which is not asked about them."""
+def _irrelevant_options(manifest: Manifest) -> Protocol:
+    """Return the options that make no difference to a milter."""
     skip = Protocol.SKIP if manifest.protocol & Protocol.NO_BODY else NO_PROTOCOL
     headers = not manifest.protocol & Protocol.NO_HEADER or manifest.actions & HEADER_ACTIONS
     return skip | (NO_PROTOCOL if headers else Protocol.HDR_LEADSPC)
 
 
 def _implied_no_reply(word: Protocol) -> Protocol:
-    """A milter that does not even need a stage does not answer it either."""
+    """Return the NR bits of the stages that `word` suppresses: they get no verdict either."""
     bits = (stage.no_reply for stage in Stage if word & stage.suppress)
     return reduce(or_, bits, NO_PROTOCOL)
 
 
 def _handling(stage: Stage, wanted: Protocol, agreed: Protocol) -> Handling:
     if agreed & stage.no_reply:
-        return Handling.SILENT
+        return Handling.NO_REPLY
     if wanted & (stage.suppress | stage.no_reply):
         return Handling.CONTINUE
     return Handling.ASK

@@ -1,4 +1,4 @@
-"""What commands and replies share: a frozen dataclass whose fields are the payload's layout.
+"""The base of commands and replies: a frozen dataclass whose fields are the payload's layout.
 
 | field type          | on the wire                              |
 |---------------------|------------------------------------------|
@@ -23,23 +23,23 @@ INT_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """A packet as a value; subclasses name its letter and its fields."""
+    """A packet as a value; subclasses declare its letter and its fields."""
 
     letter: ClassVar[bytes]
 
     def encode(self) -> bytes:
-        """The packet as the wire carries it."""
+        """Return the packet in the wire's format."""
         return frame(self.letter, self.payload())
 
     def payload(self) -> bytes:
-        """The payload, field after field."""
+        """Return the payload: the fields in their order."""
         return b"".join(
             _encode_field(getattr(self, name), kind) for name, kind in _layout(type(self))
         )
 
     @classmethod
     def parse(cls, payload: bytes) -> Self:
-        """The value of a payload; raises RemoteProtocolError where it does not fit the fields."""
+        """Parse a payload. Raise RemoteProtocolError if it does not fit the fields."""
         names = _layout(cls)
         ints = sum(kind == "int" for _, kind in names) * INT_BYTES
         if len(payload) < ints:
@@ -54,7 +54,7 @@ _layouts: dict[type[Packet], list[tuple[str, str]]] = {}
 
 
 def _layout(cls: type[Packet]) -> list[tuple[str, str]]:
-    """The fields in the order of the wire with the names of their types, looked up once."""
+    """Return names and types of the fields in the order of the wire; cached."""
     if cls not in _layouts:
         _layouts[cls] = [(field.name, str(field.type)) for field in fields(cls)]
     return _layouts[cls]
@@ -90,12 +90,12 @@ P = TypeVar("P", bound=Packet)
 
 
 def parse_packet(table: Mapping[int, type[P]], packet: bytes) -> P:
-    """The value of a whole packet by the letters of `table`.
+    """Parse a whole packet with the class that `table` has for its letter.
 
-    Raises RemoteProtocolError for an unknown letter or a payload that does not fit.
+    Raise RemoteProtocolError for an unknown letter or a payload that does not fit.
     """
     try:
         kind = table[packet[LETTER]]
-    except LookupError:  # no such letter, or none at all
+    except LookupError:  # an unknown letter, or a packet without one
         raise RemoteProtocolError(f"unknown packet letter {packet[LETTER:PAYLOAD]!r}") from None
     return kind.parse(packet[PAYLOAD:])

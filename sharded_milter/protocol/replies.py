@@ -1,4 +1,4 @@
-"""The replies: packets to the MTA (SMFIR), and the SMTP reply text inside one of them."""
+"""The replies: packets to the MTA (SMFIR), and the SMTP reply text of a ReplyCode."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from sharded_milter.protocol.packets import Packet, parse_packet
 from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
 from sharded_milter.protocol.text import to_text, to_wire
 
-# SMTP allows 512 bytes a reply line with its CRLF (RFC 5321 4.5.3.1.5); an MTA may put an
-# address in front, so a line with its codes is wrapped well below.
+# Bytes of a reply line with its codes. SMTP allows 512 with CRLF (RFC 5321 4.5.3.1.5); an MTA may
+# put an address in front.
 MAX_REPLY_LINE = 480
 
-# libmilter's limit on the lines of one reply; nobody reads more.
+# libmilter's limit on the lines of one reply.
 MAX_REPLY_LINES = 32
 
-# SMTP's reply text is printable ASCII and TAB; a NUL would end the packet's string.
+# SMTP reply text has printable characters and TAB only; a NUL would end the packet's string.
 _NO_CONTROLS = {code: " " for code in (*range(0x20), 0x7F) if code != ord("\t")}
 
 
 @dataclass(frozen=True, slots=True)
 class Continue(Packet):
-    """Go on; at end of message: deliver (SMFIR_CONTINUE)."""
+    """Continue; at end of message: deliver the message (SMFIR_CONTINUE)."""
 
     letter: ClassVar[bytes] = b"c"
 
 
 @dataclass(frozen=True, slots=True)
 class Accept(Packet):
-    """Ask no more about this message, or at connect and helo this connection (SMFIR_ACCEPT)."""
+    """Accept now: at connect and helo the client, else the message (SMFIR_ACCEPT)."""
 
     letter: ClassVar[bytes] = b"a"
 
 
 @dataclass(frozen=True, slots=True)
 class Reject(Packet):
-    """A permanent refusal in the MTA's words (SMFIR_REJECT)."""
+    """A permanent refusal with the MTA's text (SMFIR_REJECT)."""
 
     letter: ClassVar[bytes] = b"r"
 
 
 @dataclass(frozen=True, slots=True)
 class TempFail(Packet):
-    """A temporary refusal in the MTA's words (SMFIR_TEMPFAIL)."""
+    """A temporary refusal with the MTA's text (SMFIR_TEMPFAIL)."""
 
     letter: ClassVar[bytes] = b"t"
 
 
 @dataclass(frozen=True, slots=True)
 class Discard(Packet):
-    """Say yes to the client and deliver nothing (SMFIR_DISCARD)."""
+    """Accept the message from the client, but do not deliver it (SMFIR_DISCARD)."""
 
     letter: ClassVar[bytes] = b"d"
 
 
 @dataclass(frozen=True, slots=True)
 class Skip(Packet):
-    """Send no more of the body (SMFIR_SKIP)."""
+    """Request that no more of the body is sent (SMFIR_SKIP)."""
 
     letter: ClassVar[bytes] = b"s"
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyCode(Packet):
-    """A refusal in our own words (SMFIR_REPLYCODE); `text` as `reply_text` makes it."""
+    """A refusal with our own text (SMFIR_REPLYCODE), as `reply_text` returns it."""
 
     letter: ClassVar[bytes] = b"y"
     text: str
@@ -74,7 +74,7 @@ class ReplyCode(Packet):
 
 @dataclass(frozen=True, slots=True)
 class Progress(Packet):
-    """Still working (SMFIR_PROGRESS); restarts the MTA's timer."""
+    """Work is in progress (SMFIR_PROGRESS); restarts the MTA's timer."""
 
     letter: ClassVar[bytes] = b"p"
 
@@ -90,7 +90,7 @@ class AddHeader(Packet):
 
 @dataclass(frozen=True, slots=True)
 class InsertHeader(Packet):
-    """A new header field at a place (SMFIR_INSHEADER)."""
+    """A new header field at an index (SMFIR_INSHEADER)."""
 
     letter: ClassVar[bytes] = b"i"
     index: int
@@ -100,7 +100,7 @@ class InsertHeader(Packet):
 
 @dataclass(frozen=True, slots=True)
 class ChangeHeader(Packet):
-    """A new value for the index-th field of a name (SMFIR_CHGHEADER); empty deletes it."""
+    """A new value for the index-th field of this name (SMFIR_CHGHEADER); empty deletes it."""
 
     letter: ClassVar[bytes] = b"m"
     index: int
@@ -110,7 +110,7 @@ class ChangeHeader(Packet):
 
 @dataclass(frozen=True, slots=True)
 class ReplaceBody(Packet):
-    """A piece of the new body (SMFIR_REPLBODY), without a NUL at its end."""
+    """A chunk of the new body (SMFIR_REPLBODY), without a NUL at its end."""
 
     letter: ClassVar[bytes] = b"b"
     chunk: bytes
@@ -118,7 +118,7 @@ class ReplaceBody(Packet):
 
 @dataclass(frozen=True, slots=True)
 class AddRecipient(Packet):
-    """A further recipient (SMFIR_ADDRCPT)."""
+    """An additional recipient (SMFIR_ADDRCPT)."""
 
     letter: ClassVar[bytes] = b"+"
     recipient: str
@@ -126,7 +126,7 @@ class AddRecipient(Packet):
 
 @dataclass(frozen=True, slots=True)
 class AddRecipientPar(Packet):
-    """A further recipient with ESMTP parameters, one string (SMFIR_ADDRCPT_PAR)."""
+    """An additional recipient; ESMTP parameters are one string (SMFIR_ADDRCPT_PAR)."""
 
     letter: ClassVar[bytes] = b"2"
     recipient: str
@@ -135,7 +135,7 @@ class AddRecipientPar(Packet):
 
 @dataclass(frozen=True, slots=True)
 class DeleteRecipient(Packet):
-    """One recipient less (SMFIR_DELRCPT)."""
+    """Delete a recipient (SMFIR_DELRCPT)."""
 
     letter: ClassVar[bytes] = b"-"
     recipient: str
@@ -143,7 +143,7 @@ class DeleteRecipient(Packet):
 
 @dataclass(frozen=True, slots=True)
 class ChangeSender(Packet):
-    """Another envelope sender (SMFIR_CHGFROM); ESMTP parameters are one string or none."""
+    """A new envelope sender (SMFIR_CHGFROM); ESMTP parameters are one string or none."""
 
     letter: ClassVar[bytes] = b"e"
     sender: str
@@ -170,21 +170,21 @@ REPLIES: dict[int, type[Packet]] = {
 
 @dataclass(frozen=True, slots=True)
 class Legality:
-    """At which stages a reply may be sent, what must have been negotiated, how it must look."""
+    """The rules for a reply: its stages, its payload, and what must have been negotiated."""
 
     stages: frozenset[Stage]
     payload: re.Pattern[bytes]
     action: Actions = NO_ACTIONS
     option: Protocol = NO_PROTOCOL
-    final: bool = False  # it answers the command; the others come before the answer
+    final: bool = False  # it ends the answer to the command; the other replies come before it
 
 
 def _payload(pattern: bytes) -> re.Pattern[bytes]:
     return re.compile(pattern, re.DOTALL)
 
 
-# Postfix drops the connection over a payload that is not exactly like this, Sendmail ignores the
-# reply without a word.
+# If a payload does not match, Postfix closes the connection, and Sendmail ignores the reply without
+# logging it.
 _NOTHING = _payload(rb"")
 _LINE = rb"[^\0\r\n]+\0"  # not empty, and one line
 _TEXT = rb"[^\0]*\0"
@@ -194,9 +194,9 @@ _ADDRESS_AND_PARAMETERS = _payload(_LINE + rb"(?:" + _LINE + rb")?")
 _FIELD = _payload(_LINE + _TEXT)
 _INDEXED_FIELD = _payload(_INDEX + _LINE + _TEXT)
 
-# The same code on every line; text that begins with a digit must be an enhanced code of the same
-# class; `%` doubled, since Sendmail drops a text with a single one. libmilter's limits: its 980
-# bytes are those of the text alone.
+# Every line has the same code. A text that begins with a digit must begin with an enhanced code of
+# the same class. `%` is doubled, because Sendmail drops a text with a single one. 980 bytes is
+# libmilter's limit for the text alone.
 _REPLY_LINE = rb"(?:(?!\d)|(?=(?P=class)))(?:\d\.\d{1,3}\.\d{1,3} )?+(?:[^\0\r\n%]|%%){0,980}"
 _REPLY = _payload(
     rb"(?P<code>(?P<class>[45])\d\d)(?:-" + _REPLY_LINE + rb"\r\n(?P=code)){0,31} "
@@ -209,14 +209,14 @@ _EOM = frozenset({Stage.EOM})
 
 LEGAL: dict[int, Legality] = {
     Continue.letter[0]: Legality(_ANY, _NOTHING, final=True),
-    # Postfix panics at UNKNOWN.
+    # At UNKNOWN it makes Postfix panic.
     Accept.letter[0]: Legality(_ANY - {Stage.UNKNOWN}, _NOTHING, final=True),
     Reject.letter[0]: Legality(_ANY, _NOTHING, final=True),
     TempFail.letter[0]: Legality(_ANY, _NOTHING, final=True),
     ReplyCode.letter[0]: Legality(_ANY, _REPLY, final=True),
     Discard.letter[0]: Legality(_MESSAGE, _NOTHING, final=True),
     Skip.letter[0]: Legality(frozenset({Stage.BODY}), _NOTHING, option=Protocol.SKIP, final=True),
-    Progress.letter[0]: Legality(_EOM, _NOTHING),  # elsewhere Sendmail drops the filter
+    Progress.letter[0]: Legality(_EOM, _NOTHING),  # at other stages Sendmail stops using the filter
     AddHeader.letter[0]: Legality(_EOM, _FIELD, Actions.ADDHDRS),
     InsertHeader.letter[0]: Legality(_EOM, _INDEXED_FIELD, Actions.ADDHDRS),
     ChangeHeader.letter[0]: Legality(_EOM, _INDEXED_FIELD, Actions.CHGHDRS),
@@ -230,19 +230,19 @@ LEGAL: dict[int, Legality] = {
 
 
 def parse_reply(packet: bytes) -> Packet:
-    """The reply in a whole packet.
+    """Parse a whole packet as a reply.
 
-    Raises RemoteProtocolError for a letter that is no reply's, or a malformed payload.
+    Raise RemoteProtocolError for a letter that no reply has, or a malformed payload.
     """
     return parse_packet(REPLIES, packet)
 
 
 def reply_text(code: int, xcode: str, text: str) -> str:
-    """The SMTP reply for a `ReplyCode`: code, enhanced code, text, on every line.
+    """Return the text of a `ReplyCode`: code, enhanced code and text on every line.
 
-    Lines end where `text` has a line break and are wrapped so that the client sees at most
-    MAX_REPLY_LINE bytes; MAX_REPLY_LINES are kept. Control characters become blanks. `%` is
-    doubled, because the MTAs take the text for a format. An empty `xcode` becomes `x.0.0`.
+    Lines are split at the line breaks of `text` and wrapped to MAX_REPLY_LINE bytes; lines after
+    MAX_REPLY_LINES are dropped. Control characters become spaces. `%` is doubled, because MTAs use
+    the text as a format. An empty `xcode` becomes `4.0.0` or `5.0.0`, like the code.
     """
     prefix = f"{xcode or f'{code // 100}.0.0'} "
     room = MAX_REPLY_LINE - len(f"{code} {prefix}")
@@ -259,7 +259,7 @@ def reply_text(code: int, xcode: str, text: str) -> str:
 
 
 def _wrapped(line: bytes, room: int) -> Iterator[str]:
-    """The line cut into pieces that fit, at a space where there is one."""
+    """Yield the line in pieces of at most `room` bytes, cut at spaces if possible."""
     while len(line) > room:
         space = line.rfind(b" ", 1, room + 1)
         cut = space if space > 0 else _boundary(line, room)
@@ -269,8 +269,8 @@ def _wrapped(line: bytes, room: int) -> Iterator[str]:
 
 
 def _boundary(line: bytes, cut: int) -> int:
-    """The last place up to `cut` that does not split a character."""
-    # A character has at most three continuation bytes; more of them are no character.
+    """Return the last offset up to `cut` that does not split a UTF-8 character."""
+    # A character has at most three continuation bytes; with more of them it is not valid UTF-8.
     for place in range(cut, cut - 4, -1):
         if line[place] & 0xC0 != 0x80:
             return place

@@ -1,15 +1,15 @@
-"""The session: where a conversation stands, and what a command or a verdict does to it.
+"""The session: the state of one MTA connection, and how commands and verdicts change it.
 
-The law: which command is legal when, and what follows from it, is one constant table,
-TRANSITIONS. A missing cell is a protocol error of the MTA. What follows from our verdicts is a
-second one, AFTER_VERDICT; what becomes of macros a third, MACROS. Under an agreement they are
-compiled into what each packet does. No other code assigns or asks for the state; so the tables and
-what reads them stay in this one file, though it is long.
+Three constant tables define the state machine. TRANSITIONS says which command is legal in which
+state and what it does; a missing cell is a protocol error of the MTA. AFTER_VERDICT has the state
+after each of our verdicts. MACROS says what is done with macro packets. `compile_tables` derives
+from them the effect of each packet under one agreement. No other code assigns or compares the
+state. That is why the tables and the code that reads them stay in this one file, though it is long.
 
 The state is the MTA's position in a message. MTAs leave out the stages that were suppressed, so
-a jump forward is legal when what it passes over was suppressed (`Cell.passes`); DATA, HEADER,
-EOH and BODY may be missing from any message. The tables follow what Postfix and Sendmail were
-seen to do, which is more than libmilter allows.
+a command may skip stages if their NO bits were negotiated (`Cell.requires`); DATA, HEADER, EOH and
+BODY may be missing from any message. The tables follow what Postfix and Sendmail were observed to
+do, which is more than libmilter allows.
 """
 
 from __future__ import annotations
@@ -40,107 +40,109 @@ _NEGOTIATE = Negotiate.letter[0]
 
 
 class State(Enum):
-    """Where the MTA is."""
+    """The MTA's position in the conversation."""
 
-    __hash__ = object.__hash__  # members are single; Enum's own hash is a call of Python's
+    __hash__ = object.__hash__  # each member exists once; Enum's own hash is a Python call
 
-    START = auto()  # nothing was said
+    START = auto()  # no command has come
     NEGOTIATED = auto()  # options are agreed, no client yet
-    CONNECTED = auto()  # a client is there, no message
-    MAIL = auto()  # a sender was named
-    RCPT = auto()  # a recipient was named
-    DATA = auto()  # the client said DATA
-    HEADER = auto()  # header fields come
-    BODY = auto()  # the body comes
-    DECIDED = auto()  # the message has its verdict before its end
-    CLOSED = auto()  # the MTA has left
+    CONNECTED = auto()  # a client is connected, no message is open
+    MAIL = auto()  # the sender has come
+    RCPT = auto()  # a recipient has come
+    DATA = auto()  # DATA has come
+    HEADER = auto()  # a header field has come
+    BODY = auto()  # the end of the headers, or a part of the body, has come
+    DECIDED = auto()  # the message got its final verdict before its end
+    CLOSED = auto()  # the connection is over
 
 
-class Keep(Enum):
-    """Where in the transcript a packet is kept."""
+class TranscriptPart(Enum):
+    """The part of the transcript in which a packet is stored."""
 
-    NO = auto()
-    SLOT = auto()  # in the place of its kind in the connection's part, over the one before
-    APPEND = auto()  # at the end of the message's part
-    BEGIN = auto()  # as the first of a new message's part
+    NONE = auto()  # it is not stored
+    CONNECTION = auto()  # the connection's part, where it replaces the last packet of its kind
+    MESSAGE = auto()  # the end of the message's part
+    NEW_MESSAGE = auto()  # the beginning of a new message's part
 
 
-class Leaves(Enum):
-    """What the MTA leaves behind with a command."""
+class Scope(Enum):
+    """How much of a conversation a packet ends or a verdict is about."""
 
-    NOTHING = auto()
-    MESSAGE = auto()  # the message in hand is dropped
-    CLIENT = auto()  # the client is gone, another may follow on this connection
-    US = auto()  # the connection is over
+    NONE = auto()
+    MESSAGE = auto()  # the current message
+    CLIENT = auto()  # the SMTP client's session; another may follow on this connection
+    CONNECTION = auto()  # the MTA's connection
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What a command does."""
+    """The effect of a command in one state."""
 
     after: State
-    keep: Keep = Keep.NO
-    leaves: Leaves = Leaves.NOTHING
-    passes: Protocol = NO_PROTOCOL  # stages passed over, which must have been suppressed
-    asked: bool = True  # whether a milter may be asked; if not, the answer is CONTINUE
+    part: TranscriptPart = TranscriptPart.NONE  # where the command is stored
+    ends: Scope = Scope.NONE
+    requires: Protocol = NO_PROTOCOL  # NO bits of the stages that it skips
+    may_ask: bool = True  # the milters may be asked; if not, the reply is CONTINUE
 
 
 def _codes(row: Mapping[bytes, Cell]) -> Mapping[int, Cell]:
     return {letter[0]: cell for letter, cell in row.items()}
 
 
-def _content(passes: Protocol = NO_PROTOCOL) -> dict[bytes, Cell]:
-    """The content of a message begins or goes on."""
+def _content(requires: Protocol = NO_PROTOCOL) -> dict[bytes, Cell]:
+    """Return the cells of a message's content."""
     return {
-        b"L": Cell(State.HEADER, Keep.APPEND, passes=passes),
-        b"N": Cell(State.BODY, Keep.APPEND, passes=passes),
-        b"B": Cell(State.BODY, Keep.APPEND, passes=passes),
-        b"E": Cell(State.CONNECTED, Keep.APPEND, passes=passes),
+        b"L": Cell(State.HEADER, TranscriptPart.MESSAGE, requires=requires),
+        b"N": Cell(State.BODY, TranscriptPart.MESSAGE, requires=requires),
+        b"B": Cell(State.BODY, TranscriptPart.MESSAGE, requires=requires),
+        b"E": Cell(State.CONNECTED, TranscriptPart.MESSAGE, requires=requires),
     }
 
 
-def _no_message(stay: State, passes: Protocol = NO_PROTOCOL) -> dict[bytes, Cell]:
-    """No message is open: one may begin, with whatever its first stage is that is sent."""
-    to_rcpt = passes | Protocol.NO_MAIL
+def _no_message(stay: State, requires: Protocol = NO_PROTOCOL) -> dict[bytes, Cell]:
+    """Return the cells of a state without a message: one may begin, at any stage."""
+    to_rcpt = requires | Protocol.NO_MAIL
     return {
-        b"H": Cell(State.CONNECTED, Keep.SLOT, passes=passes),
-        b"M": Cell(State.MAIL, Keep.APPEND, passes=passes),
-        b"R": Cell(State.RCPT, Keep.APPEND, passes=to_rcpt),
-        b"T": Cell(State.DATA, Keep.APPEND, passes=to_rcpt | Protocol.NO_RCPT),
+        b"H": Cell(State.CONNECTED, TranscriptPart.CONNECTION, requires=requires),
+        b"M": Cell(State.MAIL, TranscriptPart.MESSAGE, requires=requires),
+        b"R": Cell(State.RCPT, TranscriptPart.MESSAGE, requires=to_rcpt),
+        b"T": Cell(State.DATA, TranscriptPart.MESSAGE, requires=to_rcpt | Protocol.NO_RCPT),
         **_content(to_rcpt | Protocol.NO_RCPT),
         b"U": Cell(stay),
         # Postfix sends ABORT after every message, also after those that it delivered.
-        b"A": Cell(stay, leaves=Leaves.MESSAGE),
-        b"Q": Cell(State.CLOSED, leaves=Leaves.US),
-        b"K": Cell(State.NEGOTIATED, leaves=Leaves.CLIENT),
+        b"A": Cell(stay, ends=Scope.MESSAGE),
+        b"Q": Cell(State.CLOSED, ends=Scope.CONNECTION),
+        b"K": Cell(State.NEGOTIATED, ends=Scope.CLIENT),
     }
 
 
 def _message(stay: State) -> dict[bytes, Cell]:
-    """A message is open.
+    """Return the cells of a state with an open message.
 
     HELO ends it (Postfix sends its ABORT only afterwards), and so does MAIL (Sendmail sends no
     ABORT when MAIL went unanswered).
     """
     return {
-        b"H": Cell(State.CONNECTED, Keep.SLOT, Leaves.MESSAGE),
-        b"M": Cell(State.MAIL, Keep.BEGIN, Leaves.MESSAGE),
+        b"H": Cell(State.CONNECTED, TranscriptPart.CONNECTION, Scope.MESSAGE),
+        b"M": Cell(State.MAIL, TranscriptPart.NEW_MESSAGE, Scope.MESSAGE),
         b"U": Cell(stay),
-        b"A": Cell(State.CONNECTED, leaves=Leaves.MESSAGE),
-        b"Q": Cell(State.CLOSED, leaves=Leaves.US),
-        b"K": Cell(State.NEGOTIATED, leaves=Leaves.CLIENT),
+        b"A": Cell(State.CONNECTED, ends=Scope.MESSAGE),
+        b"Q": Cell(State.CLOSED, ends=Scope.CONNECTION),
+        b"K": Cell(State.NEGOTIATED, ends=Scope.CLIENT),
     }
 
 
-_RCPT = {b"R": Cell(State.RCPT, Keep.APPEND)}
-_DATA = {b"T": Cell(State.DATA, Keep.APPEND)}
+_RCPT = {b"R": Cell(State.RCPT, TranscriptPart.MESSAGE)}
+_DATA = {b"T": Cell(State.DATA, TranscriptPart.MESSAGE)}
 
 TRANSITIONS: Mapping[State, Mapping[int, Cell]] = {
-    State.START: _codes({b"O": Cell(State.NEGOTIATED), b"Q": Cell(State.CLOSED, leaves=Leaves.US)}),
+    State.START: _codes(
+        {b"O": Cell(State.NEGOTIATED), b"Q": Cell(State.CLOSED, ends=Scope.CONNECTION)}
+    ),
     State.NEGOTIATED: _codes(
         {
             **_no_message(State.NEGOTIATED, Protocol.NO_CONNECT),
-            b"C": Cell(State.CONNECTED, Keep.SLOT),
+            b"C": Cell(State.CONNECTED, TranscriptPart.CONNECTION),
         }
     ),
     State.CONNECTED: _codes(_no_message(State.CONNECTED)),
@@ -148,7 +150,7 @@ TRANSITIONS: Mapping[State, Mapping[int, Cell]] = {
         {
             **_message(State.MAIL),
             **_RCPT,
-            b"T": Cell(State.DATA, Keep.APPEND, passes=Protocol.NO_RCPT),
+            b"T": Cell(State.DATA, TranscriptPart.MESSAGE, requires=Protocol.NO_RCPT),
             **_content(Protocol.NO_RCPT),
         }
     ),
@@ -159,62 +161,65 @@ TRANSITIONS: Mapping[State, Mapping[int, Cell]] = {
     State.BODY: _codes(
         {
             **_message(State.BODY),
-            b"B": Cell(State.BODY, Keep.APPEND),
-            b"E": Cell(State.CONNECTED, Keep.APPEND),
+            b"B": Cell(State.BODY, TranscriptPart.MESSAGE),
+            b"E": Cell(State.CONNECTED, TranscriptPart.MESSAGE),
         }
     ),
-    # No MTA goes on with a decided message; one that does is humoured.
+    # No MTA sends more of a message after a final verdict. If one does, it gets CONTINUE.
     State.DECIDED: _codes(
         {
             **_message(State.DECIDED),
-            **dict.fromkeys((b"R", b"T", b"L", b"N", b"B"), Cell(State.DECIDED, asked=False)),
-            b"E": Cell(State.CONNECTED, leaves=Leaves.MESSAGE, asked=False),
+            **dict.fromkeys((b"R", b"T", b"L", b"N", b"B"), Cell(State.DECIDED, may_ask=False)),
+            b"E": Cell(State.CONNECTED, ends=Scope.MESSAGE, may_ask=False),
         }
     ),
     State.CLOSED: {},
 }
 
 
-def _macros(stay: State, begin: Cell, keep: Keep = Keep.APPEND) -> Mapping[int, Cell]:
-    slot = Cell(stay, Keep.SLOT)
+def _macros(
+    stay: State, begin: Cell, part: TranscriptPart = TranscriptPart.MESSAGE
+) -> Mapping[int, Cell]:
+    """Return the row of a state: MAIL's macros do `begin`, later ones go to `part`."""
+    slot = Cell(stay, TranscriptPart.CONNECTION)
     return _codes(
         {
             b"C": slot,
             b"H": slot,
             b"M": begin,
-            **dict.fromkeys((b"R", b"T", b"N", b"E"), Cell(stay, keep)),
+            **dict.fromkeys((b"R", b"T", b"N", b"E"), Cell(stay, part)),
         }
     )
 
 
-_BEGIN = Cell(State.CONNECTED, Keep.BEGIN, Leaves.MESSAGE)
+_BEGIN = Cell(State.CONNECTED, TranscriptPart.NEW_MESSAGE, Scope.MESSAGE)
 
-# Macros come before their command, or without it where the command is suppressed or the MTA
-# itself refused it. Those of MAIL begin a message. A missing row is a protocol error of the MTA.
-# Letters that are missing in a row (Postfix sends L, B and U) tell nothing that the others do
-# not, and are dropped, as libmilter does.
+# Macros come before their command, or without it if the command is suppressed or the MTA itself
+# refused it. The macros of MAIL begin a message. A missing row is a protocol error of the MTA.
+# Macros for a letter that is missing in a row (Postfix sends L, B and U) repeat the others; they
+# are dropped, as libmilter does.
 MACROS: Mapping[State, Mapping[int, Cell]] = {
     **{
-        state: _macros(state, Cell(state, Keep.BEGIN))
+        state: _macros(state, Cell(state, TranscriptPart.NEW_MESSAGE))
         for state in (State.NEGOTIATED, State.CONNECTED)
     },
     **{
         state: _macros(state, _BEGIN)
         for state in (State.MAIL, State.RCPT, State.DATA, State.HEADER, State.BODY)
     },
-    State.DECIDED: _macros(State.DECIDED, _BEGIN, Keep.NO),
+    State.DECIDED: _macros(State.DECIDED, _BEGIN, TranscriptPart.NONE),
 }
 
 _REFUSALS = frozenset(kind.letter[0] for kind in (Reject, TempFail, ReplyCode))
 _ENDINGS = frozenset(kind.letter[0] for kind in (Accept, Discard))
 
-# The state after a verdict other than CONTINUE and SKIP; a missing cell leaves it as it is.
+# The state after a verdict other than CONTINUE and SKIP. A missing cell: the state stays.
 AFTER_VERDICT: Mapping[Stage, Mapping[int, State]] = {
     Stage.MAIL: {
         **dict.fromkeys(_REFUSALS, State.CONNECTED),
         **dict.fromkeys(_ENDINGS, State.DECIDED),
     },
-    # A refusal is of this recipient, or of this DATA command, and the message lives on.
+    # A refusal is of this recipient or DATA command only; the message stays open.
     Stage.RCPT: dict.fromkeys(_ENDINGS, State.DECIDED),
     Stage.DATA: dict.fromkeys(_ENDINGS, State.DECIDED),
     **dict.fromkeys(
@@ -224,39 +229,39 @@ AFTER_VERDICT: Mapping[Stage, Mapping[int, State]] = {
 }
 
 
-# Stands behind a refused RCPT or DATA in the transcript, whatever words the refusal had.
+# Follows a refused RCPT or DATA in the transcript, whatever the text of the refusal was.
 REFUSED = Reject().encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is to be done about a packet, in this order: `leaves`, `keep`, `handling`."""
+    """The actions for one packet, in this order: `ends`, `part`, `handling`."""
 
-    stage: Stage | None = None  # set where the MTA may wait for an answer
-    handling: Handling = Handling.SILENT
-    keep: Keep = Keep.NO
-    leaves: Leaves = Leaves.NOTHING
-    offer: Negotiate | None = None  # the MTA offers options and waits for ours
+    stage: Stage | None = None  # set if the MTA may wait for a reply
+    handling: Handling = Handling.NO_REPLY
+    part: TranscriptPart = TranscriptPart.NONE
+    ends: Scope = Scope.NONE
+    offer: Negotiate | None = None  # set if the MTA offers options and waits for ours
 
 
-# Packets that are followed in one go. That takes a millisecond, in which others wait; a message of
-# 100 header fields and as many pieces of 64 KB comes in one.
+# Packets that one call of `receive_run` reads. They take about a millisecond, during which the
+# other connections wait. A message of 100 header fields and 100 body chunks of 64 KB is one run.
 MAX_RUN = 2000
 
-# What is content is kept unread; of the rest the transcript notes some.
+# The transcript needs nothing from these packets, and may need something from all others.
 _CONTENT = frozenset((Header.letter[0], Body.letter[0]))
 
 
-# The key of a macro packet, which is told apart by the stage that it is for.
 def _macro_key(letter: int) -> int:
+    """Return the key of a macro packet for the command with this letter."""
     return _MACRO << 8 | letter
 
 
 class Run(NamedTuple):
-    """A packet that is only kept: the state after, its shape, and how long it may be.
+    """A packet that is only stored: the state after it, its shape and its maximum length.
 
-    With no shape the payload is anything: `start` is its own, `counts` is None. What is content
-    is not noted, and has no `longest`.
+    `counts` is None if the payload may be anything; `start` is then where the payload begins.
+    `longest`, in bytes, is None for content.
     """
 
     after: State
@@ -266,31 +271,32 @@ class Run(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What each packet does under one agreement, by the state in which it comes and its key.
+    """The effect of each packet under one agreement, by state and by key.
 
-    The key is its letter, or that of a macro packet. `steps` has the state after and what is to
-    be done. `runs` has those that are only kept. A key that is missing cannot come there.
+    The key is the packet's letter, or `_macro_key` for a macro packet. `steps` has the state after
+    the packet and the step to take. `runs` has the packets that are only stored. A packet whose key
+    is missing is illegal in that state.
     """
 
     steps: Mapping[State, Mapping[int, tuple[State, Step]]]
     runs: Mapping[State, Mapping[int, Run]]
 
 
-def compiled(agreement: Agreement) -> Compiled:
-    """The tables above as they hold under an agreement; worked out once for each."""
-    known: Compiled | None = agreement.known.get(Compiled)
-    if known is None:
+def compile_tables(agreement: Agreement) -> Compiled:
+    """Return the tables above as they apply under an agreement; cached in the agreement."""
+    tables: Compiled | None = agreement.cache.get(Compiled)
+    if tables is None:
         steps = {state: _steps_in(state, agreement) for state in State}
         runs = {
             state: {
                 key: _run(key, after)
                 for key, (after, step) in row.items()
-                if step == Step(step.stage, keep=Keep.APPEND)
+                if step == Step(step.stage, part=TranscriptPart.MESSAGE)
             }
             for state, row in steps.items()
         }
-        known = agreement.known[Compiled] = Compiled(steps, runs)
-    return known
+        tables = agreement.cache[Compiled] = Compiled(steps, runs)
+    return tables
 
 
 def _run(key: int, after: State) -> Run:
@@ -304,32 +310,32 @@ def _steps_in(state: State, agreement: Agreement) -> dict[int, tuple[State, Step
     steps = {
         code: (cell.after, _step(code, cell, agreement))
         for code, cell in TRANSITIONS[state].items()
-        if not cell.passes & ~agreement.protocol
+        if not cell.requires & ~agreement.protocol
     }
     macros = MACROS.get(state)
     if macros is not None:
         for letter in range(256):
             cell = macros.get(letter, Cell(state))
-            steps[_macro_key(letter)] = cell.after, Step(keep=cell.keep, leaves=cell.leaves)
+            steps[_macro_key(letter)] = cell.after, Step(part=cell.part, ends=cell.ends)
     return steps
 
 
 def _step(code: int, cell: Cell, agreement: Agreement) -> Step:
     stage = STAGES.get(code)
     if stage is None:
-        return Step(leaves=cell.leaves)
+        return Step(ends=cell.ends)
     handling = agreement.handling[code]
-    if handling is Handling.ASK and not cell.asked:
+    if handling is Handling.ASK and not cell.may_ask:
         handling = Handling.CONTINUE
-    keep = cell.keep if code in agreement.recorded else Keep.NO
-    return Step(stage, handling, keep, cell.leaves)
+    part = cell.part if code in agreement.recorded else TranscriptPart.NONE
+    return Step(stage, handling, part, cell.ends)
 
 
-# Before anything is agreed.
+# The tables before option negotiation.
 _AT_START = Compiled(
     {
         State.START: {
-            code: (cell.after, Step(leaves=cell.leaves))
+            code: (cell.after, Step(ends=cell.ends))
             for code, cell in TRANSITIONS[State.START].items()
         }
     },
@@ -338,15 +344,15 @@ _AT_START = Compiled(
 
 
 class Decision(NamedTuple):
-    """What a verdict means for the transcript."""
+    """The effect of a verdict on the transcript."""
 
     final: int  # the letter of the final reply
-    mark: bytes  # what is kept behind a refused command, for whoever reads the transcript on
-    ended: bool  # the message is over; its part of the transcript is of no more use
+    mark: bytes  # a packet to store after a refused command, or empty
+    ended: bool  # the message is over; its part of the transcript is not needed any more
 
 
 class Session:
-    """One MTA connection's place in the protocol; no I/O."""
+    """The protocol state of one MTA connection; no I/O."""
 
     __slots__ = ("_agreement", "_runs", "_state", "_steps")
 
@@ -357,71 +363,71 @@ class Session:
 
     @property
     def state(self) -> State:
-        """Where the MTA is."""
+        """The MTA's position in the conversation."""
         return self._state
 
     @property
     def is_closed(self) -> bool:
-        """Whether the MTA has left, or we have; no command may come any more."""
+        """True once the connection is over; no command is legal then."""
         return self._state is State.CLOSED
 
     @property
     def agreement(self) -> Agreement:
-        """What was negotiated; LocalProtocolError before that."""
+        """The result of option negotiation. Raise LocalProtocolError before it."""
         if self._agreement is None:
             raise LocalProtocolError("nothing is negotiated yet")
         return self._agreement
 
     def agree(self, agreement: Agreement) -> None:
-        """Option negotiation ended with this."""
+        """Set the result of option negotiation."""
         self._agreement = agreement
-        self._steps, self._runs = compiled(agreement)
+        self._steps, self._runs = compile_tables(agreement)
 
     def close(self) -> None:
-        """We end the connection."""
+        """Set the final state: no command may follow."""
         self._state = State.CLOSED
 
     def receive(self, packet: bytes) -> Step:
-        """What a whole packet of the MTA asks for; moves on to the state after it.
+        """Check one whole packet of the MTA, enter the state after it, and return the step to take.
 
-        Raises RemoteProtocolError, and changes nothing, when the packet is malformed or cannot
-        come here. What was received is well-formed, and so are transcripts.
+        Raise RemoteProtocolError, and change nothing, if the packet is malformed or illegal in this
+        state. So transcripts hold well-formed packets only.
         """
         code = packet[LETTER]
         if code == _MACRO:
             code = _MACRO << 8 | (packet[PAYLOAD] if len(packet) > PAYLOAD else 0)
         row = self._steps.get(self._state)
-        known = row.get(code) if row is not None else None
-        if known is None:
+        found = row.get(code) if row is not None else None
+        if found is None:
             raise self._illegal(code)
         check_command(packet)
         offer = Negotiate.offer(packet[PAYLOAD:]) if code == _NEGOTIATE else None
-        self._state, step = known
+        self._state, step = found
         return step if offer is None else Step(offer=offer)
 
     def _illegal(self, code: int) -> RemoteProtocolError:
-        """Why a packet cannot come here."""
+        """Return the error for a packet that is illegal in this state."""
         state = self._state.name
         if code > 255:
             return RemoteProtocolError(f"macros in state {state}")
         cell = TRANSITIONS[self._state].get(code)
         if cell is None:
             return RemoteProtocolError(f"{_name(code)} in state {state}")
-        missing = cell.passes & ~self.agreement.protocol
+        missing = cell.requires & ~self.agreement.protocol
         return RemoteProtocolError(f"{_name(code)} in state {state} without {missing.name}")
 
     def receive_run(self, buffer: bytearray, at: int) -> tuple[int, list[bytes]]:
-        """Follows the packets from `at` on that are only kept, as most of a message's are.
+        """Read the packets from offset `at` on that are only stored, as most of a message's are.
 
-        Returns where they end in `buffer`, and those among them that are no content. That costs a
-        fraction of `receive`, to which the next one is left, malformed ones included. It follows
-        MAX_RUN packets at the most.
+        Return the offset in `buffer` at which they end, and the packets among them that are not
+        content. Read MAX_RUN packets at most. This costs a fraction of `receive`, which must take
+        the packet that follows and raises its error if that is malformed.
         """
         noted: list[bytes] = []
         state = self._state
         row = self._runs.get(state)
         size = len(buffer)
-        last = size - PAYLOAD  # where a packet can begin that has a letter
+        last = size - PAYLOAD  # the last offset at which a packet with a letter can begin
         head = HEAD.unpack_from
         left = MAX_RUN
         while row is not None and at <= last and left:
@@ -432,15 +438,15 @@ class Session:
                 break
             if key == _MACRO and length > 1:
                 key = _MACRO << 8 | buffer[at + PAYLOAD]
-            known = row.get(key)
-            if known is None:
+            found = row.get(key)
+            if found is None:
                 break
-            after, start, counts, longest = known
+            after, start, counts, longest = found
             if counts is not None:
                 start += at
                 strings = buffer.count(0, start, end)
                 if end < start or strings not in counts or (end > start and buffer[end - 1]):
-                    break  # `receive` says what is wrong
+                    break  # `receive` raises the error
             if longest is not None:
                 if length > longest:
                     break
@@ -453,10 +459,10 @@ class Session:
         return at, noted
 
     def decide(self, stage: Stage, replies: bytes) -> Decision:
-        """Checks what is about to be sent as the answer at `stage`; moves on to the state after.
+        """Check the replies that are about to be sent at `stage`, and enter the state after them.
 
-        `replies` are whole packets, any number of intermediate ones and one final. Raises
-        LocalProtocolError, and changes nothing, when they must not reach the MTA.
+        `replies` are whole packets: any number of intermediate ones, then one final reply. Raise
+        LocalProtocolError, and change nothing, if they must not reach the MTA.
         """
         if self._agreement is None:
             raise LocalProtocolError("nothing is negotiated yet")

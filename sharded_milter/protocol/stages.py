@@ -1,4 +1,4 @@
-"""The stages of a conversation, and everything that the protocol ties to a stage: one table."""
+"""The stages of a conversation, with the protocol's bits and numbers for each stage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum, IntFlag
 
 
 class Actions(IntFlag):
-    """What a milter may do to a message (SMFIF)."""
+    """The changes that a milter may make to a message (SMFIF)."""
 
     ADDHDRS = 0x1
     CHGBODY = 0x2
@@ -20,7 +20,10 @@ class Actions(IntFlag):
 
 
 class Protocol(IntFlag):
-    """What the MTA leaves out, does not wait for, or does besides (SMFIP)."""
+    """Options of the MTA (SMFIP).
+
+    NO: it does not send the command. NR: it does not wait for the reply to the command.
+    """
 
     NO_CONNECT = 0x1
     NO_HELO = 0x2
@@ -45,8 +48,8 @@ class Protocol(IntFlag):
     HDR_LEADSPC = 0x100000
     MDS_256K = 0x10000000
     MDS_1M = 0x20000000
-    # Ours alone, and outside of what can be offered: a milter without a say at end of message,
-    # which the MTA sends and waits for whatever was negotiated.
+    # Used in manifests only, never on the wire to an MTA: the milter gives no verdict at end of
+    # message. The MTA sends that command and waits for its reply whatever was negotiated.
     NR_EOM = 0x80000000
 
 
@@ -57,7 +60,7 @@ NO_PROTOCOL = Protocol(0)
 class Stage(Enum):
     """A command that a milter can answer; the value is its letter on the wire."""
 
-    __hash__ = object.__hash__  # members are single; Enum's own hash is a call of Python's
+    __hash__ = object.__hash__  # each member exists once; Enum's own hash is a Python call
 
     CONNECT = b"C"
     HELO = b"H"
@@ -72,29 +75,29 @@ class Stage(Enum):
 
     @property
     def code(self) -> int:
-        """The letter as an integer, as indexing a packet gives it."""
+        """The letter as an integer, as a packet's index returns it."""
         return self.value[0]
 
     @property
     def word(self) -> str:
-        """The stage as authors write it: `connect`, `eom`."""
+        """The stage's name for authors and logs: `connect`, `eom`."""
         return self.name.lower()
 
     @property
     def suppress(self) -> Protocol:
-        """The bit that keeps the MTA from sending the command; 0 for end of message."""
+        """The bit with which the MTA does not send the command; 0 for end of message."""
         return Protocol.__members__.get(f"NO_{self.name}", NO_PROTOCOL)
 
     @property
     def no_reply(self) -> Protocol:
-        """The bit that keeps the MTA from waiting; that of end of message never reaches it."""
+        """The bit with which the MTA does not wait for a reply; NR_EOM is never sent to it."""
         return Protocol.__members__.get(f"NR_{self.name}", NO_PROTOCOL)
 
     @property
     def symlist(self) -> int | None:
-        """The number of the stage in a SETSYMLIST; None where macros cannot be chosen.
+        """The stage's number in a SETSYMLIST; None if its macros cannot be chosen.
 
-        End of message comes before end of headers, unlike on the wire.
+        End of message has a lower number than end of headers, unlike their order on the wire.
         """
         return SYMLIST_NUMBERS.get(self)
 

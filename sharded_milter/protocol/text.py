@@ -1,8 +1,8 @@
-"""The one codec between the wire's bytes and Python's text.
+"""The codec between the wire's bytes and Python's text.
 
-The milter protocol names no character set: names, values and addresses may hold any byte but
-NUL. UTF-8 with surrogateescape is lossless both ways, so a value that is copied back is
-byte-exact whatever it held.
+The milter protocol defines no character set: names, values and addresses may have any byte but
+NUL. UTF-8 with surrogateescape is lossless in both directions, so a value that is sent back
+unchanged has exactly the same bytes.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ ERRORS = "surrogateescape"
 
 
 def to_text(raw: bytes | memoryview) -> str:
-    """The text of wire bytes; bytes that are not UTF-8 become lone surrogates."""
+    """Decode wire bytes; bytes that are not UTF-8 become lone surrogates."""
     return str(raw, ENCODING, ERRORS)
 
 
 def to_wire(text: str) -> bytes:
-    """The bytes of a text; the inverse of `to_text`."""
+    """Encode text; the inverse of `to_text`."""
     return text.encode(ENCODING, ERRORS)
 
 
-# What would end a value in a line of `key=value`, or be taken for one of our own marks.
+# Characters that would end a value in a log line of `key=value`, or look like our own marks.
 _SPECIAL = re.compile(r"[\s\"'=\\\[\]]")
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-# Characters of a value that a line shows: queue ids have a dozen.
+# The most characters of a value that a log line shows. Queue ids have about twelve.
 MAX_SHOWN = 100
 
 
 def printable(text: str) -> str:
-    """The text as a part of one line: what is not printable is escaped as in Python.
+    """Return the text as a part of one line, with unprintable characters escaped as in Python.
 
-    That is every control character and line break, and what hides text or turns its direction.
-    A lone surrogate is shown as the byte that it stands for.
+    These are control characters, line breaks, and characters that hide text or change its
+    direction. A lone surrogate is shown as the byte that it stands for.
     """
     if text.isprintable():
         return text
@@ -46,10 +46,11 @@ def printable(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """The text as a value in a line of `key=value`, where it can be taken for nothing else.
+    """Return the text as an unambiguous value in a log line of `key=value`.
 
-    It stands for itself where it can. Else it is in quotes, and blanks, quotes, backslashes,
-    brackets and equals signs in it are escaped too.
+    A text without special characters is returned as it is. Any other is put in quotes, with its
+    spaces, quotes, backslashes, brackets and equals signs escaped too. A text above MAX_SHOWN
+    characters is cut.
     """
     shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
     if shown.isprintable() and not _SPECIAL.search(shown):
@@ -69,9 +70,9 @@ def _escaped(char: str) -> str:
 
 
 def split_strings(payload: bytes | memoryview) -> list[str]:
-    """The NUL-terminated strings that fill `payload`; `[]` when it is empty.
+    """Return the NUL-terminated strings in `payload`; `[]` if it is empty.
 
-    Raises RemoteProtocolError when the last string lacks its NUL.
+    Raise RemoteProtocolError if the last string has no NUL.
     """
     if not payload:
         return []
@@ -79,10 +80,10 @@ def split_strings(payload: bytes | memoryview) -> list[str]:
         raise RemoteProtocolError(
             f"string without its final NUL in payload {bytes(payload[-40:])!r}"
         )
-    # NUL is no part of a longer UTF-8 sequence, so decoding first and cutting then is the same.
+    # No multi-byte UTF-8 sequence has a NUL, so it is safe to decode before splitting.
     return to_text(payload[:-1]).split("\0")
 
 
 def join_strings(strings: tuple[str, ...]) -> bytes:
-    """The strings, each with its NUL; the inverse of `split_strings`."""
+    """Return the strings, each followed by NUL; the inverse of `split_strings`."""
     return b"".join(to_wire(string) + b"\0" for string in strings)

@@ -1,7 +1,7 @@
 """Framing. A packet is four bytes of length, one letter, and the payload.
 
 The length counts the letter and the payload, not itself. In this package "packet" always means
-the whole of it, length included, because transcripts keep packets as they came.
+all of it, including the length, because transcripts store packets unchanged.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ LETTER = LENGTH_BYTES  # the offset of the letter
 HEAD = struct.Struct(">IB")  # the length and the letter
 PAYLOAD = LETTER + 1  # the offset of the payload
 
-# The largest packet that we take, letter and payload. Postfix and Sendmail send at most 65,536;
-# a libmilter built with MDS_1M may be asked for 1,048,575 bytes of payload.
+# The largest packet that is accepted from an MTA: letter and payload, in bytes. Postfix and
+# Sendmail send at most 65,536; with MDS_1M a payload may have 1,048,575.
 MAX_PACKET = 1_048_576
 
-# The largest payload that every MTA takes from a filter (MILTER_CHUNK_SIZE).
+# The largest payload that every MTA accepts from a filter, in bytes (MILTER_CHUNK_SIZE).
 MAX_CHUNK = 65_535
 
 
 def frame(letter: bytes, payload: bytes = b"") -> bytes:
-    """The packet of one letter and its payload."""
+    """Return the packet with this letter and payload."""
     return (1 + len(payload)).to_bytes(LENGTH_BYTES, "big") + letter + payload
 
 
 def checked_length(prefix: bytes | bytearray) -> int:
-    """The length that the first four bytes of a packet say.
+    """Return the length in the first four bytes of a packet.
 
-    Raises RemoteProtocolError when it is 0 or above MAX_PACKET.
+    Raise RemoteProtocolError if it is 0 or above MAX_PACKET.
     """
     length = int.from_bytes(prefix, "big")
     if 1 <= length <= MAX_PACKET:
         return length
-    raise RemoteProtocolError(f"packet length {length} is not within 1 and {MAX_PACKET}")
+    raise RemoteProtocolError(f"packet length {length} is not between 1 and {MAX_PACKET}")
 
 
 class Framer:
-    """Cuts a stream into packets, whatever pieces it arrives in.
+    """Splits a stream of bytes into packets.
 
-    What is not taken yet begins at `at` in `buffer`; whoever can, reads it there.
+    The bytes from offset `at` on in `buffer` are not consumed yet. A caller may read packets there
+    and advance `at` itself.
     """
 
     __slots__ = ("_skip", "at", "buffer")
@@ -51,15 +52,15 @@ class Framer:
     def __init__(self) -> None:
         self.buffer = bytearray()
         self.at = 0
-        self._skip = 0  # bytes to come that belong to a packet which was cut short
+        self._skip = 0  # bytes still to arrive, and to drop, of a truncated packet
 
     @property
     def waiting(self) -> int:
-        """How many bytes are not taken yet."""
+        """The number of bytes that are not consumed yet."""
         return len(self.buffer) - self.at
 
     def feed(self, data: bytes) -> None:
-        """More has arrived."""
+        """Add bytes that have arrived."""
         if self._skip:
             skipped = min(self._skip, len(data))
             self._skip -= skipped
@@ -67,15 +68,14 @@ class Framer:
         self.buffer += data
 
     def compact(self) -> None:
-        """Lets go of what is taken."""
+        """Drop the consumed bytes from the buffer."""
         del self.buffer[: self.at]
         self.at = 0
 
     def next(self) -> bytes:
-        """Takes the next packet; empty while it is not complete.
+        """Consume and return the next packet; return b"" while it is incomplete.
 
-        Raises RemoteProtocolError on a length that no packet can have, before waiting for or
-        storing what it announces.
+        Raise RemoteProtocolError for an invalid length as soon as the length has arrived.
         """
         start, buffer = self.at, self.buffer
         if len(buffer) - start < LENGTH_BYTES:
@@ -91,19 +91,19 @@ class Framer:
             return bytes(view[start:end])
 
     def head(self) -> tuple[int, int] | None:
-        """Length and letter of the packet that is next, complete or not; None while unknown."""
+        """Return length and letter of the next packet, complete or not; None until they arrive."""
         return HEAD.unpack_from(self.buffer, self.at) if self.waiting >= PAYLOAD else None
 
-    def cut_short(self, packet: bytes) -> None:
-        """Puts `packet` in the place of the next one, whose rest is dropped as it comes."""
+    def truncate(self, packet: bytes) -> None:
+        """Replace the next, incomplete packet with `packet`, and drop the rest when it arrives."""
         length, _ = HEAD.unpack_from(self.buffer, self.at)
         self._skip = LENGTH_BYTES + length - self.waiting
         self.buffer[self.at :] = packet
 
     def peek(self, start: int) -> Iterator[tuple[int, int]]:
-        """The whole packets from `start` on, none of which is taken: letter, and where it ends.
+        """Yield letter and end offset of each whole packet from `start` on; consume none.
 
-        Raises RemoteProtocolError on a length that no packet can have.
+        Raise RemoteProtocolError for an invalid length.
         """
         buffer, size, head = self.buffer, len(self.buffer), HEAD.unpack_from
         while start + PAYLOAD <= size:
@@ -118,7 +118,7 @@ class Framer:
             checked_length(buffer[start:])
 
     def receive(self, data: bytes) -> list[bytes]:
-        """The packets that `data` completes, in order, all of them taken; raises as `next`."""
+        """Add `data`; consume and return the packets that are complete. Raise as `next` does."""
         self.feed(data)
         found = list(iter(self.next, b""))
         self.compact()
@@ -126,13 +126,13 @@ class Framer:
 
 
 def packets(buffer: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """The packets of a complete buffer: letter, where its payload begins, where it ends.
+    """Yield letter, payload offset and end offset of each packet in a complete buffer.
 
-    Raises RemoteProtocolError when the buffer is not made of whole packets.
+    Raise RemoteProtocolError if the buffer does not consist of whole packets.
     """
     start, size = 0, len(buffer)
     while start < size:
-        # Said here once more, without a call: whole transcripts are read this way.
+        # checked_length inlined: whole transcripts are read in this loop.
         length = int.from_bytes(buffer[start : start + LENGTH_BYTES], "big")
         end = start + LENGTH_BYTES + length
         if not 1 <= length <= MAX_PACKET or end > size:

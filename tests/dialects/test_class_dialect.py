@@ -18,7 +18,7 @@ from sharded_milter.dialects.libmilter.dialect import ClassDialect
 from sharded_milter.dialects.loader import NotAMilter, as_dialect
 from sharded_milter.errors import CallbackFailed, CallRefused, InvalidValue, MilterLoadError
 from sharded_milter.protocol import commands
-from sharded_milter.protocol.negotiation import Manifest, Pinning
+from sharded_milter.protocol.negotiation import Manifest, SessionAffinity
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Actions, Protocol, Stage
 from sharded_milter.protocol.wire import PAYLOAD, frame
@@ -61,12 +61,12 @@ def test_what_is_overridden_is_sent_and_content_is_answered_at_its_end(
 def test_a_manifest_survives_the_way_to_the_master(subset: tuple[Stage, ...]) -> None:
     told = manifest(*subset)
     packet = told.to_packet()[PAYLOAD:]
-    assert Manifest.from_packet(told.name, packet, told.light, "", told.pinning) == told
+    assert Manifest.from_packet(told.name, packet, told.light, "", told.affinity) == told
 
 
 def test_a_manifest_says_who_it_is_and_whether_it_can_be_rebuilt() -> None:
-    assert manifest(Stage.EOM).pinning is Pinning.PINNED
-    assert manifest(Stage.EOM, replayable=True).pinning is Pinning.REPLAYABLE
+    assert manifest(Stage.EOM).affinity is SessionAffinity.REQUIRED
+    assert manifest(Stage.EOM, replayable=True).affinity is SessionAffinity.REPLAYABLE
     assert manifest(Stage.EOM).name == "Watched"
     assert manifest(Stage.EOM).version == 6
     assert manifest(Stage.EOM).light == frozenset()
@@ -332,7 +332,7 @@ def test_functions_are_a_milter_that_is_no_object() -> None:
 
     dialect = as_dialect(milter)
     assert isinstance(dialect, FunctionDialect)
-    assert dialect.manifest.pinning is Pinning.NONE
+    assert dialect.manifest.affinity is SessionAffinity.NONE
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sharded_milter.dialects.pymilter.dialect import PymilterDialect
 from sharded_milter.dialects.pymilter.module import CONSTANTS, Registration
 from sharded_milter.errors import MilterLoadError
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Pinning
+from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, SessionAffinity
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Actions, Protocol, Stage
 from sharded_milter.protocol.wire import packets
@@ -290,7 +290,7 @@ def test_the_manifest_is_what_the_script_negotiates(play: Play) -> None:
     manifest = PymilterDialect(play.script).manifest
     assert play.seen == [("negotiate", ALL, 0x1FFFFF, 0, 0), ("close",)]
     assert play.module.getdiag() == (1, 1)
-    assert (manifest.name, manifest.pinning) == ("a test", Pinning.PINNED)
+    assert (manifest.name, manifest.affinity) == ("a test", SessionAffinity.REQUIRED)
     assert manifest.actions == ALL & ~C["SETSYMLIST"]
     content = Protocol.NR_HEADER | Protocol.NR_EOH | Protocol.NR_BODY | Protocol.HDR_LEADSPC
     assert manifest.protocol == content | Protocol.NR_MAIL | Protocol.NO_DATA | Protocol.RCPT_REJ

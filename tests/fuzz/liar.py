@@ -31,7 +31,7 @@ READY = {
     "negotiation": MANIFEST.to_packet()[PAYLOAD:],
     "light": b"",
     "shard_by": b"",
-    "pinning": b"none",
+    "affinity": b"none",
 }
 
 

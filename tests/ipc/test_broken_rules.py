@@ -32,7 +32,7 @@ from sharded_milter.ipc.messages import (
 )
 from sharded_milter.protocol.wire import frame
 
-MILTER = dict.fromkeys(("name", "negotiation", "light", "shard_by", "pinning"), b"x")
+MILTER = dict.fromkeys(("name", "negotiation", "light", "shard_by", "affinity"), b"x")
 
 
 def data(box: dict[bytes, bytes]) -> bytes:

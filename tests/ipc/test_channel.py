@@ -179,7 +179,7 @@ def test_every_field_of_an_answer_arrives_as_bytes_and_no_descriptor_stays() -> 
 
 def test_a_worker_that_is_ready_says_what_it_serves() -> None:
     room = Room()
-    milter = dict.fromkeys(("name", "negotiation", "light", "shard_by", "pinning"), b"x")
+    milter = dict.fromkeys(("name", "negotiation", "light", "shard_by", "affinity"), b"x")
     room.worker.callRemote(Ready, milters=[milter], code=b"digest", socket=b"inet:1")  # type: ignore[no-untyped-call]
     room.pump()
     assert room.owner.heard == [("ready", [milter], b"digest", b"inet:1")]

@@ -112,7 +112,7 @@ class Worker:
                 "negotiation": manifest.to_packet()[PAYLOAD:],
                 "light": b"".join(stage.value for stage in manifest.light),
                 "shard_by": manifest.shard_by.encode(),
-                "pinning": manifest.pinning.value.encode(),
+                "affinity": manifest.affinity.value.encode(),
             }
             for manifest in manifests
         ]

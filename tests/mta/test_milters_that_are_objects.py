@@ -23,7 +23,7 @@ from twisted.logger import capturedLogs
 from sharded_milter.dispatch.job import Job
 from sharded_milter.errors import WorkerLost
 from sharded_milter.protocol import commands, replies
-from sharded_milter.protocol.negotiation import Manifest, Pinning
+from sharded_milter.protocol.negotiation import Manifest, SessionAffinity
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Stage
 
@@ -32,7 +32,7 @@ ACCEPT = replies.Accept()
 
 def pinned(name: str, *stages: Stage) -> Manifest:
     return answering(name, *(stages or (Stage.CONNECT, Stage.MAIL, Stage.EOM)),
-                     pinning=Pinning.PINNED)  # fmt: skip
+                     affinity=SessionAffinity.REQUIRED)  # fmt: skip
 
 
 def told(job: Job) -> bytes:

@@ -22,7 +22,7 @@ FIELDS = {
     "negotiation": MANIFEST.to_packet()[5:],
     "light": b"RH",
     "shard_by": b"sender",
-    "pinning": b"none",
+    "affinity": b"none",
 }
 
 

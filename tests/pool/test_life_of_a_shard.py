@@ -19,7 +19,7 @@ from sharded_milter.pool.shard import (
     Shard,
     State,
 )
-from sharded_milter.protocol.negotiation import Manifest, Pinning
+from sharded_milter.protocol.negotiation import Manifest, SessionAffinity
 from sharded_milter.protocol.stages import Stage
 
 # Starting
@@ -27,12 +27,12 @@ from sharded_milter.protocol.stages import Stage
 
 def test_ready_brings_the_manifests() -> None:
     room = Room()
-    room.shard.ready([{**FIELDS, "pinning": b"replayable"}, FIELDS], b"code", b"unix:/s")
+    room.shard.ready([{**FIELDS, "affinity": b"replayable"}, FIELDS], b"code", b"unix:/s")
     assert (room.shard.code, room.shard.socket) == (b"code", "unix:/s")
     light = frozenset({Stage.RCPT, Stage.HELO})
     first, second = room.shard.manifests
     assert second == Manifest("spamguard", light=light, shard_by="sender")
-    assert first.pinning is Pinning("replayable")
+    assert first.affinity is SessionAffinity("replayable")
     assert room.shard.serves(1, second)
     assert not room.shard.serves(0, second)
     assert not room.shard.serves(2, second)
@@ -159,7 +159,7 @@ def test_to_confirm_a_withdrawal_is_no_answer() -> None:
         {"negotiation": b""},
         {"negotiation": b"x" * 40},
         {"light": b"?"},
-        {"pinning": b"nowhere"},
+        {"affinity": b"nowhere"},
     ],
 )
 def test_milters_that_cannot_be_are_a_broken_rule(field: dict[str, bytes]) -> None:

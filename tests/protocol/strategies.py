@@ -169,7 +169,7 @@ def obeyed(reply: Negotiate) -> Agreement:
     """The agreement of a milter that answered a negotiation with this and asks about the rest."""
     protocol = Protocol(reply.protocol)
     handling = {
-        stage.code: Handling.SILENT if protocol & stage.no_reply else Handling.ASK
+        stage.code: Handling.NO_REPLY if protocol & stage.no_reply else Handling.ASK
         for stage in Stage
     }
     seen = frozenset(stage.code for stage in Stage if not protocol & stage.suppress)

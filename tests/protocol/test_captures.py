@@ -132,13 +132,13 @@ def test_the_session_follows_what_was_negotiated_and_answered(name: str) -> None
             session.agree(obeyed(reply))
             continue
         if entry.letter in NEVER_ANSWERED:
-            assert (step.stage, step.handling) == (None, Handling.SILENT)
+            assert (step.stage, step.handling) == (None, Handling.NO_REPLY)
             continue
         stage = STAGES[ord(entry.letter)]
         assert step.stage is stage
         silent = bool(protocol & stage.no_reply)
         assert silent is not answered(dialogue, position)
-        assert step.handling is (Handling.SILENT if silent else Handling.ASK)
+        assert step.handling is (Handling.NO_REPLY if silent else Handling.ASK)
         if not silent:
             assert [p.letter for p in answer][-1] in FINAL
             decide(session, stage, b"".join(p.raw for p in answer))

@@ -399,7 +399,7 @@ def test_a_length_beyond_the_limits_is_refused_before_anything_is_stored(
     prefix = struct.pack(">I", length)
     framer = Framer()
     framer.receive(prefix[:before])
-    with pytest.raises(RemoteProtocolError, match=f"packet length {length} is not within 1 and"):
+    with pytest.raises(RemoteProtocolError, match=f"packet length {length} is not between 1 and"):
         framer.receive(prefix[before:])
 
 

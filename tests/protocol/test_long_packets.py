@@ -16,7 +16,7 @@ def test_the_rest_of_a_packet_that_was_cut_short_is_dropped_as_it_comes(piece: i
     framer.next()
     framer.feed(long[:400])
     assert framer.head() == (1_001, ord("B"))
-    framer.cut_short(Body(b"").encode())
+    framer.truncate(Body(b"").encode())
     assert framer.next() == Body(b"").encode()
     assert framer.head() is None
     rest = long[400:] + after

@@ -147,7 +147,7 @@ def test_larger_packets_are_agreed_only_when_asked_for_and_offered(bit: int) -> 
 HANDLINGS = [
     ("nothing", "all", Handling.ASK, "kept"),
     ("nothing", "none", Handling.ASK, "kept"),
-    ("NR", "all", Handling.SILENT, "kept"),
+    ("NR", "all", Handling.NO_REPLY, "kept"),
     ("NR", "none", Handling.CONTINUE, "kept"),
     ("NO", "all", Handling.CONTINUE, "not kept"),
     ("NO", "none", Handling.CONTINUE, "not kept"),
@@ -185,7 +185,7 @@ def test_the_mta_and_we_agree_on_who_waits(offer: Negotiate, milters: list[Manif
     for stage in Stage:
         handling = agreement.handling[stage.code]
         promised = bool(agreement.protocol & stage.no_reply)
-        assert (handling is Handling.SILENT) is promised
+        assert (handling is Handling.NO_REPLY) is promised
         somebody = any(milter.answers(stage) for milter in milters)
         assert (handling is Handling.ASK) is somebody
         seen = any(not milter.protocol & stage.suppress for milter in milters)

@@ -1,4 +1,4 @@
-"""Where a conversation stands: every cell of the tables, against matrices written down by hand."""
+"""The session: every cell of the tables, compared with matrices written by hand."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from sharded_milter.protocol.session import (
     REFUSED,
     TRANSITIONS,
     Cell,
-    Keep,
-    Leaves,
+    Scope,
     Session,
     State,
     Step,
-    compiled,
+    TranscriptPart,
+    compile_tables,
 )
 from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol, Stage
 from sharded_milter.protocol.wire import LETTER, frame
@@ -43,9 +43,9 @@ from .strategies import (
     session_in,
 )
 
-# What a command does: the state it leads to, where it is kept (`=` slot, `+` append, `^` begin),
-# what it leaves behind (`m` the message, `c` the client, `u` us), and `c!` when no milter is asked.
-# A dot is a protocol error. All stages are sent: nothing is suppressed.
+# The effect of a command: the state after it, the part in which it is stored (`=` the connection's,
+# `+` the message's, `^` a new message's), what it ends (`m` the message, `c` the client, `u` the
+# connection), and `!` if no milter is asked. A dot is a protocol error. No stage is suppressed.
 COMMANDS = """
            | O   | C      | H        | M       | R     | T     | L       | N       | B       | E            | U      | A        | Q       | K
 START      | neg | .      | .        | .       | .     | .     | .       | .       | .       | .            | .      | .        | clo u   | .
@@ -60,7 +60,7 @@ DECIDED    | .   | .      | con = m  | mai ^ m | dec ! | dec ! | dec !   | dec !
 CLOSED     | .   | .      | .        | .       | .     | .     | .       | .       | .       | .            | .      | .        | .       | .
 """  # noqa: E501
 
-# The same for macros, by the letter of their stage. A dash is a packet that is dropped.
+# The effect of macros, by the letter of their stage. A dash is a packet that is dropped.
 MACROS = """
            | C     | H     | M       | R     | T     | N     | E     | L | B | U | x
 START      | .     | .     | .       | .     | .     | .     | .     | . | . | . | .
@@ -75,14 +75,18 @@ DECIDED    | dec = | dec = | con ^ m | -     | -     | -     | -     | - | - | -
 CLOSED     | .     | .     | .       | .     | .     | .     | .     | . | . | . | .
 """
 
-KEEPS = {"=": Keep.SLOT, "+": Keep.APPEND, "^": Keep.BEGIN}
-LEAVES = {"m": Leaves.MESSAGE, "c": Leaves.CLIENT, "u": Leaves.US}
+PARTS = {
+    "=": TranscriptPart.CONNECTION,
+    "+": TranscriptPart.MESSAGE,
+    "^": TranscriptPart.NEW_MESSAGE,
+}
+ENDS = {"m": Scope.MESSAGE, "c": Scope.CLIENT, "u": Scope.CONNECTION}
 STATES = {state.name[:3].lower(): state for state in State}
 UNKNOWN_LETTERS = [chr(code) for code in range(256) if chr(code) not in {*PACKETS, "D"}]
 
 
 def cells(matrix: str) -> list[tuple[State, str, str]]:
-    """State, letter and expectation of each cell."""
+    """Return state, letter and expected effect of each cell."""
     header, *rows = [line.split("|") for line in matrix.strip("\n").splitlines()]
     columns = [letter.strip() for letter in header[1:]]
     return [
@@ -93,12 +97,12 @@ def cells(matrix: str) -> list[tuple[State, str, str]]:
 
 
 def outcome(state: State, step: Step) -> str:
-    """A step in the words of the matrices."""
+    """Return a step in the notation of the matrices."""
     name = state.name[:3].lower()
-    keep = {keep: sign for sign, keep in KEEPS.items()}.get(step.keep, "")
-    leaves = {leaves: sign for sign, leaves in LEAVES.items()}.get(step.leaves, "")
-    humoured = "!" if step.handling is Handling.CONTINUE else ""
-    return " ".join(filter(None, (name, keep, leaves, humoured)))
+    part = {part: sign for sign, part in PARTS.items()}.get(step.part, "")
+    ends = {scope: sign for sign, scope in ENDS.items()}.get(step.ends, "")
+    tolerated = "!" if step.handling is Handling.CONTINUE else ""
+    return " ".join(filter(None, (name, part, ends, tolerated)))
 
 
 def test_the_matrix_of_commands_has_every_state_and_every_letter() -> None:
@@ -107,7 +111,7 @@ def test_the_matrix_of_commands_has_every_state_and_every_letter() -> None:
 
 
 def done(state: State, raw: bytes, agreed: Agreement | None = None) -> tuple[str, Step | None]:
-    """What a packet does in a state, in the words of the matrices, and the step."""
+    """Return the effect of a packet in a state, in the notation of the matrices, and the step."""
     session = session_in(state, agreed)
     try:
         step = session.receive(raw)
@@ -141,7 +145,7 @@ def test_macros_do_what_their_cell_says() -> None:
 
 
 def test_what_is_compiled_is_what_the_tables_say() -> None:
-    """Every cell under every agreement about one stage, and the cells that are missing."""
+    """Check every cell under every agreement about one stage, and the missing cells."""
     agreements = [
         agreement(NO_PROTOCOL),
         *(agreement(stage.suppress) for stage in Stage),
@@ -151,37 +155,37 @@ def test_what_is_compiled_is_what_the_tables_say() -> None:
     ]
     wrong = []
     for agreed in agreements:
-        steps = compiled(agreed).steps
+        steps = compile_tables(agreed).steps
         for state in State:
             wanted = {
                 code: by_hand(code, cell, agreed)
                 for code, cell in TRANSITIONS[state].items()
-                if not cell.passes & ~agreed.protocol
+                if not cell.requires & ~agreed.protocol
             }
             for letter in range(256) if state in MACRO_CELLS else ():
                 cell = MACRO_CELLS[state].get(letter, Cell(state))
                 key = ord("D") << 8 | letter
-                wanted[key] = (cell.after, Step(keep=cell.keep, leaves=cell.leaves))
+                wanted[key] = (cell.after, Step(part=cell.part, ends=cell.ends))
             if dict(steps[state]) != wanted:
                 wrong.append((agreed.protocol, state))
     assert wrong == []
 
 
 def by_hand(code: int, cell: Cell, agreed: Agreement) -> tuple[State, Step]:
-    """What a cell comes to under an agreement."""
+    """Return the state and step of a cell under an agreement."""
     stage = next((stage for stage in Stage if stage.code == code), None)
     if stage is None:
-        return cell.after, Step(leaves=cell.leaves)
+        return cell.after, Step(ends=cell.ends)
     handling = agreed.handling[code]
-    if not cell.asked and handling is Handling.ASK:
+    if not cell.may_ask and handling is Handling.ASK:
         handling = Handling.CONTINUE
-    keep = Keep.NO if agreed.protocol & stage.suppress else cell.keep
-    return cell.after, Step(stage, handling, keep, cell.leaves)
+    keep = TranscriptPart.NONE if agreed.protocol & stage.suppress else cell.part
+    return cell.after, Step(stage, handling, keep, cell.ends)
 
 
 def test_a_run_takes_what_is_only_kept_and_nothing_else() -> None:
     for agreed in (agreement(NO_PROTOCOL), agreement(NO_REPLY_ALL), agreement(SUPPRESS_ALL)):
-        tables = compiled(agreed)
+        tables = compile_tables(agreed)
         for state, letter in product(State, [*PACKETS, *(f"D{c}" for c in "CHMRTNELBUx")]):
             raw = PACKETS.get(letter) or macro(letter[1])
             session, other = session_in(state, agreed), session_in(state, agreed)
@@ -194,7 +198,7 @@ def test_a_run_takes_what_is_only_kept_and_nothing_else() -> None:
                 continue
             if state is State.START:
                 continue
-            assert bool(taken) == (step == Step(step.stage, keep=Keep.APPEND))
+            assert bool(taken) == (step == Step(step.stage, part=TranscriptPart.MESSAGE))
             if taken:
                 assert session.state is other.state
             key = raw[LETTER] if len(letter) == 1 else raw[LETTER] << 8 | ord(letter[1])
@@ -203,7 +207,7 @@ def test_a_run_takes_what_is_only_kept_and_nothing_else() -> None:
 
 def test_an_agreement_is_compiled_once() -> None:
     agreed = agreement()
-    assert compiled(agreed) is compiled(agreed)
+    assert compile_tables(agreed) is compile_tables(agreed)
 
 
 def test_where_the_mta_is_is_for_the_session_alone_to_say() -> None:
@@ -231,9 +235,9 @@ def test_a_second_negotiation_is_fatal(state: State) -> None:
         session_in(state).receive(PACKETS["O"])
 
 
-# Jumps over suppressed stages
+# Suppressed stages that a command skips
 
-# What lies between a state and a command, all of which must have been suppressed.
+# The stages between a state and a command, which must all be suppressed.
 NEEDED: dict[State, dict[str, tuple[str, ...]]] = {
     State.NEGOTIATED: {
         "H": ("CONNECT",),
@@ -278,7 +282,7 @@ def test_a_stage_is_passed_over_only_if_it_was_suppressed() -> None:
 
 @pytest.mark.parametrize("stage", [s for s in Stage if s not in (Stage.EOM, Stage.UNKNOWN)])
 def test_what_no_milter_needs_is_answered_but_not_kept(stage: Stage) -> None:
-    """An MTA may send a stage although it agreed to leave it out, or never offered to."""
+    """An MTA may send a stage that it agreed to suppress, or did not offer to suppress."""
     agreed = agreement(stage.suppress)
     for state in State:
         session = session_in(state, agreed)
@@ -286,7 +290,7 @@ def test_what_no_milter_needs_is_answered_but_not_kept(stage: Stage) -> None:
             step = session.receive(PACKETS[stage.value.decode()])
         except RemoteProtocolError:
             continue
-        assert step.keep is Keep.NO
+        assert step.part is TranscriptPart.NONE
         assert step.handling is Handling.CONTINUE
 
 
@@ -300,8 +304,8 @@ def test_a_stage_without_reply_is_kept_and_never_answered(stage: Stage) -> None:
             step = session.receive(PACKETS[stage.value.decode()])
         except RemoteProtocolError:
             continue
-        assert step.handling is Handling.SILENT
-        assert step.keep is normal.receive(PACKETS[stage.value.decode()]).keep
+        assert step.handling is Handling.NO_REPLY
+        assert step.part is normal.receive(PACKETS[stage.value.decode()]).part
 
 
 # Verdicts
@@ -315,8 +319,8 @@ FINAL = {
     "y": packet("y", b"550 5.7.1 no\0"),
     "s": packet("s"),
 }
-# The state when the command was asked about, and the one after each verdict; a dash is a verdict
-# that must not be sent, `*` behind a state says that the message is over.
+# The state at the time of the question and after each verdict. A dash is a verdict that must not be
+# sent; `*` after a state means that the message is over.
 VERDICTS = """
         | before     | c     | a     | r     | t     | y     | d     | s
 CONNECT | CONNECTED  | con   | con   | con   | con   | con   | -     | -
@@ -348,7 +352,7 @@ def test_the_matrix_of_verdicts_has_every_stage_and_every_final_reply() -> None:
 
 
 def decided(stage: Stage, before: State, letter: str) -> str:
-    """What a verdict does, in the words of the matrix."""
+    """Return the effect of a verdict, in the notation of the matrix."""
     session = session_in(before, agreement(Protocol.SKIP))
     try:
         decision = session.decide(stage, FINAL[letter])
@@ -372,7 +376,7 @@ def test_a_verdict_that_must_not_be_sent_changes_nothing() -> None:
     assert session.state is State.MAIL
 
 
-# The way in
+# Negotiation
 
 
 def test_nothing_but_the_negotiation_can_come_before_an_agreement() -> None:
@@ -393,7 +397,7 @@ def test_a_short_offer_changes_nothing() -> None:
     assert session.state is State.START
 
 
-# What a hostile MTA could try
+# Hostile input
 
 MALFORMED = [
     packet("C", b"host\0"),
@@ -442,7 +446,7 @@ def test_whatever_is_kept_can_be_parsed(attempts: list[tuple[str, bytes]]) -> No
                 continue
             if step.offer:
                 session.agree(agreement())
-            if step.keep is not Keep.NO or step.stage is not None:
+            if step.part is not TranscriptPart.NONE or step.stage is not None:
                 parse_command(raw)
 
 
@@ -459,7 +463,7 @@ def test_whatever_is_kept_can_be_parsed(attempts: list[tuple[str, bytes]]) -> No
 def test_no_message_reaches_a_milter_without_the_stages_it_needs(
     protocol: int, conversation: list[tuple[str, str]]
 ) -> None:
-    """Of all that is kept at the moment of a question, nothing that was to be sent is missing."""
+    """When milters are asked, the transcript has every packet that had to be sent."""
     agreed = agreement(protocol)
     session = session_in(State.NEGOTIATED, agreed)
     needed = {
@@ -476,18 +480,18 @@ def test_no_message_reaches_a_milter_without_the_stages_it_needs(
             step = session.receive(raw)
         except RemoteProtocolError:
             continue
-        if step.leaves in (Leaves.MESSAGE, Leaves.CLIENT):
+        if step.ends in (Scope.MESSAGE, Scope.CLIENT):
             message.clear()
-        if step.leaves is Leaves.CLIENT:
+        if step.ends is Scope.CLIENT:
             client.clear()
-        match step.keep:
-            case Keep.SLOT:
+        match step.part:
+            case TranscriptPart.CONNECTION:
                 client.add(letter)
-            case Keep.BEGIN:
+            case TranscriptPart.NEW_MESSAGE:
                 message = {letter}
-            case Keep.APPEND:
+            case TranscriptPart.MESSAGE:
                 message.add(letter)
-            case Keep.NO:
+            case TranscriptPart.NONE:
                 pass
         if step.stage is None or step.handling is not Handling.ASK:
             continue
@@ -503,7 +507,7 @@ def test_no_message_reaches_a_milter_without_the_stages_it_needs(
 
 def test_macros_of_a_decided_message_are_not_collected() -> None:
     session = session_in(State.DECIDED)
-    assert {session.receive(macro(stage)).keep for stage in "RTNE"} == {Keep.NO}
+    assert {session.receive(macro(stage)).part for stage in "RTNE"} == {TranscriptPart.NONE}
     assert session.state is State.DECIDED
 
 
@@ -528,7 +532,7 @@ def test_a_run_ends_before_what_is_more_than_kept() -> None:
         frame(b"C", b"client\0U"), frame(b"M", b"<a>\0"), frame(b"R", b"<b>\0"),
         frame(b"D", b"N"), frame(b"L", b"a\0b\0"), frame(b"D"),
     ]  # fmt: skip
-    for command in conversation[:5]:  # what is new is worked out by the way
+    for command in conversation[:5]:  # the tables are compiled on first use
         session.receive(command)
     session.receive(frame(b"A"))
     run, rest = b"".join(conversation[1:5]), conversation[5]

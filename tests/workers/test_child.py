@@ -227,7 +227,7 @@ def test_a_milter_that_is_loaded_is_told_with_its_manifest() -> None:
     ((_, milter),) = Room().told
     negotiation = milter.pop("negotiation")
     assert milter == {
-        "name": b"child", "light": b"H", "shard_by": b"client", "pinning": b"none",
+        "name": b"child", "light": b"H", "shard_by": b"client", "affinity": b"none",
     }  # fmt: skip
     manifest = Manifest.from_packet("child", negotiation, frozenset(), "client")
     assert manifest.macros == ((Stage.EOM, ("i",)),)

@@ -25,7 +25,7 @@ from sharded_milter.protocol.negotiation import (
     LOWEST_VERSION,
     VERSION,
     Manifest,
-    Pinning,
+    SessionAffinity,
 )
 from sharded_milter.protocol.stages import (
     NO_ACTIONS,
@@ -148,7 +148,7 @@ class ClassDialect(ObjectDialect):
         needed -= {stage for stage, since in _SINCE.items() if version < since}
         self._actions, self._options = actions, protocol
         self.sandbox = milter.sandbox
-        pinning = Pinning.REPLAYABLE if milter.replayable else Pinning.PINNED
+        affinity = SessionAffinity.REPLAYABLE if milter.replayable else SessionAffinity.REQUIRED
         return self._wanting(
             actions,
             protocol,
@@ -156,7 +156,7 @@ class ClassDialect(ObjectDialect):
             context,
             ends=milter._overrides(ABORT),
             name=name,
-            pinning=pinning,
+            affinity=affinity,
             version=version,
         )
 

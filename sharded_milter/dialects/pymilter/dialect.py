@@ -32,7 +32,7 @@ from sharded_milter.protocol.negotiation import (
     KNOWN_ACTIONS,
     KNOWN_PROTOCOL,
     Manifest,
-    Pinning,
+    SessionAffinity,
 )
 from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
 from sharded_milter.protocol.text import to_wire
@@ -79,7 +79,7 @@ class PymilterDialect(ObjectDialect):
             context,
             ends=ABORT in self._script.callbacks,
             name=self._script.name or "pymilter",
-            pinning=Pinning.PINNED,
+            affinity=SessionAffinity.REQUIRED,
         )
 
     def _calls(self, stage: Stage, options: Protocol) -> bool:
