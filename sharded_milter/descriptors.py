@@ -1,14 +1,14 @@
-"""File descriptors, of which a process has a limited number: who may have how many.
+"""File descriptors: how the process's limited number of them is divided among its uses.
 
-The kernel gives out the lowest number that is free. So a descriptor whose number is above a mark
-says that everything below it is taken, whoever took it, and nothing has to be counted. Three marks
-share out a limit, from below:
+The kernel always assigns the lowest free number. So when a new descriptor has a number above a
+threshold, all numbers below are in use, and nothing has to be counted. Two thresholds divide the
+limit:
 
-    any use │ no more connections of MTAs │ no more memory of messages │ limit
-            └ Shares.connections          └ Shares.memory
+    any use │ no more MTA connections │ no more message memory │ limit
+            └ Shares.connections      └ Shares.memory
 
-Above the last mark are the descriptors of successors of workers, and of connections that are told
-at once to come back.
+Numbers above the second threshold are for the successors of workers, and for connections that are
+refused at connect.
 """
 
 from __future__ import annotations
@@ -22,45 +22,46 @@ from dataclasses import dataclass
 
 from sharded_milter.errors import SystemRefused, UsageError
 
-# A worker's socket and its two outputs, in the master.
-OF_A_WORKER = 3
+# Descriptors of a worker in the master: its socket and its two outputs.
+WORKER_FDS = 3
 
-# What starting a worker takes for a moment, besides these: the child's ends of them, both ends of
-# its input, and the copy of the socket that Twisted makes.
-OF_A_START = 6
+# Additional descriptors while a worker starts: the child's ends of those three, both ends of its
+# input, and the copy of the socket that Twisted makes.
+START_FDS = 6
 
-# Files that are open for a moment: the copy of a poisonous message, /proc, a module.
-OF_A_MOMENT = 4
+# Files that are open for a short time: the copy of a poisonous message, /proc, a module.
+TRANSIENT_FDS = 4
 
-# Connections that are told to come back, at a time; where the limit is low, one in so many.
-OF_TURNED_AWAY = 16
-TURNED_AWAY_SHARE = 8
+# The most refused connections that are open at a time: MAX_REFUSED, or 1/REFUSED_SHARE of the
+# limit if that is less.
+MAX_REFUSED = 16
+REFUSED_SHARE = 8
 
-# Of all descriptors, one in so many is for messages above 48 KB, whatever connections there are.
-# Such a message has its own only from its content's first 48 KB to its answer, and most connections
-# are idle.
+# 1/MEMORY_SHARE of all descriptors is reserved for messages above 48 KB. Such a message has a
+# descriptor only from the time that 48 KB of it have arrived until it is answered, and most
+# connections are idle.
 MEMORY_SHARE = 8
 
-# The reactor and its wakers, and the spare ones.
-OF_THE_REACTOR = 8
+# Descriptors of the reactor, its wakers, and ReservedDescriptor.
+REACTOR_FDS = 8
 
-# The rest of any program: libraries, log, listeners, pipes; more than ours has been seen to need.
-OF_A_PROGRAM = 64
+# All others: libraries, log, listeners, pipes. More than the daemon was observed to need.
+PROGRAM_FDS = 64
 
-# What the system says when there is none left for this process, or for any.
-NONE_LEFT = (errno.EMFILE, errno.ENFILE)
+# The errors when no descriptor is left for this process, or for any process.
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
-def most() -> int:
-    """How many this process may have now; an administrator can change that while it runs."""
+def current_limit() -> int:
+    """Return this process's present limit; an administrator can change it at run time."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def allow() -> int:
-    """Raises the limit as far as the system lets us, and returns what it was.
+def raise_limit() -> int:
+    """Raise the limit to the highest that the system allows, and return the old one.
 
-    1024 is usual then, because programs that use select() can have no more.
+    The old one is usually 1024, because programs that use select() cannot use more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -68,55 +69,55 @@ def allow() -> int:
 
 
 def in_use() -> int:
-    """How many this process has open; a guess where the system does not tell."""
+    """Return the number of open descriptors; an estimate if /proc is not readable."""
     try:
-        return len(os.listdir("/proc/self/fd")) - 1  # the listing's own
+        return len(os.listdir("/proc/self/fd")) - 1  # without the one of the listing itself
     except OSError:
-        return OF_A_PROGRAM
+        return PROGRAM_FDS
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How a limit is shared out in a master with so many workers.
+    """The thresholds that divide the limit in a master with this number of workers.
 
-    The limit is the present one each time, unless it is given.
+    If `limit` is None, each property uses the present limit of the process.
     """
 
     workers: int
     limit: int | None = None
 
     @property
-    def _most(self) -> int:
-        return most() if self.limit is None else self.limit
+    def _limit(self) -> int:
+        return current_limit() if self.limit is None else self.limit
 
     @property
-    def turned_away(self) -> int:
-        """How many connections that are told to come back there may be at a time."""
-        return max(1, min(OF_TURNED_AWAY, self._most // TURNED_AWAY_SHARE))
+    def refused(self) -> int:
+        """The most refused connections that may be open at a time."""
+        return max(1, min(MAX_REFUSED, self._limit // REFUSED_SHARE))
 
     @property
     def memory(self) -> int:
-        """The lowest descriptor that no message gets for its memory."""
-        successors = self.workers * OF_A_WORKER + OF_A_START
-        return self._most - successors - OF_A_MOMENT - self.turned_away
+        """The lowest descriptor that is not used for the memory of a message."""
+        successors = self.workers * WORKER_FDS + START_FDS
+        return self._limit - successors - TRANSIENT_FDS - self.refused
 
     @property
     def connections(self) -> int:
-        """The lowest descriptor with which a connection is told to come back."""
-        return self.memory - self._most // MEMORY_SHARE
+        """The lowest descriptor with which a new connection is refused."""
+        return self.memory - self._limit // MEMORY_SHARE
 
     def room(self, used: int) -> int:
-        """How many connections there can be beside the workers, when `used` are open without."""
-        return self.connections - used - OF_THE_REACTOR - self.workers * OF_A_WORKER
+        """Return how many MTA connections fit beside the workers and `used` other descriptors."""
+        return self.connections - used - REACTOR_FDS - self.workers * WORKER_FDS
 
 
-def short_of(connections: int, shares: Shares, used: int) -> str:
-    """What the operator must know where fewer connections than asked for can be served.
+def connections_warning(connections: int, shares: Shares, used: int) -> str:
+    """Return a warning if fewer than `connections` can be served; else an empty string.
 
-    Empty where all is well. Raises SystemRefused where there can be none.
+    Raise SystemRefused if none can be served.
     """
     room = shares.room(used)
-    limit = f"the limit of {most():,} file descriptors"
+    limit = f"the limit of {current_limit():,} file descriptors"
     cure = "raise it with ulimit -n, or with LimitNOFILE= in the systemd unit"
     if room < 1:
         raise SystemRefused(
@@ -125,50 +126,50 @@ def short_of(connections: int, shares: Shares, used: int) -> str:
     if room >= connections:
         return ""
     return (
-        f"about {room:,} MTA connections can be served at a time, instead of {connections:,}"
-        f" (--max-connections), for {limit} leaves no more; {cure}"
+        f"about {room:,} MTA connections can be served at a time, not {connections:,}"
+        f" (--max-connections), because of {limit}; {cure}"
     )
 
 
-def needed(connections: int, workers: int) -> int:
-    """The lowest limit with which a daemon serves so many connections."""
-    # The marks are a little less than proportional to the limit, so few steps are needed.
+def needed_limit(connections: int, workers: int) -> int:
+    """Return the lowest limit with which a daemon can serve this number of connections."""
+    # The thresholds grow almost in proportion to the limit, so the loop takes few steps.
     limit = connections
-    while (missing := connections - Shares(workers, limit).room(OF_A_PROGRAM)) > 0:
+    while (missing := connections - Shares(workers, limit).room(PROGRAM_FDS)) > 0:
         limit += missing
     return limit
 
 
-def check(connections: int, workers: int) -> None:
-    """Raises UsageError where the load client or its daemon would run out of them."""
-    allow()
+def check_limit(connections: int, workers: int) -> None:
+    """Raise UsageError if the load client or its daemon would run out of descriptors."""
+    raise_limit()
     for name, value, wanted in (
-        ("--workers", workers, needed(1, workers)),
-        ("--connections", connections, connections + OF_A_PROGRAM),
-        ("--connections", connections, needed(connections, workers)),
+        ("--workers", workers, needed_limit(1, workers)),
+        ("--connections", connections, connections + PROGRAM_FDS),
+        ("--connections", connections, needed_limit(connections, workers)),
     ):
-        if wanted > most():
+        if wanted > current_limit():
             raise UsageError(
-                f"{name} {value} is too many: that takes {wanted:,} file descriptors, and the"
-                f" limit (ulimit -Hn) is {most():,}"
+                f"{name} {value} is too high: it needs {wanted:,} file descriptors, and the"
+                f" limit (ulimit -Hn) is {current_limit():,}"
             )
 
 
-class Spare:
-    """A descriptor that is held so that a connection can be answered when none is left."""
+class ReservedDescriptor:
+    """An open descriptor, kept to be closed when a connection comes and no other is left."""
 
     def __init__(self) -> None:
         self._held: int | None = None
 
     def refill(self) -> bool:
-        """Takes one again if it was given up; returns whether there is one now."""
+        """Open it if it is not open; return True if it is now."""
         if self._held is None:
             with suppress(OSError):
                 self._held = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         return self._held is not None
 
-    def give(self) -> bool:
-        """Gives it up, so that its number is free; returns whether there was one."""
+    def release(self) -> bool:
+        """Close it, so that its number is free; return False if it was not open."""
         held, self._held = self._held, None
         if held is None:
             return False

@@ -1,41 +1,45 @@
-"""The server: sockets, pool and connections under one roof, from start to the last QUIT."""
+"""The server: owns sockets, pool and connections, from its start to its end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
+from sharded_milter.alarms import DelayedCall
 from sharded_milter.context import ServerContext
 from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
+from sharded_milter.mta.accepting import AcceptReactor
 from sharded_milter.mta.connection import MilterConnection
 from sharded_milter.mta.conversation import MessageLog, log_message
-from sharded_milter.mta.gate import ALL_MAY, Admission
+from sharded_milter.mta.gate import ADMIT_ALL, Admission
 from sharded_milter.mta.listener import Listener
-from sharded_milter.mta.members import Member, workers_members
+from sharded_milter.mta.members import Member, worker_members
 from sharded_milter.pool.pool import Pool
 from sharded_milter.protocol.negotiation import Manifest
 
-# Seconds for the last verdicts to leave the socket buffers of MTAs that read slowly, and for the
-# last objects to end.
+# Seconds for slow MTAs to read their last verdicts, and for the last end-of-session jobs.
 FLUSH_GRACE = 2.0
 
 
 class Server(ServerContext):
-    """Serves MTAs with the workers of a pool. No state lives outside it.
+    """Serves MTAs with the workers of a pool.
 
-    `in_master` are milters that run in this process, before those that the workers serve. The
-    listeners are bound already; they are served once the workers are ready. Where there are none,
-    `bind` makes them, of the socket that the workers' script asks for. `message_log` writes
-    the line about each message, `admission` says which connections are served.
+    `in_master` are milters that run in this process; they come before those of the workers. The
+    listeners are bound already; they are served once the workers are ready. If there are none,
+    `bind` returns them for the socket that the workers' pymilter script names. `message_log` writes
+    the log line of each message; None: messages get none. `admission` says which connections are
+    served.
     """
 
     log = Logger()
+    reactor: AcceptReactor
 
     def __init__(
         self,
@@ -44,12 +48,12 @@ class Server(ServerContext):
         dispatcher: Dispatcher,
         limits: Limits,
         policy: Policy,
-        reactor: Any,
+        reactor: AcceptReactor,
         in_master: Sequence[Member] = (),
         bind: Callable[[str], Sequence[Listener]] | None = None,
         *,
         message_log: MessageLog | None = log_message,
-        admission: Admission = ALL_MAY,
+        admission: Admission = ADMIT_ALL,
     ) -> None:
         super().__init__(
             *(limits, policy, reactor, dispatcher.counters),
@@ -62,28 +66,28 @@ class Server(ServerContext):
         self._bind = bind
         self._in_master = in_master
         self._members: Sequence[Member] = in_master
-        self._served: tuple[Manifest, ...] = ()  # by the workers
+        self._served: tuple[Manifest, ...] = ()  # the manifests of the workers' milters
         self._serving = False
         self._stopping = False
         self._finished = False
-        self._emptied = False
-        self._grace: Any = None
+        self._all_closed = False
+        self._grace: DelayedCall | None = None
         self.stopped: Deferred[None] = Deferred()
 
     def start(self) -> Deferred[None]:
-        """Fires when the workers are ready and MTAs are served.
+        """Return a Deferred that fires when the workers are ready and MTAs are served.
 
-        Fails as Pool.start does, and with what a socket that is bound late cannot be.
+        It fails as Pool.start does, or with the StartError of a socket that is bound late.
         """
         return self.pool.start().addCallback(self._serve)
 
     @property
     def members(self) -> Sequence[Member]:
-        """The milters of a new connection: those in this process, then those that workers serve."""
+        """The milters of a new connection: those in this process, then those of the workers."""
         manifests = self.pool.manifests
         if manifests is not self._served:  # the pool has reloaded
             self._served = manifests
-            self._members = (*self._in_master, *workers_members(manifests, self.dispatcher))
+            self._members = (*self._in_master, *worker_members(manifests, self.dispatcher))
         return self._members
 
     def _serve(self, _: object) -> None:
@@ -97,12 +101,12 @@ class Server(ServerContext):
         self._serving = True
 
     def disconnected(self, connection: MilterConnection) -> None:
-        """An MTA has left, perhaps the last one."""
+        """Forget a connection that is lost; go on with stopping if it was the last one."""
         super().disconnected(connection)
         self._check_stopped()
 
     def dump(self) -> None:
-        """Writes the counters and the stacks of all workers into the log."""
+        """Log the counters, and the stacks of all workers."""
         counts = sorted(self.dispatcher.counters.items())
         self.log.info(
             "{n} connections, {q} jobs queued, {b} bytes in flight; {counts}",
@@ -114,20 +118,20 @@ class Server(ServerContext):
         self.pool.dump_stacks()
 
     def stop(self, *, quick: bool = False) -> Deferred[None]:
-        """Takes no more connections; fires when all is over.
+        """Accept no more connections; return a Deferred that fires when all has ended.
 
-        Sessions get `graceful_timeout` to reach their end, or none at all when `quick`, which
-        may also be asked for later. Whoever then still waits for an answer is told to try again.
+        Sessions get `graceful_timeout` seconds to end, or none if `quick`, which may also follow in
+        a later call. Questions that are pending after that are answered with 451.
         """
         if not self._stopping:
             self._stopping = True
             for listener in self.listeners:
                 listener.close()
-            self.gate.spare.give()
+            self.gate.reserved.release()
             if self._serving:
-                self.log.info("stopping, {n} connections are open", n=len(self.connections))
+                self.log.info("stopping; {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
-        if quick and not self._finished and not self._emptied:
+        if quick and self._grace is not None and not self._finished and not self._all_closed:
             self._grace.reset(0)
         self._check_stopped()
         return self.stopped
@@ -143,10 +147,11 @@ class Server(ServerContext):
             connection.abort()
 
     def _check_stopped(self) -> None:
-        if self._stopping and self.gate.is_empty and not self._emptied:
-            self._emptied = True
-            if self._grace.active():
+        if self._stopping and self.gate.is_empty and not self._all_closed:
+            self._all_closed = True
+            if self._grace is not None and self._grace.active():
                 self._grace.cancel()
-            # Objects end before their workers do; one that does not holds nobody up for long.
-            parted = self.dispatcher.sessions_ended().addTimeout(FLUSH_GRACE, self.reactor)
-            parted.addBoth(lambda _: self.pool.stop().chainDeferred(self.stopped))
+            # Objects end before their workers do, but only FLUSH_GRACE is waited for that.
+            clock = cast("IReactorTime", self.reactor)
+            ended = self.dispatcher.sessions_ended().addTimeout(FLUSH_GRACE, clock)
+            ended.addBoth(lambda _: self.pool.stop().chainDeferred(self.stopped))

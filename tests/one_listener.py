@@ -9,7 +9,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 
-from sharded_milter.descriptors import Spare
+from sharded_milter.descriptors import ReservedDescriptor
 from sharded_milter.mta.accepting import Acceptor
 from sharded_milter.mta.listener import Listener
 
@@ -18,10 +18,10 @@ class OpenGate:
     """Lets all in; `waits` says for how long it does not, each time that it is asked."""
 
     def __init__(self) -> None:
-        self.spare = Spare()
+        self.reserved = ReservedDescriptor()
         self.waits: list[float] = []
 
-    def wait(self) -> float:
+    def accept_delay(self) -> float:
         return self.waits.pop(0) if self.waits else 0.0
 
 

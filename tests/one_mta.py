@@ -19,7 +19,7 @@ from sharded_milter.dispatch.policy import Policy
 from sharded_milter.ipc.memory import Memory, view_of
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
-from sharded_milter.mta.members import Member, workers_members
+from sharded_milter.mta.members import Member, worker_members
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
@@ -121,6 +121,8 @@ class RecordedPool:
 class Mta(ServerContext):
     """The MTA's side, and the context of the connection."""
 
+    reactor: Any  # a Clock, which the tests advance
+
     def __init__(
         self,
         *conversation: Packet,
@@ -144,7 +146,7 @@ class Mta(ServerContext):
 
     @property
     def members(self) -> list[Member]:
-        return workers_members(self.manifests, self.pool)
+        return worker_members(self.manifests, self.pool)
 
     def say(self, *packets: Packet) -> None:
         """In one segment."""

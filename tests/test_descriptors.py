@@ -1,4 +1,4 @@
-"""How a limit of descriptors is shared out."""
+"""How a limit of descriptors is divided."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import sys
 import pytest
 
 from sharded_milter import descriptors
-from sharded_milter.descriptors import OF_A_PROGRAM, Shares, Spare, needed, short_of
+from sharded_milter.descriptors import (
+    PROGRAM_FDS,
+    ReservedDescriptor,
+    Shares,
+    connections_warning,
+    needed_limit,
+)
 from sharded_milter.errors import SystemRefused
 
 LIMITS = (60, 100, 256, 1024, 4096, 20_000, 1_048_576)
@@ -21,17 +27,17 @@ def test_each_has_its_share_of_a_limit(limit: int, workers: int) -> None:
     shares = Shares(workers, limit)
     assert 0 < shares.connections < shares.memory < limit
     assert shares.memory - shares.connections == limit // 8
-    # Above the last mark: successors of all workers, the start of one, those that are turned away.
-    assert limit - shares.memory >= 3 * workers + 6 + shares.turned_away
-    assert 1 <= shares.turned_away <= 16
+    # Above the last threshold: successors of all workers, the start of one, refused connections.
+    assert limit - shares.memory >= 3 * workers + 6 + shares.refused
+    assert 1 <= shares.refused <= 16
 
 
 @pytest.mark.parametrize("workers", [0, 1, 8, 500])
 @pytest.mark.parametrize("connections", [1, 10, 1000, 100_000])
 def test_what_is_needed_is_enough_and_not_too_much(connections: int, workers: int) -> None:
-    limit = needed(connections, workers)
-    assert Shares(workers, limit).room(OF_A_PROGRAM) >= connections
-    assert Shares(workers, limit - 2).room(OF_A_PROGRAM) < connections
+    limit = needed_limit(connections, workers)
+    assert Shares(workers, limit).room(PROGRAM_FDS) >= connections
+    assert Shares(workers, limit - 2).room(PROGRAM_FDS) < connections
 
 
 def test_the_limit_is_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +53,7 @@ def test_the_limit_is_raised_and_the_operators_is_told(monkeypatch: pytest.Monke
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: told.append(limits))
-    assert descriptors.allow() == 100
+    assert descriptors.raise_limit() == 100
     assert told == [(200, 200)]
 
 
@@ -57,10 +63,10 @@ def test_fewer_connections_than_asked_for_are_said_with_the_cure(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
     shares = Shares(2)
     room = shares.room(10)
-    assert short_of(room, shares, 10) == ""
-    assert short_of(20_000, shares, 10) == (
-        f"about {room:,} MTA connections can be served at a time, instead of 20,000"
-        " (--max-connections), for the limit of 1,024 file descriptors leaves no more; raise it"
+    assert connections_warning(room, shares, 10) == ""
+    assert connections_warning(20_000, shares, 10) == (
+        f"about {room:,} MTA connections can be served at a time, not 20,000"
+        " (--max-connections), because of the limit of 1,024 file descriptors; raise it"
         " with ulimit -n, or with LimitNOFILE= in the systemd unit"
     )
 
@@ -70,7 +76,7 @@ def test_a_limit_without_room_for_any_connection_is_refused(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     with pytest.raises(SystemRefused, match="of 100 file descriptors is too low for --workers 50"):
-        short_of(1, Shares(50), 10)
+        connections_warning(1, Shares(50), 10)
 
 
 def test_what_is_in_use_is_counted() -> None:
@@ -86,23 +92,23 @@ def test_what_is_in_use_is_guessed_where_the_system_does_not_tell(
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    assert descriptors.in_use() == OF_A_PROGRAM
+    assert descriptors.in_use() == PROGRAM_FDS
 
 
-def test_a_spare_descriptor_is_given_up_and_taken_again() -> None:
-    spare, before = Spare(), descriptors.in_use()
-    assert spare.refill()
+def test_a_reserved_descriptor_is_released_and_opened_again() -> None:
+    reserved, before = ReservedDescriptor(), descriptors.in_use()
+    assert reserved.refill()
     assert descriptors.in_use() == before + 1
-    assert [spare.give(), spare.give()] == [True, False]
+    assert [reserved.release(), reserved.release()] == [True, False]
     assert descriptors.in_use() == before
-    assert spare.refill()
-    assert spare.give()
+    assert reserved.refill()
+    assert reserved.release()
 
 
-def test_spare_descriptors_that_cannot_be_taken_are_missing(
+def test_a_reserved_descriptor_that_cannot_be_opened_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spare = Spare()
+    reserved = ReservedDescriptor()
     monkeypatch.setattr(os, "devnull", "/no/such/file")
-    assert not spare.refill()
-    assert not spare.give()
+    assert not reserved.refill()
+    assert not reserved.release()

@@ -45,9 +45,11 @@ ALLOWED: dict[str, set[str]] = {
         "twisted", "psutil", "ampoule",
     },
     ".context": {".mta", ".dispatch", ".alarms", ".ipc", ".limits"},
-    ".server": {".context", ".mta", ".dispatch", ".pool", ".limits", ".protocol", "twisted"},
+    ".server": {
+        ".alarms", ".context", ".mta", ".dispatch", ".pool", ".limits", ".protocol", "twisted",
+    },
     ".in_master": {
-        ".dispatch", ".ipc", ".limits", ".coroutines", ".forks", ".protocol", ".errors",
+        ".alarms", ".dispatch", ".ipc", ".limits", ".coroutines", ".forks", ".protocol", ".errors",
         "twisted",
     },
     ".embedded": {".context", ".in_master", ".mta", ".dispatch", ".limits", ".dialects", "twisted"},

@@ -112,7 +112,7 @@ class House:
         self.listener = cast("Any", FakeListener(self.told, refusal))
         self.server = Server(
             *([] if late else [self.listener], self.pool, self.dispatcher, Limits(**limits)),
-            *(Policy(), self.clock),
+            *(Policy(), cast("Any", self.clock)),
             bind=self._bind,
         )
         self.outcome: list[Any] = []

@@ -29,7 +29,7 @@ END_TIMEOUT = 45.0
 _PAUSE = 0.3
 
 # What says that we have failed, and not a milter, a worker that was killed or a peer.
-_OURS = ("Traceback", "Unhandled", "unforeseen", "got lost", "dispatch failed")
+_OURS = ("Traceback", "Unhandled", "unforeseen", "got lost", "internal error")
 
 _IN_HAND = re.compile(r" (\d+ connections, \d+ jobs queued, \d+ bytes in flight);")
 

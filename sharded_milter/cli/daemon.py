@@ -18,10 +18,10 @@ from sharded_milter import __version__, descriptors
 from sharded_milter.cli import threads
 from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError, NotPermitted, UsageError
-from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.addresses import ListenAddress, parse_listen
 from sharded_milter.mta.gate import Admission
 from sharded_milter.mta.listener import Listener
-from sharded_milter.mta.peers import unrestricted
+from sharded_milter.mta.peers import open_socket_warning
 from sharded_milter.ops import config, logs, privileges
 from sharded_milter.prctl import hide_memory
 
@@ -54,10 +54,10 @@ def serve(settings: config.Settings) -> int:
     privileges.check(account, kept_from_root(settings, specs), allow_root=settings.allow_root)
     gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
     logs.begin(settings.log_level)
-    open_files = descriptors.allow()  # every MTA connection is one
+    open_files = descriptors.raise_limit()  # every MTA connection is one
     with contextlib.ExitStack() as stack:
 
-        def bound(address: Address) -> Listener:
+        def bound(address: ListenAddress) -> Listener:
             listener = Listener(address, settings.socket_mode, settings.socket_group)
             stack.callback(listener.close)
             return listener
@@ -66,7 +66,7 @@ def serve(settings: config.Settings) -> int:
         take_rights(settings, account)
         shares = descriptors.Shares(settings.workers if specs else 0)
         used = descriptors.in_use()
-        warning = descriptors.short_of(settings.limits.max_connections, shares, used)
+        warning = descriptors.connections_warning(settings.limits.max_connections, shares, used)
 
         def bind(wanted: str) -> list[Listener]:
             try:
@@ -103,7 +103,7 @@ def _is_scanner(spec: str) -> bool:
     return where.startswith("sharded_milter.scanner.") or folder in Path(where).resolve().parents
 
 
-def script_address(wanted: str) -> Address:
+def script_address(wanted: str) -> ListenAddress:
     """Where a pymilter script wants to listen, in its own words; the default where it cannot."""
     if wanted.startswith("fd:"):
         from twisted.logger import Logger
@@ -300,7 +300,7 @@ class _Run:
     def _ready(self) -> None:
         listeners = self._server.listeners
         peers = self._settings.allowed_peers
-        warnings = [unrestricted(each.address.spec, each.host, peers) for each in listeners]
+        warnings = [open_socket_warning(each.address.spec, each.host, peers) for each in listeners]
         for line in filter(None, [self._warning, *warnings]):
             self._log.warn("{line}", line=line)
         names = [listener.address.for_postfix(listener.port) for listener in listeners]

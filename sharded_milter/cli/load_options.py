@@ -159,7 +159,7 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     if in_master_only(values) and _said("workers"):
         raise UsageError("a milter in the master has no workers; leave --workers out")
     connections = values["connections"] or CONNECTIONS_PER_WORKER * max(counts)
-    descriptors.check(connections, max(counts))
+    descriptors.check_limit(connections, max(counts))
     mails = _mails(values["messages"], screen)
     cores = usable_cpus()
     until = values["seconds"] or seconds

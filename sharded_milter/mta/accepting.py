@@ -1,6 +1,6 @@
-"""A listening socket in the reactor: it takes connections, and leaves none without an answer.
+"""A listening socket in the reactor: it accepts connections and leaves none without a reply.
 
-Where no descriptor is left for another one, a spare one is given up for it.
+If no file descriptor is left for another connection, it closes a reserved one first.
 """
 
 from __future__ import annotations
@@ -14,37 +14,50 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from sharded_milter.descriptors import NONE_LEFT, Spare
-from sharded_milter.mta.rarely import Rarely
+from sharded_milter.alarms import ReactorTime
+from sharded_milter.descriptors import NO_DESCRIPTORS, ReservedDescriptor
+from sharded_milter.mta.log_limit import LimitedLog
 
-# Connections taken in one turn of the reactor; established ones get their turn in between.
-ACCEPTS_PER_TURN = 100
+# Connections accepted in one reactor iteration; established ones are served in between.
+ACCEPTS_PER_ITERATION = 100
 
-# Seconds without accepting when not even a spare descriptor is left.
+# Seconds without accepting when not even a reserved descriptor is left.
 ACCEPT_PAUSE = 1.0
 
 T = TypeVar("T")
 
 
-class Gate(Protocol):
-    """Who decides which connections are served."""
+class AcceptGate(Protocol):
+    """The gate, as an acceptor uses it."""
 
-    spare: Spare
+    reserved: ReservedDescriptor
 
-    def wait(self) -> float: ...
+    def accept_delay(self) -> float: ...
+
+
+class AcceptReactor(ReactorTime, Protocol):
+    """Twisted's IReactorFDSet and IReactorTime, as far as they are used here."""
+
+    def addReader(self, reader: Any, /) -> None: ...
+    def removeReader(self, reader: Any, /) -> None: ...
 
 
 @implementer(IReadDescriptor)
 class Acceptor:
-    """Gives every connection of a listening socket to a protocol of a factory."""
+    """Accepts the connections of a listening socket, each for a protocol of the factory."""
 
     log = Logger()
 
     def __init__(
-        self, sock: socket.socket, spec: str, gate: Gate, factory: Factory, reactor: Any
+        self,
+        sock: socket.socket,
+        spec: str,
+        gate: AcceptGate,
+        factory: Factory,
+        reactor: AcceptReactor,
     ) -> None:
-        """Begins at once; `spec` is what log lines call the socket."""
-        # Imported now, because until here a mistake is answered without waiting for Twisted's TCP.
+        """Begin to accept. `spec` is the socket's name in log lines."""
+        # Imported here, because until now an operator's mistake is reported without waiting for it.
         from sharded_milter.transports import adopt
 
         self._adopt = adopt
@@ -53,17 +66,17 @@ class Acceptor:
         self._gate = gate
         self._factory = factory
         self._reactor = reactor
-        self._none_left = Rarely(self.log.error, reactor.seconds)
+        self._shortages = LimitedLog(self.log.error, reactor.seconds)
         self._closed = False
-        gate.spare.refill()
+        gate.reserved.refill()
         reactor.addReader(self)
 
     def close(self) -> None:
-        """Takes no more; the socket is the caller's."""
+        """Stop accepting. The caller closes the socket."""
         self._closed = True
         self._reactor.removeReader(self)
 
-    # What the reactor calls (IReadDescriptor)
+    # Called by the reactor (IReadDescriptor)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -75,15 +88,15 @@ class Acceptor:
         self.close()
 
     def doRead(self) -> None:
-        """Takes connections until none is left, but not so many that others starve."""
-        for _ in range(ACCEPTS_PER_TURN):
-            self._gate.spare.refill()
-            wait = self._gate.wait()
-            if wait:
-                self._pause(wait)
+        """Accept waiting connections, at most ACCEPTS_PER_ITERATION."""
+        for _ in range(ACCEPTS_PER_ITERATION):
+            self._gate.reserved.refill()
+            delay = self._gate.accept_delay()
+            if delay:
+                self._pause(delay)
                 return
             try:
-                connection, peer = self._with_spare(self._accept)
+                connection, peer = self._with_reserve(self._accept)
             except (BlockingIOError, ConnectionError):
                 return
             except OSError:
@@ -94,17 +107,20 @@ class Acceptor:
     def _accept(self) -> tuple[socket.socket, Any]:
         return self._socket.accept()
 
-    def _with_spare(self, act: Callable[[], T]) -> T:
-        """What `act` returns, once enough spare descriptors are given up for it."""
+    def _with_reserve(self, act: Callable[[], T]) -> T:
+        """Return the result of `act`; release reserved descriptors until it gets those it needs.
+
+        Raise its OSError if it still fails.
+        """
         while True:
             try:
                 return act()
             except OSError as error:
-                if error.errno not in NONE_LEFT:
+                if error.errno not in NO_DESCRIPTORS:
                     raise
                 line = f"no file descriptor is left for a connection to {self._spec}"
-                self._none_left.say(error.errno, f"{line}: {error.strerror}")
-                if not self._gate.spare.give():
+                self._shortages.write(error.errno, f"{line}: {error.strerror}")
+                if not self._gate.reserved.release():
                     raise
 
     def _pause(self, seconds: float) -> None:

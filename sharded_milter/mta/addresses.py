@@ -1,4 +1,4 @@
-"""Addresses: how operators spell the sockets that MTAs connect to.
+"""Addresses: the operator's spellings of the sockets on which the service listens.
 
 | spelling                                    | whose                        |
 |---------------------------------------------|------------------------------|
@@ -22,13 +22,13 @@ _POSTFIX = re.compile(rf"(?P<kind>inet6?):(?P<host>[^:@\[\]]+|\[[^@\[\]]+\]):{_P
 _TWISTED = re.compile(rf"(?P<kind>tcp6?):(?:port=)?{_PORT}(?::interface=(?P<host>[^@\[\]]+))?")
 _UNIX = re.compile(r"(?:(?:unix|local):)?(?P<path>/.+)")
 
-# Where clients on this machine find a server that listens everywhere.
+# The addresses at which local clients reach a server that listens on all addresses.
 _REACHED_AT = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True)
-class Address:
-    """A parsed `--listen`: a path, or a host and a port."""
+class ListenAddress:
+    """A parsed `--listen`: a path, or host and port. `spec` is the operator's spelling."""
 
     spec: str
     path: str = ""
@@ -37,17 +37,17 @@ class Address:
     family: int = socket.AF_INET
 
     def for_postfix(self, port: int) -> str:
-        """The same socket as main.cf names it; `port` is the one really bound."""
+        """Return the socket as main.cf spells it; `port` is the one that is bound."""
         if self.path:
             return f"unix:{self.path}"
         host = _REACHED_AT.get(self.host, self.host)
         return f"inet:[{host}]:{port}" if ":" in host else f"inet:{host}:{port}"
 
 
-def parse_listen(spec: str) -> Address:
-    """The address that `spec` names; UsageError when it is none of the spellings above."""
+def parse_listen(spec: str) -> ListenAddress:
+    """Parse `spec`. Raise UsageError if it is none of the spellings above."""
     if match := _UNIX.fullmatch(spec):
-        return Address(spec, path=match["path"])
+        return ListenAddress(spec, path=match["path"])
     for pattern in (_SENDMAIL, _POSTFIX, _TWISTED):
         if match := pattern.fullmatch(spec):
             found = match.groupdict()
@@ -59,5 +59,5 @@ def parse_listen(spec: str) -> Address:
             if port > 0xFFFF:
                 raise UsageError(f"{spec!r}: port {port} is above 65535")
             family = socket.AF_INET6 if v6 else socket.AF_INET
-            return Address(spec, host=host, port=port, family=family)
+            return ListenAddress(spec, host=host, port=port, family=family)
     raise UsageError(f"{spec!r} is neither inet:PORT@HOST nor inet:HOST:PORT nor unix:/PATH")

@@ -1,8 +1,8 @@
-"""One MTA connection: the socket's side of a conversation.
+"""One MTA connection: the socket of a conversation.
 
-The law: the MTA gets one answer to each command that waits for one, in order, and no closed
-socket instead of an answer. Commands that come while a job is out wait, except those that say
-that nobody wants its answer any more.
+The MTA gets one answer to each command that it waits for, in order; the socket is never closed
+instead of an answer. Commands that arrive while the milters are asked are queued, except ABORT and
+QUIT, which cancel the jobs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from twisted.internet import interfaces
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -20,49 +20,48 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from sharded_milter.alarms import Alarm
+from sharded_milter.alarms import Alarm, DelayedCall
 from sharded_milter.dispatch.policy import NO_ROOM
 from sharded_milter.errors import RemoteProtocolError
-from sharded_milter.mta import conversation
-from sharded_milter.mta.conversation import SMALL_PART, Conversation
+from sharded_milter.mta.conversation import SMALL_PART, Conversation, ConversationContext
 from sharded_milter.mta.inflight import Claim
-from sharded_milter.mta.outbox import Outbox, is_socket
+from sharded_milter.mta.outbox import Outbox
+from sharded_milter.mta.transports import StreamTransport, is_socket
 from sharded_milter.protocol.commands import Abort, Quit, QuitNc
 from sharded_milter.protocol.replies import Progress
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import Framer
 
-# Bytes that are read at a time: Twisted's own number, and what a UNIX socket holds. Large pieces
-# are for large messages; asking for one costs more than a small message is long.
+# Bytes of one read: Twisted's default, and the buffer of a UNIX socket. Large reads are for large
+# messages only, because allocating the buffer takes longer than a small message.
 SMALL_READ = 65_536
 LARGE_READ = 262_144
 
-# Seconds that an MTA gets to take anything more of what it was answered, or the end of a connection
-# that we have closed. Postfix and Sendmail read at once; whoever does not would keep its answers,
-# and a connection of `max_connections`, for ever. A connection that is turned away has as long in
-# all, if no other waits for its place.
+# Seconds in which an MTA must read more of its unread answers, or the end of a closed connection.
+# Postfix and Sendmail read at once. Without a limit, a peer that does not read would hold its
+# answers, and one of `max_connections`, for ever. A refused connection has this time in all.
 CLOSE_GRACE = 30.0
 
-# Bytes of answers that an MTA may leave unread before it is not read either.
+# Unread bytes of answers above which no more commands of the MTA are read.
 MAX_UNREAD = 65_536
 
-# Seconds of one turn of the reactor that one MTA may take, however many small commands it sends.
-TURN = 0.003
+# Seconds of one reactor iteration for the commands of one MTA.
+MAX_BUSY = 0.003
 
-# What a connection takes besides while it has anything in hand, in bytes: some thirty objects of
-# ours and of Twisted's, and its job. One that has nothing is bounded by `max_connections`.
+# Bytes that are counted for a connection itself while it has commands, answers or a message: about
+# thirty objects of ours and Twisted's, and its job. Idle connections are limited in number only.
 CONNECTION_COST = 10_240
 
 _PROGRESS = Progress().encode()
-_LEAVING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
+_CANCELLING = frozenset(kind.letter[0] for kind in (Abort, Quit, QuitNc))
 
 
-class Context(conversation.Context, Protocol):
-    """What a connection needs of the service it belongs to."""
+class ConnectionContext(ConversationContext, Protocol):
+    """The state that all MTA connections of a service share, as a connection uses it."""
 
-    idle: Alarm[MilterConnection]  # rings `timed_out`
-    closing: Alarm[MilterConnection]  # rings `give_up_unread` after CLOSE_GRACE
-    progress: Alarm[MilterConnection]  # rings `send_progress`
+    idle: Alarm[MilterConnection]  # calls `idle_timed_out`
+    closing: Alarm[MilterConnection]  # calls `unread_timed_out` after CLOSE_GRACE
+    progress: Alarm[MilterConnection]  # calls `send_progress`
 
     def connected(self, connection: MilterConnection) -> bytes: ...
     def disconnected(self, connection: MilterConnection) -> None: ...
@@ -73,62 +72,62 @@ class MilterConnection(TwistedProtocol):
     """Speaks the milter protocol with one MTA."""
 
     log = Logger()
+    transport: StreamTransport  # type: ignore[assignment]  # Twisted declares ITransport | None
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: ConnectionContext) -> None:
         self._context = context
         self._conversation = Conversation(context)
         self._framer = Framer()
-        self._looked = 0  # up to here in the framer's buffer nobody leaves
+        self._scanned = 0  # up to this offset in the framer's buffer there is no ABORT or QUIT
         self._claim = Claim(context.inflight)
-        self._congested = False  # a transport that is no socket has too much
+        self._congested = False  # the transport is no socket and its buffer is full
         self._paused = False
-        self._turn: Any = None  # the call that goes on with commands that wait, in the next turn
+        self._resume_call: DelayedCall | None = None  # in the next reactor iteration
         self._quick_ack: Callable[[], None] | None = None
 
-    # What Twisted calls
+    # Called by Twisted
 
     def connectionMade(self) -> None:
-        transport: Any = self.transport
-        self._outbox = Outbox(transport, self._read)
+        transport = self.transport
+        self._outbox = Outbox(transport, self._unread_changed)
         on_tcp = isinstance(transport.getHost(), IPv4Address | IPv6Address)
         if on_tcp and interfaces.ITCPTransport.providedBy(transport):
             transport.setTcpNoDelay(True)
-            self._quick_ack = _quick_ack_of(transport)
+            self._quick_ack = _quick_ack_setter(transport)
         if not is_socket(transport):
             transport.registerProducer(self, True)
         self._context.idle.set(self)
         refusal = self._context.connected(self)
         if refusal:
-            self._conversation.turn_away(refusal)
+            self._conversation.refuse(refusal)
             self._context.closing.set(self)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._conversation.is_over:  # nothing is taken any more
+        if self._conversation.is_over:  # ignore all that still arrives
             return
         self._context.idle.set(self)
         if self._quick_ack is not None:
             self._quick_ack()
         self._framer.feed(data)
-        self._advance()
-        large = len(data) >= SMALL_READ and self._turn is None
-        transport: Any = self.transport
-        transport.bufferSize = LARGE_READ if large else SMALL_READ
+        self._process()
+        large = len(data) >= SMALL_READ and self._resume_call is None
+        self.transport.bufferSize = LARGE_READ if large else SMALL_READ
 
     @property
-    def has_greeted(self) -> bool:
-        """Whether the MTA has said anything: the first packet is its offer."""
-        return self._conversation.has_agreed
+    def has_negotiated(self) -> bool:
+        """True once the MTA has sent its offer, the first packet."""
+        return self._conversation.has_negotiated
 
     @property
-    def has_heard(self) -> bool:
-        """Whether the MTA knows that it is turned away."""
-        return self._conversation.has_heard
+    def refusal_sent(self) -> bool:
+        """True once the reply that refuses the connection was sent."""
+        return self._conversation.refusal_sent
 
-    def _cancel_if_leaving(self) -> None:
-        """Cancels the job that is out if ABORT or QUIT is queued behind its command."""
-        for letter, end in self._framer.peek(max(self._looked, self._framer.at)):
-            self._looked = end
-            if letter in _LEAVING:
+    def _cancel_if_aborted(self) -> None:
+        """Cancel the jobs if ABORT or QUIT is queued behind their command."""
+        for letter, end in self._framer.peek(max(self._scanned, self._framer.at)):
+            self._scanned = end
+            if letter in _CANCELLING:
                 self._conversation.cancel()
                 self._context.progress.stop(self)
 
@@ -136,7 +135,7 @@ class MilterConnection(TwistedProtocol):
         context = self._context
         for alarm in (context.idle, context.progress, context.closing):
             alarm.stop(self)
-        self._forget_commands()
+        self._drop_commands()
         self._conversation.end()
         self._outbox.stopProducing()
         self._claim.set(0)
@@ -144,144 +143,150 @@ class MilterConnection(TwistedProtocol):
 
     # Commands in, answers out
 
-    def _advance(self, answer: bytes = b"") -> None:
-        """Takes commands until milters are asked; writes `answer` and then theirs at once."""
+    def _process(self, answer: bytes = b"") -> None:
+        """Process commands until milters are asked; write `answer` and theirs together."""
         answers = [answer]
         try:
-            self._take_commands(answers)
+            self._process_commands(answers)
         except RemoteProtocolError as error:
             self._write(b"".join(answers))
-            self._give_up(error)
+            self._close_after_error(error)
             return
         self._write(b"".join(answers))
-        if self._conversation.asked is not None:
-            self._watch_job()
+        if self._conversation.pending is not None:
+            self._start_progress()
         if self._conversation.is_over:
             self._close()
         else:
-            self._count()
-            self._restrain()
+            self._count_bytes()
+            self._adjust_reading()
 
-    def _take_commands(self, answers: list[bytes]) -> None:
-        talk, framer = self._conversation, self._framer
+    def _process_commands(self, answers: list[bytes]) -> None:
+        conversation, framer = self._conversation, self._framer
         seconds = self._context.reactor.seconds
-        until = seconds() + TURN
+        until = seconds() + MAX_BUSY
         while framer.at < len(framer.buffer):
-            if talk.asked is not None:
-                self._cancel_if_leaving()
-            if talk.asked is not None or talk.is_over:
+            if conversation.pending is not None:
+                self._cancel_if_aborted()
+            if conversation.pending is not None or conversation.is_over:
                 break
             if seconds() > until:
-                self._turn = self._turn or self._context.reactor.callLater(0, self._go_on)
+                self._resume_call = self._resume_call or self._context.reactor.callLater(
+                    0, self._resume_commands
+                )
                 break
-            said = talk.take(framer)
-            if said is None:
+            answer = conversation.receive(framer)
+            if answer is None:
                 break
-            if isinstance(said, bytes):
-                answers.append(said)
+            if isinstance(answer, bytes):
+                answers.append(answer)
             else:
-                said.addCallback(self._answered).addErrback(self._lost)
+                answer.addCallback(self._send_answer).addErrback(self._close_after_defect)
         if framer.at:
-            self._looked = max(0, self._looked - framer.at)
+            self._scanned = max(0, self._scanned - framer.at)
             framer.compact()
 
-    def _go_on(self) -> None:
-        """Others have had their turn."""
-        self._turn = None
-        if self._outbox.unread <= MAX_UNREAD:  # else once the MTA has read
-            self._advance()
+    def _resume_commands(self) -> None:
+        """Go on with queued commands after the other connections were served."""
+        self._resume_call = None
+        if self._outbox.unread <= MAX_UNREAD:  # else resume when the MTA has read
+            self._process()
 
-    def _answered(self, answer: bytes) -> None:
-        """The milters' answer has come."""
+    def _send_answer(self, answer: bytes) -> None:
+        """Write the milters' answer, and go on with queued commands."""
         self._context.progress.stop(self)
         if self._framer.buffer:
-            self._advance(answer)
+            self._process(answer)
         else:
             self._write(answer)
-            self._count()
+            self._count_bytes()
 
-    def _lost(self, failure: Failure) -> None:
-        """A defect of ours: the MTA hears the end of the connection instead of nothing."""
-        self.log.failure("a verdict got lost", failure)
+    def _close_after_defect(self, failure: Failure) -> None:
+        """Close the connection after a defect of ours, so that the MTA does not wait in vain."""
+        self.log.failure("closing a connection: no verdict because of an internal error", failure)
         self._close()
 
-    def _give_up(self, error: RemoteProtocolError) -> None:
-        if not self._conversation.is_turned_away:  # anybody may be that, as often as they like
+    def _close_after_error(self, error: RemoteProtocolError) -> None:
+        if not self._conversation.is_refused:  # else any peer could fill the log
             self.log.warn("closing a connection: {why}", why=str(error))
         self._close()
 
-    # Signs of life, the MTA's and ours
+    # Timeouts and progress
 
-    def timed_out(self) -> None:
-        """The MTA has said nothing for longer than any SMTP client may be idle."""
-        if self._conversation.asked is not None:  # it waits for us
+    def idle_timed_out(self) -> None:
+        """Close the connection: the MTA has sent nothing for `idle_timeout`."""
+        if self._conversation.pending is not None:  # the MTA waits for the answer
             self._context.idle.set(self)
             return
-        self.log.info("closing a connection that was idle for too long")
-        self.let_go()
+        self.log.info(
+            "closing a connection: it was idle for {n:g} s (--idle-timeout)",
+            n=self._context.limits.idle_timeout,
+        )
+        self.close_unanswered()
 
-    def let_go(self) -> None:
-        """Ends the connection; nothing waits to be answered."""
-        if self._outbox.unread or self._congested:  # it has not read all
+    def close_unanswered(self) -> None:
+        """Close the connection; no command waits for an answer."""
+        if self._outbox.unread or self._congested:  # its answers are not read
             self.abort()
         else:
             self._close()
 
-    def _watch_job(self) -> None:
-        """The milters are asked: the MTA hears of it from time to time, if it takes that."""
-        talk = self._conversation
-        early = talk.asked is not Stage.EOM
-        if self not in self._context.progress and (not early or talk.takes_early_progress):
+    def _start_progress(self) -> None:
+        """Send PROGRESS at intervals while the milters are asked, if the MTA accepts it."""
+        conversation = self._conversation
+        early = conversation.pending is not Stage.EOM
+        if self not in self._context.progress and (
+            not early or conversation.accepts_early_progress
+        ):
             self._context.progress.set(self)
 
     def send_progress(self) -> None:
-        """A milter has been at work for an interval more."""
+        """Send PROGRESS, and set the alarm for the next one."""
         self._write(_PROGRESS)
         self._context.progress.set(self)
 
     # The socket
 
     def finish(self) -> None:
-        """The service stops now: whoever waits gets a verdict, then the connection ends."""
+        """Close the connection because the service stops; answer a pending question first."""
         self._write(self._conversation.end())
         self._close()
 
     def abort(self) -> None:
-        """Ends the connection without waiting for what the MTA has not read yet."""
-        transport: Any = self.transport
-        transport.abortConnection()
+        """Close the connection at once; drop unread answers."""
+        self.transport.abortConnection()
 
     def _write(self, data: bytes) -> None:
         if data:
             self._outbox.write(data)
 
-    def _read(self) -> None:
-        """The MTA has taken some of its answers, or has begun to leave some unread."""
+    def _unread_changed(self) -> None:
+        """Handle a change of the outbox: the MTA has read bytes, or the first are unread."""
         closing, unread = self._context.closing, self._outbox.unread
         if not self._conversation.is_over and (not unread or self not in closing):
-            self._context.idle.set(self)  # but a slow reader's time is one idle MTA's in all
+            self._context.idle.set(self)  # a slow reader gets one idle_timeout in all
         if unread:
             closing.set(self)
         elif not self._conversation.is_over:
-            if not self._conversation.is_turned_away:
+            if not self._conversation.is_refused:
                 closing.stop(self)
-            if self._framer.buffer and self._turn is None:
-                self._turn = self._context.reactor.callLater(0, self._go_on)
-        self._count()
-        self._restrain()
+            if self._framer.buffer and self._resume_call is None:
+                self._resume_call = self._context.reactor.callLater(0, self._resume_commands)
+        self._count_bytes()
+        self._adjust_reading()
 
-    def give_up_unread(self) -> None:
-        """The MTA has taken nothing for CLOSE_GRACE."""
+    def unread_timed_out(self) -> None:
+        """Abort the connection: the MTA has read nothing for CLOSE_GRACE."""
         if self._outbox.unread:
             self.log.warn(
-                "closing a connection: the MTA has read nothing for {n:g} s, {unread} bytes wait",
+                "closing a connection: the MTA has read nothing for {n:g} s; {unread} bytes wait",
                 n=CLOSE_GRACE,
                 unread=self._outbox.unread,
             )
         self.abort()
 
-    def _count(self) -> None:
-        """Counts what waits on its way in and out, and itself."""
+    def _count_bytes(self) -> None:
+        """Count the bytes of queued commands, of unread answers, and of the connection itself."""
         size = len(self._framer.buffer) + self._outbox.unread
         if size or self._conversation.transcript.size:
             size += CONNECTION_COST
@@ -289,32 +294,32 @@ class MilterConnection(TwistedProtocol):
             self._claim.set(size)
 
     def pauseProducing(self) -> None:
-        """A transport that is no socket: the MTA reads more slowly than it asks."""
+        """The transport is no socket, and its buffer is full."""
         self._congested = True
         self._context.idle.set(self)
-        self._restrain()
+        self._adjust_reading()
 
     def resumeProducing(self) -> None:
-        """The MTA has read its answers."""
+        """The transport is no socket, and its buffer has room again."""
         self._congested = False
         self._context.idle.set(self)
-        self._restrain()
+        self._adjust_reading()
 
     def stopProducing(self) -> None:
-        """The connection is lost, as connectionLost says too."""
+        """The connection is lost; Twisted calls connectionLost too."""
 
-    def _restrain(self) -> None:
-        """Stops reading while too much waits, and goes on when it is worked off."""
+    def _adjust_reading(self) -> None:
+        """Pause reading while too many bytes wait, and resume it afterwards."""
         if self._conversation.is_over:
             return
-        transport: Any = self.transport
-        # A packet that is not complete yet is not waiting: it needs its rest.
-        waiting = 0 if self._conversation.asked is None else len(self._framer.buffer)
+        transport = self.transport
+        # An incomplete packet does not count: the rest of it must be read.
+        waiting = 0 if self._conversation.pending is None else len(self._framer.buffer)
         if waiting > SMALL_PART and not self._context.inflight.has_room(0):
-            self._refuse_to_wait()
+            self._close_without_room()
             return
         too_much = (
-            self._turn is not None
+            self._resume_call is not None
             or self._congested
             or self._outbox.unread > MAX_UNREAD
             or waiting > self._context.limits.max_waiting
@@ -325,48 +330,52 @@ class MilterConnection(TwistedProtocol):
             transport.resumeProducing()
         self._paused = too_much
 
-    def _refuse_to_wait(self) -> None:
-        """The MTA sends on behind its question, for which there is no room.
+    def _close_without_room(self) -> None:
+        """Close the connection: the MTA sends commands behind a question, and there is no room.
 
-        None does: it waits for the answer.
+        A real MTA waits for the answer first.
         """
-        self.log.warn("closing a connection: there is no room for what waits behind a question")
+        self.log.warn(
+            "closing a connection: commands arrived before the answer, and there is no room for"
+            " them (--max-inflight-bytes)"
+        )
         self._write(self._conversation.end(NO_ROOM))
         self._close()
 
-    def _forget_commands(self) -> None:
+    def _drop_commands(self) -> None:
         self._framer = Framer()
-        turn, self._turn = self._turn, None
+        turn, self._resume_call = self._resume_call, None
         if turn is not None:
             turn.cancel()
 
     def _close(self) -> None:
-        self._forget_commands()
+        self._drop_commands()
         self._context.progress.stop(self)
         self._conversation.end()
-        self._count()
-        transport: Any = self.transport
+        self._count_bytes()
+        transport = self.transport
         if transport.disconnecting:
             return
         if not is_socket(transport):
-            transport.unregisterProducer()  # else what it has not read would keep it open
-        transport.loseConnection()  # once the outbox is empty
+            transport.unregisterProducer()  # else unread bytes would keep it open
+        transport.loseConnection()  # Twisted waits until the outbox is empty
         self._context.idle.stop(self)
         self._context.closing.set(self)
 
 
-def _quick_ack_of(transport: Any) -> Callable[[], None] | None:
-    """Has the kernel acknowledge at once what the MTA sends next; Linux forgets that by itself.
+def _quick_ack_setter(transport: StreamTransport) -> Callable[[], None] | None:
+    """Return a function that makes the kernel acknowledge the next segment at once, if it can.
 
-    Sendmail writes a macro packet and its command one by one with Nagle's algorithm on, and so
-    waits for our acknowledgement, which would else be delayed by 40 ms, at every stage.
+    It must be called before each segment, because Linux resets the option. Sendmail writes a macro
+    packet and its command separately with Nagle's algorithm, so it waits for the acknowledgement,
+    which would else be delayed by 40 ms at every stage.
     """
     if not hasattr(socket, "TCP_QUICKACK"):
         return None
-    sock: socket.socket = transport.getHandle()
+    sock = transport.getHandle()
 
     def acknowledge() -> None:
-        with suppress(OSError):  # the connection is lost, which the reactor finds out too
+        with suppress(OSError):  # the connection is lost; the reactor reports it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     acknowledge()

@@ -1,7 +1,7 @@
-"""A conversation with one MTA: from a command to its answer, if need be by way of a milter.
+"""A conversation with one MTA: it reads commands, asks the milters, and returns the answers.
 
-It knows no socket: it takes packets from the connection's framer and returns answers. The
-connection hands it no command while a job is out.
+It uses no socket: it reads packets from the connection's framer and returns reply packets. The
+connection must not call `receive` while the milters are asked.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import (
     BUSY,
@@ -40,112 +41,114 @@ from sharded_milter.protocol.wire import Framer, packets
 
 _CONTINUE = Continue().encode()
 
-_REFUSALS = {
+_REPLIES = {
     Refusal.TOO_LARGE: TOO_LARGE,
     Refusal.NO_ROOM: NO_ROOM,
     Refusal.NO_MEMORY: NO_ROOM,
 }
 
-# Bytes of a packet that is not complete which are kept even where there is no room. A packet that
-# brings more with it is cut short there, and so is its message; no other than these is as long.
+# Bytes of an incomplete packet that are kept even if there is no room for them. A packet with more
+# is replaced with one without content, and its message is refused. Only these packets can be so
+# long.
 SMALL_PART = 4096
-_CUT_SHORT = {kind.letter[0]: kind.encode() for kind in (Header("", ""), Body(b""), Eom())}
+_TRUNCATED = {kind.letter[0]: kind.encode() for kind in (Header("", ""), Body(b""), Eom())}
 
-# What a connection that is turned away negotiates: to be asked at its beginning, and nothing else,
-# so that it hears at once that it must come back.
-TURNED_AWAY = Manifest(
-    "turned away",
+# The manifest with which refused connections are negotiated: only CONNECT is sent, so the MTA gets
+# the refusal as early as possible.
+REFUSED_MANIFEST = Manifest(
+    "refused connection",
     protocol=sum(
         (stage.suppress for stage in Stage if stage is not Stage.CONNECT), start=NO_PROTOCOL
     ),
 )
 
-# How log lines call a final reply; one in our own words goes by its code.
+# The names of final replies in log lines; a reply with our own text is named by its code.
 VERDICT_NAMES = {"a": "accept", "c": "continue", "d": "discard", "r": "reject", "t": "tempfail"}
 _QUARANTINE = Quarantine.letter[0]
 
 
-# Takes the line about a message: what it was, what became of it, what it cost.
+# Takes the log line of a message.
 MessageLog = Callable[[str], object]
 
 
-class Context(Protocol):
-    """What a conversation needs of the service it belongs to."""
+class ConversationContext(Protocol):
+    """The state that all MTA connections of a service share, as a conversation uses it."""
 
     limits: Limits
     policy: Policy
     inflight: Inflight
     counters: Counter[str]
-    message_log: MessageLog | None  # writes a line for each message
+    message_log: MessageLog | None  # None: messages get no log line
 
     @property
-    def reactor(self) -> Any: ...
+    def reactor(self) -> ReactorTime: ...
     @property
     def members(self) -> Sequence[Member]: ...
     def new_memory(self) -> Memory: ...
 
 
 class Conversation:
-    """One MTA's commands and our answers."""
+    """Answers the commands of one MTA."""
 
     log = Logger()
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: ConversationContext) -> None:
         self._context = context
         self._session = Session()
         self.transcript = Transcript(
             context.limits.max_message_size, context.inflight, context.new_memory
         )
-        self._milters = self._milters_of(())
-        self._turned_away = b""  # if it is: what each question is answered then
-        self.has_heard = False  # that it is turned away
-        self._began = context.reactor.seconds()  # the connection
+        self._milters = self._new_milters(())
+        self._refusal = b""  # of a refused connection: the reply to each question
+        self.refusal_sent = False  # the refused connection got its reply
+        self._began = context.reactor.seconds()  # the time at which the connection began
         self._message_began = 0.0
-        self.asked: Stage | None = None  # the stage that the milters are asked about now
-        self.has_agreed = False  # with the MTA, on options
-        self.is_over = False  # the MTA has left, or we have
+        self.pending: Stage | None = None  # the stage at which the milters are asked now
+        self.has_negotiated = False  # the MTA's offer was answered
+        self.is_over = False  # no command may follow
 
-    def _milters_of(self, members: Sequence[Member]) -> Milters:
+    def _new_milters(self, members: Sequence[Member]) -> Milters:
         return Milters(members, self._context.policy, self.transcript)
 
-    def turn_away(self, answer: bytes) -> None:
-        """From now on this is the answer, instead of what the milters would say."""
-        self._turned_away = answer
+    def refuse(self, answer: bytes) -> None:
+        """Refuse the connection: give this answer to each question from now on; ask no milters."""
+        self._refusal = answer
 
     @property
-    def is_turned_away(self) -> bool:
-        """Whether the milters are not asked."""
-        return bool(self._turned_away)
+    def is_refused(self) -> bool:
+        """True if the connection is refused, so no milters are asked."""
+        return bool(self._refusal)
 
     @cached_property
-    def takes_early_progress(self) -> bool:
-        """Whether the MTA takes PROGRESS before the end of a message too.
+    def accepts_early_progress(self) -> bool:
+        """True if the MTA accepts PROGRESS before the end of a message.
 
-        Postfix does. Sendmail takes it for a bogus answer there and gives the milter up.
+        Postfix does. Sendmail treats it as an invalid reply there, and stops using the milter.
         """
         return self.transcript.mta().startswith("Postfix")
 
-    def take(self, framer: Framer) -> bytes | Deferred[bytes] | None:
-        """Follows the commands that wait there up to one that may need an answer.
+    def receive(self, framer: Framer) -> bytes | Deferred[bytes] | None:
+        """Consume the framer's packets up to the first that may need an answer.
 
-        Returns what is answered: bytes, or a Deferred of them that has not fired, where milters
-        are asked; None when no whole packet waits. Raises RemoteProtocolError when a packet is
-        malformed, too long or cannot come here.
+        Return the answer, which may be empty: bytes, or a Deferred of them that has not fired if
+        milters are asked. Return None if no whole packet waits. Raise RemoteProtocolError if a
+        packet is malformed, too long or illegal in this state.
         """
         start, transcript = framer.at, self.transcript
         framer.at, noted = self._session.receive_run(framer.buffer, start)
-        if framer.at > start and not self._turned_away:  # of which nothing is kept
+        if framer.at > start and not self._refusal:
             if not transcript.size:
                 self._message_began = self._context.reactor.seconds()
             with memoryview(framer.buffer) as view, view[start : framer.at] as run:
                 transcript.extend(run, noted)
-        packet = framer.next() or self._cut_short(framer)
-        return self._take(packet) if packet else None
+        packet = framer.next() or self._truncate_next(framer)
+        return self._receive_packet(packet) if packet else None
 
-    def _cut_short(self, framer: Framer) -> bytes:
-        """The packet that is not complete yet, without its content, if there is no room for that.
+    def _truncate_next(self, framer: Framer) -> bytes:
+        """Return the next, incomplete packet without its content if there is no room for it.
 
-        Else nothing; raises RemoteProtocolError where no packet of its letter is as long.
+        The message is refused then. Else return b"". Raise RemoteProtocolError if the packet is
+        longer than its letter allows.
         """
         head = framer.head()
         if head is None:
@@ -153,92 +156,91 @@ class Conversation:
         length, letter = head
         check_length(letter, length)
         size = framer.waiting
-        if size <= SMALL_PART or self._context.inflight.has_room(size) or letter not in _CUT_SHORT:
+        if size <= SMALL_PART or self._context.inflight.has_room(size) or letter not in _TRUNCATED:
             return b""
-        self.transcript.refuse_for_room()
-        framer.truncate(_CUT_SHORT[letter])
+        self.transcript.refuse_no_room()
+        framer.truncate(_TRUNCATED[letter])
         return framer.next()
 
-    def _take(self, packet: bytes) -> bytes | Deferred[bytes]:
+    def _receive_packet(self, packet: bytes) -> bytes | Deferred[bytes]:
         step = self._session.receive(packet)
         if step.offer is not None:
             return self._negotiate(step.offer)
         if step.ends is not Scope.NONE:
-            self._forget(step.ends)
-        if step.part is not TranscriptPart.NONE and not self._turned_away:
+            self._end(step.ends)
+        if step.part is not TranscriptPart.NONE and not self._refusal:
             self._store(step.part, packet)
         if step.stage is None or step.handling is Handling.NO_REPLY:
             return b""
-        if self._turned_away:
-            self.has_heard = True
-            return self._decided(step.stage, self._turned_away)
+        if self._refusal:
+            self.refusal_sent = True
+            return self._decide(step.stage, self._refusal)
         if step.handling is Handling.CONTINUE:
-            return self._decided(step.stage, _CONTINUE)
+            return self._decide(step.stage, _CONTINUE)
         transcript = self.transcript
         if transcript.refuses_client or transcript.refusal is not None:
-            return self._decided(step.stage, self._refusal(transcript.refusal))
-        job = self._job(step.stage, step.part, packet)
+            return self._decide(step.stage, self._refusal_reply(transcript.refusal))
+        job = self._new_job(step.stage, step.part, packet)
         if job is None:
             self._count("refused_no_memory")
-            return self._decided(step.stage, NO_ROOM)
+            return self._decide(step.stage, NO_ROOM)
         return self._ask(job)
 
     def _negotiate(self, offer: Negotiate) -> bytes:
         context = self._context
-        self._milters = self._milters_of(() if self._turned_away else context.members)
-        manifests = [TURNED_AWAY] if self._turned_away else self._milters.manifests
+        self._milters = self._new_milters(() if self._refusal else context.members)
+        manifests = [REFUSED_MANIFEST] if self._refusal else self._milters.manifests
         agreement = negotiate(offer, manifests, DATA_SIZES[context.limits.max_data_size])
         self._session.agree(agreement)
-        self.has_agreed = True
+        self.has_negotiated = True
         self._milters.agree(agreement)
         answer = agreement.reply.encode()
-        told = offer.encode() if self._milters.has_objects else b""  # to their xxfi_negotiate
-        self.transcript.keep(told + answer)
+        offered = offer.encode() if self._milters.has_objects else b""  # for xxfi_negotiate
+        self.transcript.store(offered + answer)
         return answer
 
-    def _forget(self, leaves: Scope) -> None:
-        if leaves is Scope.MESSAGE:
-            self._message_over()
+    def _end(self, scope: Scope) -> None:
+        if scope is Scope.MESSAGE:
+            self._end_message()
         else:
-            self._client_over()
-            self.is_over = leaves is Scope.CONNECTION
+            self._end_client()
+            self.is_over = scope is Scope.CONNECTION
 
-    def _message_over(self) -> None:
+    def _end_message(self) -> None:
         self.transcript.clear_message()
-        self._milters.message_over()
+        self._milters.end_message()
 
-    def _client_over(self) -> None:
-        self._milters.client_over(self._began)
+    def _end_client(self) -> None:
+        self._milters.end_client(self._began)
         self.transcript.clear_client()
 
     def _store(self, part: TranscriptPart, packet: bytes) -> None:
         if part is TranscriptPart.CONNECTION:
-            self._milters.learn(self.transcript.keep(packet), packet)
+            self._milters.store_packet(self.transcript.store(packet), packet)
             return
         transcript = self.transcript
-        if keep is TranscriptPart.NEW_MESSAGE and (
-            transcript.size or transcript.refusal is not None
-        ):
-            self._message_over()
+        new = part is TranscriptPart.NEW_MESSAGE
+        if new and (transcript.size or transcript.refusal is not None):
+            self._end_message()
         if not transcript.size:
             self._message_began = self._context.reactor.seconds()
         transcript.append(packet)
 
-    def _refusal(self, refusal: Refusal | None) -> bytes:
-        """What is answered instead of asking the milters."""
+    def _refusal_reply(self, refusal: Refusal | None) -> bytes:
+        """Return the reply for a refused client or message, and count it."""
         if self.transcript.refuses_client or refusal is None:
             self._count("refused_no_room")
             return BUSY
         self._count(f"refused_{refusal.name.lower()}")
-        return _REFUSALS[refusal]
+        return _REPLIES[refusal]
 
     def _count(self, name: str) -> None:
         self._context.counters[name] += 1
 
     # Questions to the milters
 
-    def _job(self, stage: Stage, part: TranscriptPart, packet: bytes) -> Job | None:
-        """What the milters are asked; None when there is no memory for it."""
+    def _new_job(self, stage: Stage, part: TranscriptPart, packet: bytes) -> Job | None:
+        """Return a job for the milters; None if the system has no memory for the message."""
         transcript, eom = self.transcript, stage is Stage.EOM
         message = transcript.message_part(complete=eom)
         if transcript.refusal is not None:
@@ -251,53 +253,53 @@ class Conversation:
             transcript.queue_id,
             self._message_began if transcript.size else self._began,
             transcript.client() if eom and self._context.limits.join_retries else b"",
-            stage is Stage.RCPT and self._is_refused(),
+            stage is Stage.RCPT and self._is_recipient_refused(),
             transcript.claim,
         )
 
-    def _is_refused(self) -> bool:
-        """Whether the MTA itself has refused this recipient; it sends those if asked to."""
+    def _is_recipient_refused(self) -> bool:
+        """Return True if the MTA itself has refused this recipient (negotiated with RCPT_REJ)."""
         asked_for = self._session.agreement.protocol & ProtocolBits.RCPT_REJ
-        return bool(asked_for) and self.transcript.is_refused()
+        return bool(asked_for) and self.transcript.is_recipient_refused()
 
     def _ask(self, job: Job) -> bytes | Deferred[bytes]:
         jobs, answer = self._milters.ask(job)
         if isinstance(answer, bytes):
-            return self._answered(answer, job, jobs)
-        self.asked = job.stage
-        return answer.addCallback(self._answered, job, jobs)
+            return self._finish_job(answer, job, jobs)
+        self.pending = job.stage
+        return answer.addCallback(self._finish_job, job, jobs)
 
-    def _answered(self, replies: bytes, job: Job, jobs: list[Job]) -> bytes:
-        """The milters have answered: the replies, checked, as the MTA gets them."""
+    def _finish_job(self, replies: bytes, job: Job, jobs: list[Job]) -> bytes:
+        """Check the milters' replies, and return those that the MTA gets."""
         stage = job.stage
         assert stage is not None  # the milters were asked
-        self.asked = None
+        self.pending = None
         size = self.transcript.size
         if len(replies) > SMALL_ANSWER:
-            replies = self._bounded(replies, size if stage is Stage.EOM else 0)
-        answer = self._decided(stage, replies, refused=job.refused)
+            replies = self._limit_answer(replies, size if stage is Stage.EOM else 0)
+        answer = self._decide(stage, replies, refused=job.refused)
         write = self._context.message_log
         if stage is Stage.EOM and write is not None:
             write(_log_line(job, jobs, size, answer, self._context.reactor.seconds()))
         return answer
 
-    def _bounded(self, replies: bytes, freed: int) -> bytes:
-        """The replies, or a refusal where there is no room to keep them until the MTA reads.
+    def _limit_answer(self, replies: bytes, freed: int) -> bytes:
+        """Return the replies, or a refusal if there is no room for them until the MTA reads them.
 
-        So many bytes are `freed` with the message.
+        `freed` is the number of bytes that become free with the message.
         """
         if self._context.inflight.has_room(len(replies) - freed):
             return replies
         self.log.warn(
-            "{about}: there is no room for an answer of {n} bytes",
+            "{about}: no room for an answer of {n} bytes (--max-inflight-bytes)",
             about=self.transcript.about,
             n=len(replies),
         )
         self._count("refused_no_room")
         return NO_ROOM
 
-    def _decided(self, stage: Stage, replies: bytes, *, refused: bool = False) -> bytes:
-        """The replies, after the session has approved of them; the policy's verdict if not."""
+    def _decide(self, stage: Stage, replies: bytes, *, refused: bool = False) -> bytes:
+        """Return the replies if the session accepts them, else the policy's verdict."""
         try:
             decision = self._session.decide(stage, replies)
         except LocalProtocolError as error:
@@ -308,22 +310,22 @@ class Conversation:
         if decision.mark or refused:
             self.transcript.append(REFUSED)
         if decision.ended:
-            self._message_over()
+            self._end_message()
         return replies
 
     def cancel(self) -> None:
-        """The answer to the question that is out is not wanted any more."""
-        self.asked = None
+        """Cancel the pending question; its Deferred does not fire."""
+        self.pending = None
         self._milters.cancel()
 
     def end(self, answer: bytes = STOPPING) -> bytes:
-        """The connection ends: what an MTA that waits is told. No command may follow."""
-        asked = self.asked
+        """End the conversation; return `answer`, checked, for a pending question, or b""."""
+        pending = self.pending
         self.cancel()
-        answer = self._decided(asked, answer) if asked is not None else b""
+        answer = self._decide(pending, answer) if pending is not None else b""
         self._session.close()
         self.is_over = True
-        self._client_over()
+        self._end_client()
         return answer
 
 
@@ -333,13 +335,13 @@ def log_message(line: str) -> None:
 
 
 def _log_line(job: Job, jobs: list[Job], size: int, answer: bytes, now: float) -> str:
-    """What a message was, what became of it, what it cost."""
+    """Return the log line of a message: its queue id, size, verdict and times."""
     replies = list(packets(answer))
     final, start, _ = replies[-1]
     verdict = VERDICT_NAMES.get(chr(final)) or answer[start : start + 3].decode()
     if any(code == _QUARANTINE for code, _, _ in replies):
         verdict = "quarantine"
-    # Of several milters' jobs the slowest is what the MTA has waited for.
+    # The MTA has waited for the slowest of several milters' jobs.
     queued = max(((each.started or now) - each.submitted for each in jobs), default=0.0)
     scanned = max((now - (each.started or now) for each in jobs), default=0.0)
     shards = ",".join(str(each.slot) for each in jobs)

@@ -1,17 +1,18 @@
-"""How many bytes are in hand, over all connections. Pure.
+"""The number of bytes in flight, over all connections. Pure.
 
-Each piece that is held has a claim, which its holders keep beside it: the transcript, the job made
-of it, the shard that is at work on it. The piece counts for as long as one of them has the claim.
+Each piece of data has a claim. All that refer to the data refer to its claim too: the transcript,
+the job made from it, the attempt that runs it. The bytes count until the last of them drops the
+claim.
 """
 
 from __future__ import annotations
 
-# Bytes of an answer that is given even where there is no room for it; it is soon read.
+# Bytes up to which an answer is given even if there is no room for it, because it is soon read.
 SMALL_ANSWER = 16_384
 
 
 class Inflight:
-    """Counts what is held for MTAs, in bytes, up to a limit."""
+    """Counts the bytes that are held for MTAs, up to a limit."""
 
     __slots__ = ("limit", "used")
 
@@ -20,28 +21,28 @@ class Inflight:
         self.used = 0
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes more may be held."""
+        """Return True if `size` more bytes fit into the limit."""
         return self.used + size <= self.limit
 
     def claim(self, size: int) -> Claim | None:
-        """A claim of so many bytes; None where there is no room for them."""
+        """Return a claim of `size` bytes; None if there is no room for them."""
         claim = Claim(self)
         return claim if claim.grow(size) else None
 
 
 class Claim:
-    """Bytes that are held; they count until the last who has the claim lets it go."""
+    """Held bytes; they count as long as the claim is referred to."""
 
     __slots__ = ("_inflight", "size")
 
     def __init__(self, inflight: Inflight, size: int = 0) -> None:
-        """Counts `size` bytes, whatever room there is: they are held already."""
+        """Count `size` bytes, which are held already, even above the limit."""
         self._inflight = inflight
         self.size = size
         inflight.used += size
 
     def grow(self, size: int) -> bool:
-        """Counts so many bytes more, if there is room for them."""
+        """Count `size` more bytes and return True; return False if there is no room."""
         inflight = self._inflight
         if inflight.used + size > inflight.limit:
             return False
@@ -50,7 +51,7 @@ class Claim:
         return True
 
     def set(self, size: int) -> None:
-        """Counts `size` bytes from now on, whatever room there is."""
+        """Count `size` bytes from now on, even above the limit."""
         self._inflight.used += size - self.size
         self.size = size
 

@@ -1,11 +1,10 @@
-"""Listening sockets: how they are opened and closed."""
+"""Listening sockets: binding, listening and closing."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
-from typing import Any
 
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
@@ -17,8 +16,8 @@ from sharded_milter.errors import (
     StartError,
     SystemRefused,
 )
-from sharded_milter.mta.accepting import Acceptor, Gate
-from sharded_milter.mta.addresses import Address
+from sharded_milter.mta.accepting import AcceptGate, Acceptor, AcceptReactor
+from sharded_milter.mta.addresses import ListenAddress
 from sharded_milter.mta.unix_path import UnixPath
 
 # Connections that the kernel holds while the reactor is busy; the kernel's own limit
@@ -27,56 +26,56 @@ BACKLOG = 1024
 
 
 class Listener:
-    """A listening socket: bound first, so that a conflict is known early; served later.
+    """A listening socket: bound at once, so that a conflict is found early; served later.
 
-    Sockets are ours and not Twisted's ports, which bind and listen at once, open a UNIX socket
-    to the world for a moment, and remove its path even when it is another server's by then.
+    It is not a port of Twisted's: those bind and listen in one step, leave a UNIX socket open to
+    all users for a moment, and remove its path even if another server owns it by then.
     """
 
     log = Logger()
 
-    def __init__(self, address: Address, mode: int, group: str) -> None:
-        """Binds. A UNIX socket that nobody serves any more is taken over.
+    def __init__(self, address: ListenAddress, mode: int, group: str) -> None:
+        """Bind. Replace a UNIX socket on which no process listens.
 
-        `mode` and `group` are those of a UNIX socket, an empty group leaves it as it is. Raises
-        SocketTaken, NotPermitted, ConfigError or SystemRefused, naming the socket and the reason.
+        `mode` and `group` are for a UNIX socket; an empty group means no change. Raise SocketTaken,
+        NotPermitted, ConfigError or SystemRefused with the socket and the reason.
         """
         self.address = address
         self._path: UnixPath | None = None
-        self._acceptor: Acceptor | None = None  # while it is served
+        self._acceptor: Acceptor | None = None  # set while it is served
         try:
             if address.path:
                 self._path = UnixPath(address.path, mode, group)
-            self._socket = self._path.socket if self._path is not None else _bound(address)
+            self._socket = self._path.socket if self._path is not None else _bind(address)
         except OSError as error:
-            raise _explained(address, error) from None
+            raise _start_error(address, error) from None
 
     @property
     def port(self) -> int:
-        """The TCP port that is really bound; 0 for a path."""
+        """The TCP port that is bound; 0 for a path."""
         return 0 if self.address.path else int(self._socket.getsockname()[1])
 
     @property
     def host(self) -> str:
-        """The address that is really bound; empty for a path."""
+        """The address that is bound; empty for a path."""
         return "" if self.address.path else str(self._socket.getsockname()[0])
 
-    def serve(self, factory: Factory, gate: Gate, reactor: Any) -> None:
-        """Listens, and gives every connection to a protocol of `factory`, as `gate` lets it in.
+    def serve(self, factory: Factory, gate: AcceptGate, reactor: AcceptReactor) -> None:
+        """Listen, and accept connections for protocols of `factory` as fast as `gate` allows.
 
-        Raises SocketTaken when another server has taken the place since it was bound.
+        Raise SocketTaken if another server has replaced the path since it was bound.
         """
         try:
             if self._path is not None and not self._path.is_ours():
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             self._socket.listen(BACKLOG)
         except OSError as error:
-            raise _explained(self.address, error) from None
+            raise _start_error(self.address, error) from None
         self._socket.setblocking(False)
         self._acceptor = Acceptor(self._socket, self.address.spec, gate, factory, reactor)
 
     def close(self) -> None:
-        """Stops listening and removes the path, unless somebody else has taken that."""
+        """Stop listening, and remove the path unless another file has replaced the socket."""
         if self._acceptor is not None:
             self._acceptor.close()
             self._acceptor = None
@@ -87,15 +86,15 @@ class Listener:
     def _remove(self, path: UnixPath) -> None:
         try:
             path.remove()
-        except OSError as error:  # the service gave up the rights that it was started with
+        except OSError as error:  # the service has changed to --user
             self.log.warn(
-                "cannot remove {path}: {why}; the next start takes it over",
+                "cannot remove {path}: {why}; the next start replaces it",
                 path=self.address.path,
                 why=error.strerror,
             )
 
 
-def _bound(address: Address) -> socket.socket:
+def _bind(address: ListenAddress) -> socket.socket:
     try:
         found = socket.getaddrinfo(
             address.host or "0.0.0.0", address.port, address.family, socket.SOCK_STREAM
@@ -115,7 +114,7 @@ def _bound(address: Address) -> socket.socket:
     return sock
 
 
-def _explained(address: Address, error: OSError) -> StartError:
+def _start_error(address: ListenAddress, error: OSError) -> StartError:
     place = f"cannot listen on {address.spec}"
     match error.errno:
         case errno.EADDRINUSE:
@@ -126,7 +125,7 @@ def _explained(address: Address, error: OSError) -> StartError:
             folder = os.path.dirname(address.path)
             return ConfigError(f"{place}: {folder} is not an existing directory")
         case errno.EADDRNOTAVAIL:
-            return ConfigError(f"{place}: {address.host} is no address of this machine")
+            return ConfigError(f"{place}: {address.host} is not an address of this machine")
         case _ if "too long" in str(error):
             return ConfigError(f"{place}: the path is too long for a socket")
     return SystemRefused(f"{place}: {error.strerror or error}")

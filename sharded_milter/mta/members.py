@@ -1,4 +1,4 @@
-"""The milters of a service: what each wants, and who answers for it."""
+"""The milters of a service, each with its manifest and its executor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from sharded_milter.dispatch.job import Job
 from sharded_milter.protocol.negotiation import Manifest
 
 
-class Server(Protocol):
-    """Who answers a milter's jobs: the dispatcher, or a host in this process.
+class Executor(Protocol):
+    """Executes a milter's jobs: the dispatcher, or the milter in this process.
 
-    `submit` returns reply packets, or a Deferred of them that has not fired; it raises a
-    JobFailed, or the Deferred fails with one.
+    `submit` returns reply packets, or a Deferred of them that has not fired. It raises a
+    JobFailed, or the Deferred fails with one. `cancel` takes a job back; its Deferred does not
+    fire. `release` ends the object of a connection.
     """
 
     def submit(self, job: Job) -> bytes | Deferred[bytes]: ...
@@ -27,13 +28,13 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """A milter as the service knows it: what it wants, who serves it, and by which number."""
+    """One milter of a service; `number` is its index among the milters of the executor."""
 
     manifest: Manifest
-    server: Server
+    executor: Executor
     number: int = 0
 
 
-def workers_members(manifests: Iterable[Manifest], server: Server) -> list[Member]:
-    """The milters that the workers serve."""
-    return [Member(manifest, server, number) for number, manifest in enumerate(manifests)]
+def worker_members(manifests: Iterable[Manifest], executor: Executor) -> list[Member]:
+    """Return the milters that run in workers, numbered in their order."""
+    return [Member(manifest, executor, number) for number, manifest in enumerate(manifests)]

@@ -1,7 +1,7 @@
-"""One answer out of several milters' answers to the same question. Pure.
+"""Merges several milters' answers to the same question into one. Pure.
 
-Each milter saw the original message. A refusal or a discard is the answer by itself; else the
-changes of all are made, in the order in which the milters were named.
+Each milter saw the original message. Their changes are all made, in the order in which the milters
+were named. A refusal or a discard is not merged: it is the answer by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from sharded_milter.protocol.wire import LETTER, PAYLOAD, packets
 
 _CONTINUE, _ACCEPT = Continue().encode(), Accept().encode()
 
-# The final replies after which others are still heard; ACCEPT says that a milter wants no more.
+# The final replies after which the other milters' answers still count. After ACCEPT a milter is
+# not asked again.
 ACCEPT = _ACCEPT[LETTER]
 GO_ON = frozenset((_CONTINUE[LETTER], ACCEPT))
 _BODY = ReplaceBody.letter[0]
@@ -34,26 +35,27 @@ _INDEX = PAYLOAD + INT_BYTES
 # Where the name of a header field begins in the packets that add one.
 _ADDS = {AddHeader.letter[0]: PAYLOAD, InsertHeader.letter[0]: _INDEX}
 
-# Said twice by two milters they would be done twice, or fail the second time.
+# Actions that must be sent once if two milters want the same: the second would add a recipient
+# again, or fail.
 _ONCE = frozenset(kind.letter[0] for kind in (AddRecipient, AddRecipientPar, DeleteRecipient))
 
 
-def merged(answers: Sequence[bytes], *, accept: bool) -> tuple[bytes, int]:
-    """The answer that all milters give together, and how many new bodies were left out.
+def merge(answers: Sequence[bytes], *, accept: bool) -> tuple[bytes, int]:
+    """Return the merged answer, and the number of replaced bodies that were left out.
 
-    None of `answers` refuses or discards; they are in the milters' order. Only the first new
-    body is taken. `accept` says that no milter wants to hear more.
+    `answers` are in the milters' order; none refuses or discards. Only the first new body is used.
+    `accept` is True if no milter must be asked again.
     """
-    lists = [[packet for packet in _cut(answer) if packet[LETTER] not in GO_ON]
+    lists = [[packet for packet in _split(answer) if packet[LETTER] not in GO_ON]
              for answer in answers]  # fmt: skip
     with_body = [at for at, actions in enumerate(lists) if any(map(_is_body, actions))]
     for at in with_body[1:]:
         lists[at] = [packet for packet in lists[at] if not _is_body(packet)]
-    actions = _in_order(lists)
+    actions = _combine(lists)
     return b"".join(actions) + (_ACCEPT if accept else _CONTINUE), len(with_body[1:])
 
 
-def _cut(answer: bytes) -> Iterator[bytes]:
+def _split(answer: bytes) -> Iterator[bytes]:
     for _, start, end in packets(answer):
         yield answer[start - PAYLOAD : end]
 
@@ -62,13 +64,13 @@ def _is_body(packet: bytes) -> bool:
     return packet[LETTER] == _BODY
 
 
-def _in_order(lists: Sequence[list[bytes]]) -> list[bytes]:
-    """All actions, each milter's behind those of the milters before it.
+def _combine(lists: Sequence[list[bytes]]) -> list[bytes]:
+    """Return all actions in the milters' order, except for changes of header fields.
 
-    An index means a header field as every milter saw it. So where several milters act, changed
-    fields go first, then deleted ones from the highest index down, because Postfix counts anew
-    after each; a milter that changes a field which it has added itself means that one, and is
-    left alone.
+    An index refers to the header that all milters saw. So if several milters act, changed fields
+    come first, then deleted ones from the highest index down, because Postfix counts the fields
+    again after each deletion. If a milter changes a field that it has added itself, its action
+    keeps its place.
     """
     acting = [actions for actions in lists if actions]
     if len(acting) < 2:
@@ -76,7 +78,7 @@ def _in_order(lists: Sequence[list[bytes]]) -> list[bytes]:
     changes: list[bytes] = []
     deletions: dict[tuple[bytes, bytes], bytes] = {}
     rest: list[bytes] = []
-    said: dict[bytes, bytes] = {}  # what other milters have said last of a recipient
+    latest: dict[bytes, bytes] = {}  # the other milters' last action for each recipient
     for actions in acting:
         added: set[bytes] = set()
         own: dict[bytes, bytes] = {}
@@ -93,10 +95,10 @@ def _in_order(lists: Sequence[list[bytes]]) -> list[bytes]:
                 rest.append(packet)
             else:
                 recipient = _name(packet, PAYLOAD)
-                if said.get(recipient) != packet or recipient in own:
+                if latest.get(recipient) != packet or recipient in own:
                     rest.append(packet)
                 own[recipient] = packet
-        said |= own
+        latest |= own
     down = sorted(deletions.items(), key=lambda item: item[0], reverse=True)
     return [*changes, *(packet for _, packet in down), *rest]
 
@@ -106,7 +108,7 @@ def _name(packet: bytes, start: int) -> bytes:
 
 
 def _field(packet: bytes) -> tuple[bytes, bytes]:
-    """Which header field is meant: index 0 means the first, as 1 does."""
+    """Return index and name of the header field; index 0 means the first, as 1 does."""
     index = packet[PAYLOAD:_INDEX]
     first = (1).to_bytes(INT_BYTES, "big")
     return max(index, first), _name(packet, _INDEX)

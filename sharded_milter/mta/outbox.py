@@ -1,48 +1,43 @@
-"""Answers that an MTA has not read yet, kept here so that they can be counted.
+"""The outbox: answers that the MTA has not read yet, kept here so that their bytes are counted.
 
-What the socket takes leaves at once. The rest is handed to the transport slice by slice, each when
-the one before has left; so it is known how much is unread, and whether the MTA reads at all. That
-holds for sockets; another transport (TLS, in a program of one's own) keeps what it is given, and
-says only when that is too much.
+What the socket accepts is sent at once. The rest is given to the transport in slices, each after
+the one before was sent. So the number of unread bytes is known, and whether the MTA reads at all.
+This works for sockets. Another transport (TLS, in the user's own program) buffers all that it is
+given, and only says when that is too much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from twisted.internet import interfaces
 from zope.interface import implementer
 
 from sharded_milter.ipc.sockets import sent_now
+from sharded_milter.mta.transports import StreamTransport, is_socket
 
 # Bytes that the transport is given at a time: as many as it writes at a time.
 SLICE = 131_072
 
 
-def is_socket(transport: Any) -> bool:
-    """Whether it is one of Twisted's sockets, whose buffer is known."""
-    return hasattr(transport, "dataBuffer")
-
-
 @implementer(interfaces.IPullProducer)
 class Outbox:
-    """The answers of one connection on their way.
+    """The unsent answers of one connection.
 
-    `changed` is called when some are left unread where none were, and whenever some are taken.
+    `changed` is called when the first bytes stay unread, and whenever the MTA has read some.
     """
 
     __slots__ = ("_changed", "_is_socket", "_transport", "_waiting", "unread")
 
-    def __init__(self, transport: Any, changed: Callable[[], None]) -> None:
-        self.unread = 0  # bytes that the socket has not taken
+    def __init__(self, transport: StreamTransport, changed: Callable[[], None]) -> None:
+        self.unread = 0  # bytes that the socket has not accepted
         self._changed = changed
         self._transport = transport
         self._is_socket = is_socket(transport)
-        self._waiting = bytearray()  # those of them that the transport has not been given
+        self._waiting = bytearray()  # those of them that the transport was not given yet
 
     def write(self, data: bytes) -> None:
-        """Sends all of `data`, in its turn."""
+        """Send `data` after all that was written before."""
         if not self._is_socket:
             self._transport.write(data)
             return
@@ -54,12 +49,12 @@ class Outbox:
         began = not self.unread
         self.unread += len(data) - sent
         if began:
-            self._transport.registerProducer(self, False)  # which calls resumeProducing
+            self._transport.registerProducer(self, False)  # it calls resumeProducing
             self._changed()
 
     def resumeProducing(self) -> None:
-        """The transport has nothing left, so all that it was given is taken."""
-        taken = len(self._waiting) < self.unread
+        """The transport has sent all that it was given: give it the next slice."""
+        was_read = len(self._waiting) < self.unread
         self.unread = len(self._waiting)
         if self.unread:
             with memoryview(self._waiting) as view:
@@ -68,10 +63,10 @@ class Outbox:
             self._transport.write(piece)
         else:
             self._transport.unregisterProducer()
-        if taken:
+        if was_read:
             self._changed()
 
     def stopProducing(self) -> None:
-        """The connection is lost: what is unread will not be read."""
+        """The connection is lost: drop all unread bytes."""
         self.unread = 0
         self._waiting.clear()

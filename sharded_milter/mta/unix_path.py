@@ -1,8 +1,8 @@
-"""The path of a UNIX socket, in a directory that may belong to somebody else.
+"""The path of a UNIX socket, in a directory that another user may own.
 
-Whoever may write to that directory can put another file in the socket's place at any moment, so
-nothing here acts on a path twice. The directory is opened once and names are looked up in it; the
-socket gets its mode when it is made, and its group through a descriptor of the very file.
+A user who may write to that directory can replace the socket with another file at any time. So no
+path is resolved twice: the directory is opened once and names are looked up in it; the socket gets
+its mode when it is created, and its group through a descriptor of the file itself.
 """
 
 from __future__ import annotations
@@ -17,76 +17,77 @@ from contextlib import contextmanager, suppress
 from sharded_milter import accounts
 from sharded_milter.errors import ConfigError, NotPermitted
 
-# A descriptor that gives access to the file itself, whatever kind it is, and to no other.
-_ITSELF = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+# Open the file itself, of any kind, without following a link.
+_PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class UnixPath:
-    """A UNIX socket that is bound to a path; it does not listen, so no client connects yet."""
+    """A UNIX socket that is bound to a path. It does not listen yet, so no client can connect."""
 
     def __init__(self, path: str, mode: int, group: str) -> None:
-        """Binds. A socket that no process serves any more is taken over.
+        """Bind. Replace a socket on which no process listens. An empty group means no change.
 
-        An empty group leaves it as it is. Raises ConfigError, NotPermitted or OSError; then
-        nothing is left behind.
+        Raise ConfigError, NotPermitted or OSError; then no file and no descriptor is left.
         """
         gid = _group_id(group) if group else None
         self._path = path
         self._name = os.path.basename(path) or "."
-        self._identity: tuple[int, int] | None = None  # of our file; None: there is none
-        self._folder = os.open(os.path.dirname(path) or ".", _ITSELF & ~os.O_NOFOLLOW)
+        self._identity: tuple[int, int] | None = (
+            None  # device and inode of our file, if there is one
+        )
+        self._directory = os.open(os.path.dirname(path) or ".", _PATH_FLAGS & ~os.O_NOFOLLOW)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._take_over()
+            self._remove_stale()
             self._bind(mode)
-            self._own(mode, gid, group)
+            self._set_access(mode, gid, group)
         except BaseException:
             self.socket.close()
             self.remove()
             raise
 
     def is_ours(self) -> bool:
-        """Whether the path still leads to this socket."""
-        return self._identity is not None and self._leads_to(self._identity)
+        """Return True if the path is still this socket."""
+        return self._identity is not None and self._is_file(self._identity)
 
     def remove(self) -> None:
-        """Removes the path, unless another file has taken it. Raises OSError where it may not."""
-        if self._folder < 0:
+        """Remove the path unless another file has replaced it. Raise OSError if that is refused."""
+        if self._directory < 0:
             return
         try:
             if self.is_ours():
-                os.unlink(self._name, dir_fd=self._folder)
+                os.unlink(self._name, dir_fd=self._directory)
         finally:
-            os.close(self._folder)
-            self._folder = -1
+            os.close(self._directory)
+            self._directory = -1
 
     @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """A descriptor of what has the name now."""
-        file = os.open(self._name, _ITSELF, dir_fd=self._folder)
+    def _open(self) -> Iterator[int]:
+        """Open the file that has the name now; yield its descriptor."""
+        file = os.open(self._name, _PATH_FLAGS, dir_fd=self._directory)
         try:
             yield file
         finally:
             os.close(file)
 
-    def _leads_to(self, identity: tuple[int, int]) -> bool:
-        with suppress(FileNotFoundError), self._opened() as file:
+    def _is_file(self, identity: tuple[int, int]) -> bool:
+        with suppress(FileNotFoundError), self._open() as file:
             return _identity(os.fstat(file)) == identity
         return False
 
-    def _take_over(self) -> None:
-        """Removes the socket that a server left behind; refuses when one is still there."""
-        with suppress(FileNotFoundError), self._opened() as file:
+    def _remove_stale(self) -> None:
+        """Remove the socket of an ended server. Raise OSError if a process listens on it."""
+        with suppress(FileNotFoundError), self._open() as file:
             found = os.fstat(file)
             if not stat.S_ISSOCK(found.st_mode):
                 raise ConfigError(
                     f"cannot listen on unix:{self._path}: it exists and is not a socket"
                 )
             if _is_served(file):
-                raise _taken()
-            if not self._leads_to(_identity(found)):
-                raise _taken()
-            os.unlink(self._name, dir_fd=self._folder)
+                raise _in_use()
+            if not self._is_file(_identity(found)):
+                raise _in_use()
+            os.unlink(self._name, dir_fd=self._directory)
 
     def _bind(self, mode: int) -> None:
         before = os.umask(0o777 & ~mode)
@@ -95,22 +96,22 @@ class UnixPath:
         finally:
             os.umask(before)
 
-    def _own(self, mode: int, gid: int | None, group: str) -> None:
-        """Finds the file that bind has made, and gives it to the group."""
-        with self._opened() as file:
+    def _set_access(self, mode: int, gid: int | None, group: str) -> None:
+        """Find the file that bind has created, and set its group and mode."""
+        with self._open() as file:
             found = os.fstat(file)
-            # Another socket of our own is the worst that could stand in its place.
+            # At worst, another socket of our own user has replaced it.
             if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-                raise _taken()
+                raise _in_use()
             self._identity = _identity(found)
             if gid is not None:
-                self._give(file, gid, group)
+                self._set_group(file, gid, group)
             if stat.S_IMODE(found.st_mode) != mode:  # the directory has a default ACL
-                os.chmod(_magic(file), mode)
+                os.chmod(_proc_path(file), mode)
 
-    def _give(self, file: int, gid: int, group: str) -> None:
+    def _set_group(self, file: int, gid: int, group: str) -> None:
         try:
-            os.chown(_magic(file), -1, gid)
+            os.chown(_proc_path(file), -1, gid)
         except PermissionError as error:
             user = accounts.user_name(os.geteuid())
             raise NotPermitted(
@@ -120,8 +121,8 @@ class UnixPath:
             ) from None
 
 
-def _magic(file: int) -> str:
-    """A path that leads to the descriptor's file, wherever that has been moved to."""
+def _proc_path(file: int) -> str:
+    """Return a path of the descriptor's file, also if that was moved."""
     return f"/proc/self/fd/{file}"
 
 
@@ -133,7 +134,7 @@ def _is_served(file: int) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
-            probe.connect(_magic(file))
+            probe.connect(_proc_path(file))
         except ConnectionRefusedError:
             return False
         except BlockingIOError:  # its backlog is full
@@ -141,7 +142,7 @@ def _is_served(file: int) -> bool:
     return True
 
 
-def _taken() -> OSError:
+def _in_use() -> OSError:
     return OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 

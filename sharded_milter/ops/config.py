@@ -23,7 +23,7 @@ from sharded_milter.dialects.spec import checked_spec
 from sharded_milter.dispatch.policy import CHOICES
 from sharded_milter.errors import ConfigError, UsageError
 from sharded_milter.limits import Limits
-from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.addresses import ListenAddress, parse_listen
 from sharded_milter.mta.peers import Peers, parse_peers
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.ops.logs import LEVELS
@@ -48,7 +48,7 @@ class Settings:
     milters: tuple[str, ...]  # or the arguments of the script
     pymilter: str | None
     in_master: tuple[str, ...]
-    listen: tuple[Address, ...]
+    listen: tuple[ListenAddress, ...]
     workers: int
     scanner_rules: str | None
     socket_mode: int
@@ -437,7 +437,7 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     rest = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
     if not rest["listen"] and not rest["pymilter"]:
         rest["listen"] = (parse_listen(DEFAULT_LISTEN),)
-    rest["allowed_peers"] = Peers.all_of(rest["allowed_peers"])
+    rest["allowed_peers"] = Peers.union(rest["allowed_peers"])
     return Settings(limits=limits, **rest)
 
 

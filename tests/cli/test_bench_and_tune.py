@@ -204,7 +204,7 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_it_may_be(own: Path, tmp_p
     done = ctl("bench", "own.py:milter", "--connections", "400", cwd=tmp_path, limits=(100, 400))
     assert done.returncode == os.EX_USAGE
     assert done.stderr == (
-        "sharded-milterctl: --connections 400 is too many: that takes 464 file descriptors, and the"
+        "sharded-milterctl: --connections 400 is too high: it needs 464 file descriptors, and the"
         " limit (ulimit -Hn) is 400\n"
     )
     assert done.stdout == ""

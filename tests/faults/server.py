@@ -112,6 +112,6 @@ class Server(Daemon):
 
     def unforeseen(self) -> list[str]:
         """What has failed in the master itself; what workers write begins with a bracket."""
-        signs = ("Unhandled", "unforeseen", "got lost", "dispatch failed", "Traceback")
+        signs = ("Unhandled", "unforeseen", "got lost", "internal error", "Traceback")
         lines = [line for line in self.log().splitlines() if any(map(line.__contains__, signs))]
         return [line for line in lines if " [" not in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -18,7 +19,7 @@ from sharded_milter.dispatch.policy import Policy
 from sharded_milter.errors import JobFailed
 from sharded_milter.ipc.memory import Memory
 from sharded_milter.limits import Limits
-from sharded_milter.mta.members import workers_members
+from sharded_milter.mta.members import worker_members
 from sharded_milter.protocol.negotiation import Manifest
 
 from . import packets
@@ -97,8 +98,10 @@ def in_full(answer: bytes, job: Job) -> bytes:
 class Surroundings(ServerContext):
     """What a connection needs around it."""
 
+    reactor: Any  # a Clock, which the tests advance
+
     def __init__(self, manifest: Manifest, on_error: str, inflight: int, pool: RandomPool) -> None:
         limits = replace(LIMITS, max_inflight_bytes=inflight)
         super().__init__(limits, Policy(on_error), Clock(), pool.counters)
-        self.members = workers_members([manifest], pool)
+        self.members = worker_members([manifest], pool)
         self.pool = pool

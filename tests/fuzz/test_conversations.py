@@ -293,7 +293,7 @@ class Conversation(RuleBasedStateMachine):
         assert transcript.size <= LIMITS.max_message_size + MARK
         assert len(transcript.connection_part()) <= CONNECTION_PART
         assert self.context.inflight.used >= transcript.size
-        if connection._conversation.asked is not None:
+        if connection._conversation.pending is not None:
             assert connection._framer.waiting <= LIMITS.max_waiting + 2 * self.largest
 
     @invariant()

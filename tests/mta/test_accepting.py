@@ -12,11 +12,11 @@ import pytest
 from one_listener import OpenGate, Reactor
 from twisted.logger import capturedLogs
 
-from sharded_milter.mta.accepting import ACCEPT_PAUSE, ACCEPTS_PER_TURN, Acceptor
+from sharded_milter.mta.accepting import ACCEPT_PAUSE, ACCEPTS_PER_ITERATION, Acceptor
 from sharded_milter.mta.addresses import parse_listen
 from sharded_milter.mta.listener import Listener
 
-NONE_LEFT = OSError(errno.EMFILE, "Too many open files")
+NO_DESCRIPTORS = OSError(errno.EMFILE, "Too many open files")
 
 
 class Place:
@@ -39,7 +39,7 @@ class Place:
     def close(self) -> None:
         self.reactor.hang_up()
         self.listener.close()
-        self.gate.spare.give()
+        self.gate.reserved.release()
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def said(events: Any) -> list[str]:
 
 
 def test_others_get_their_turn_between_many_connections(place: Place) -> None:
-    place.reactor.clients(place.listener, ACCEPTS_PER_TURN + 1)
+    place.reactor.clients(place.listener, ACCEPTS_PER_ITERATION + 1)
     place.reactor.read()
-    assert len(place.reactor.connections) == ACCEPTS_PER_TURN
+    assert len(place.reactor.connections) == ACCEPTS_PER_ITERATION
     place.reactor.read()
-    assert len(place.reactor.connections) == ACCEPTS_PER_TURN + 1
+    assert len(place.reactor.connections) == ACCEPTS_PER_ITERATION + 1
 
 
 def test_it_takes_no_more_for_as_long_as_the_gate_says(place: Place) -> None:
@@ -88,7 +88,7 @@ def test_a_spare_descriptor_is_used_where_none_is_left(place: Place, number: int
 def test_it_is_said_once_while_it_goes_on(place: Place) -> None:
     with capturedLogs() as events:
         for _ in range(5):
-            place.refusals.append(NONE_LEFT)
+            place.refusals.append(NO_DESCRIPTORS)
             place.reactor.clients(place.listener, 1)
             place.reactor.read()
     assert len(events) == 1
@@ -96,7 +96,7 @@ def test_it_is_said_once_while_it_goes_on(place: Place) -> None:
 
 
 def test_what_cannot_be_accepted_at_all_waits_with_the_kernel(place: Place) -> None:
-    place.refusals += [NONE_LEFT] * 2  # with the reserved descriptor, and without
+    place.refusals += [NO_DESCRIPTORS] * 2  # with the reserved descriptor, and without
     place.reactor.clients(place.listener, 1)
     place.reactor.read()
     assert (len(place.reactor.connections), place.reactor.readers) == (0, set())

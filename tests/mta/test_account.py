@@ -34,7 +34,7 @@ from twisted.logger import LogLevel, capturedLogs
 
 from sharded_milter.dispatch.policy import BUSY, NO_ROOM
 from sharded_milter.errors import WorkerLost
-from sharded_milter.mta.connection import CLOSE_GRACE, CONNECTION_COST, MAX_UNREAD, TURN
+from sharded_milter.mta.connection import CLOSE_GRACE, CONNECTION_COST, MAX_BUSY, MAX_UNREAD
 from sharded_milter.mta.conversation import SMALL_PART
 from sharded_milter.mta.outbox import SLICE
 from sharded_milter.protocol import commands, replies
@@ -142,7 +142,7 @@ def test_an_mta_that_reads_nothing_is_aborted_after_a_grace_and_leaves_nothing()
     assert mta.aborted
     size = len(packed(*LARGE_ANSWER))
     assert lines(events, LogLevel.warn) == [
-        f"closing a connection: the MTA has read nothing for 30 s, {size} bytes wait"
+        f"closing a connection: the MTA has read nothing for 30 s; {size} bytes wait"
     ]
     mta.hang_up()
     assert mta.inflight.used == 0
@@ -204,7 +204,7 @@ def test_an_answer_for_which_there_is_no_room_is_a_452() -> None:
         mta.answer(*LARGE_ANSWER)
     assert mta.written() == [NO_ROOM]
     size = len(packed(*LARGE_ANSWER))
-    assert f"there is no room for an answer of {size} bytes" in lines(events, LogLevel.warn)[0]
+    assert f"no room for an answer of {size} bytes" in lines(events, LogLevel.warn)[0]
     assert mta.inflight.used == 0
 
 
@@ -324,7 +324,7 @@ def test_one_mta_takes_no_more_than_its_share_of_a_turn() -> None:
     mta = Mta(CLIENT, manifest=AT_THE_END)
     ticks = iter(range(10**6))
     clock = mta.reactor
-    clock.seconds = lambda: TURN * next(ticks) / 10
+    clock.seconds = lambda: MAX_BUSY * next(ticks) / 10
     mta.say(*[HELO] * 100)
     assert mta.connection._framer.waiting > 80 * len(packed(HELO))
     assert mta.paused
@@ -336,7 +336,7 @@ def test_one_mta_takes_no_more_than_its_share_of_a_turn() -> None:
 def test_whoever_leaves_in_the_middle_of_its_turns_leaves_nothing() -> None:
     mta = Mta(CLIENT, manifest=AT_THE_END)
     ticks = iter(range(10**6))
-    mta.reactor.seconds = lambda: TURN * next(ticks)
+    mta.reactor.seconds = lambda: MAX_BUSY * next(ticks)
     mta.say(*[HELO] * 100)
     assert mta.inflight.used > 0
     mta.hang_up()

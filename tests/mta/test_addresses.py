@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from sharded_milter.errors import UsageError
-from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.addresses import ListenAddress, parse_listen
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
@@ -38,13 +38,13 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
     ],
 )
 def test_a_port_is_spelled_in_many_ways(spec: str, host: str, port: int, family: int) -> None:
-    assert parse_listen(spec) == Address(spec, host=host, port=port, family=family)
+    assert parse_listen(spec) == ListenAddress(spec, host=host, port=port, family=family)
 
 
 @pytest.mark.parametrize("prefix", ["unix:", "local:", ""])
 @pytest.mark.parametrize("path", ["/run/x.sock", "/with space/x:y@z"])
 def test_a_path_is_spelled_in_three_ways(prefix: str, path: str) -> None:
-    assert parse_listen(prefix + path) == Address(prefix + path, path=path)
+    assert parse_listen(prefix + path) == ListenAddress(prefix + path, path=path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from one_mta import (
@@ -37,13 +37,15 @@ from twisted.logger import LogLevel, capturedLogs
 
 from sharded_milter.dispatch.policy import BUSY
 from sharded_milter.errors import CallbackFailed, Overloaded
-from sharded_milter.mta.connection import MilterConnection, _quick_ack_of
+from sharded_milter.mta.connection import MilterConnection, _quick_ack_setter
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import NO_ACTIONS, Protocol, Stage
 from sharded_milter.protocol.wire import frame
 
 # Answers
+
+DEFECT = "closing a connection: no verdict because of an internal error"
 
 
 def test_an_offer_is_answered_with_what_was_agreed() -> None:
@@ -282,7 +284,7 @@ def test_a_defect_of_ours_ends_the_connection_instead_of_silence() -> None:
     with capturedLogs() as events:
         mta.pool.answer(mta.job, nonsense)
     assert mta.closed
-    assert [event["log_format"] for event in events] == ["a verdict got lost"]
+    assert [event["log_format"] for event in events] == [DEFECT]
 
 
 def test_a_defect_in_what_is_asked_next_ends_the_connection_too() -> None:
@@ -291,11 +293,11 @@ def test_a_defect_in_what_is_asked_next_ends_the_connection_too() -> None:
     with capturedLogs() as events:
         mta.answer(CONTINUE)
     assert mta.closed
-    assert [event["log_format"] for event in events] == ["a verdict got lost"]
+    assert [event["log_format"] for event in events] == [DEFECT]
 
 
 def test_where_the_kernel_has_no_quick_acknowledgements_none_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(socket, "TCP_QUICKACK")
-    assert _quick_ack_of(None) is None
+    assert _quick_ack_setter(cast("Any", None)) is None

@@ -14,13 +14,13 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
 from sharded_milter.context import ServerContext
-from sharded_milter.descriptors import OF_TURNED_AWAY, Shares
+from sharded_milter.descriptors import MAX_REFUSED, Shares
 from sharded_milter.dispatch.policy import BUSY, NOT_ALLOWED, Policy
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import CLOSE_GRACE, MilterConnection
-from sharded_milter.mta.gate import GREETED_CHANCE, NEXT_LOOK, SILENT_CHANCE, Admission
+from sharded_milter.mta.gate import NEGOTIATED_GRACE, RECHECK_DELAY, SILENT_GRACE, Admission
 from sharded_milter.mta.members import Member
-from sharded_milter.mta.peers import ANYBODY, parse_peers
+from sharded_milter.mta.peers import ALL_PEERS, parse_peers
 from sharded_milter.protocol.replies import ReplyCode, parse_reply
 from sharded_milter.protocol.wire import packets
 
@@ -55,10 +55,12 @@ class House(ServerContext):
 
     members: tuple[Member, ...] = ()
 
+    reactor: Any  # a Clock, which the tests advance
+
     def __init__(
         self, peers: str = "", shares: Shares | None = None, max_connections: int = 100
     ) -> None:
-        admission = Admission(parse_peers(peers) if peers else ANYBODY, shares)
+        admission = Admission(parse_peers(peers) if peers else ALL_PEERS, shares)
         limits = Limits(max_connections=max_connections)
         super().__init__(limits, Policy(), Clock(), Counter(), admission=admission)
         self._peers: list[Peer] = []
@@ -70,7 +72,7 @@ class House(ServerContext):
         return connection, peer
 
     def close(self) -> None:
-        self.gate.spare.give()
+        self.gate.reserved.release()
         for peer in self._peers:
             peer.close()
 
@@ -97,12 +99,12 @@ def test_one_that_is_turned_away_hears_so_at_its_first_question(house: House, of
     full(house)
     connection, peer = house.connect()
     connection.dataReceived(packed(offer))
-    assert not connection.has_heard
+    assert not connection.refusal_sent
     connection.dataReceived(packed(CLIENT))
     answers = b"".join(peer.writes)
     assert answers.endswith(BUSY)
     assert len(list(packets(answers))) == 2
-    assert connection.has_heard
+    assert connection.refusal_sent
     reply = parse_reply(BUSY)
     assert isinstance(reply, ReplyCode)
     assert reply.text.startswith("451 4.3.2 ")
@@ -169,12 +171,12 @@ def test_the_number_of_its_descriptor_says_whether_there_is_room(number: int, se
 def test_without_a_spare_descriptor_all_are_turned_away_one_at_a_time(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(house.gate.spare, "refill", lambda: False)
+    monkeypatch.setattr(house.gate.reserved, "refill", lambda: False)
     connection, _ = house.connect()
     assert house.gate.served == set()
-    assert house.gate.wait() == NEXT_LOOK
+    assert house.gate.accept_delay() == RECHECK_DELAY
     connection.connectionLost()
-    assert house.gate.wait() == 0.0
+    assert house.gate.accept_delay() == 0.0
 
 
 # Those that wait for a place
@@ -183,33 +185,33 @@ def test_without_a_spare_descriptor_all_are_turned_away_one_at_a_time(
 def test_there_are_few_at_a_time_and_each_has_its_chance(house: House) -> None:
     full(house)
     crowd = []
-    while not house.gate.wait():
+    while not house.gate.accept_delay():
         crowd.append(house.connect())
-    assert len(crowd) == SHARES.turned_away
-    house.reactor.advance(SILENT_CHANCE)
-    assert house.gate.wait() == NEXT_LOOK
+    assert len(crowd) == SHARES.refused
+    house.reactor.advance(SILENT_GRACE)
+    assert house.gate.accept_delay() == RECHECK_DELAY
     assert all(peer.disconnecting for _, peer in crowd)
     crowd[0][0].connectionLost()  # as Twisted does in its next turn
-    assert house.gate.wait() == 0.0
+    assert house.gate.accept_delay() == 0.0
 
 
 def test_one_that_has_greeted_has_a_longer_one(house: House) -> None:
     full(house)
-    crowd = [house.connect() for _ in range(SHARES.turned_away)]
+    crowd = [house.connect() for _ in range(SHARES.refused)]
     crowd[0][0].dataReceived(packed(OFFER))
-    house.reactor.advance(SILENT_CHANCE)
-    house.gate.wait()
+    house.reactor.advance(SILENT_GRACE)
+    house.gate.accept_delay()
     assert [peer.disconnecting for _, peer in crowd] == [False] + [True] * (len(crowd) - 1)
-    house.reactor.advance(GREETED_CHANCE)
-    house.gate.wait()
+    house.reactor.advance(NEGOTIATED_GRACE)
+    house.gate.accept_delay()
     assert crowd[0][1].disconnecting
 
 
 def test_one_that_has_heard_so_makes_room_at_once(house: House) -> None:
     full(house)
-    crowd = [house.connect() for _ in range(SHARES.turned_away)]
+    crowd = [house.connect() for _ in range(SHARES.refused)]
     crowd[2][0].dataReceived(packed(OFFER, CLIENT))
-    house.gate.wait()
+    house.gate.accept_delay()
     assert [peer.disconnecting for _, peer in crowd].index(True) == 2
     assert [peer.disconnecting for _, peer in crowd].count(True) == 1
 
@@ -219,27 +221,27 @@ def test_one_that_does_not_read_is_cut_off(house: House) -> None:
     connection, peer = house.connect()
     connection.dataReceived(packed(OFFER, CLIENT))
     connection.pauseProducing()
-    for _ in range(SHARES.turned_away):
+    for _ in range(SHARES.refused):
         house.connect()
-    house.gate.wait()
+    house.gate.accept_delay()
     assert peer.aborted
 
 
 def test_nobody_is_aborted_while_there_are_places(house: House) -> None:
     full(house)
     _, peer = house.connect()
-    house.reactor.advance(GREETED_CHANCE)
-    assert house.gate.wait() == 0.0
+    house.reactor.advance(NEGOTIATED_GRACE)
+    assert house.gate.accept_delay() == 0.0
     assert not peer.disconnecting
 
 
 def test_there_is_a_bound_where_descriptors_are_not_ours_to_share() -> None:
     house = House(max_connections=1)
     full(house)
-    for _ in range(OF_TURNED_AWAY):
-        assert house.gate.wait() == 0.0
+    for _ in range(MAX_REFUSED):
+        assert house.gate.accept_delay() == 0.0
         house.connect()
-    assert house.gate.wait() == NEXT_LOOK
+    assert house.gate.accept_delay() == RECHECK_DELAY
     house.close()
 
 
@@ -267,7 +269,7 @@ def test_peers_that_are_not_named_hear_451(peers: str, peer: Peer, who: str) -> 
         assert house.counters["refused_peers"] == 1
         (line,) = lines
         assert line.startswith("refused ")
-        assert line.endswith(", whom --allowed-peers does not name")
+        assert line.endswith(": --allowed-peers does not include it")
         assert who in line
     else:
         assert not peer.writes[-1].endswith(NOT_ALLOWED)
@@ -285,11 +287,11 @@ def test_they_take_no_place_of_those_who_may() -> None:
 
 def test_one_that_has_greeted_does_not_keep_others_waiting_for_long() -> None:
     house = House("192.0.2.0/24")
-    for _ in range(OF_TURNED_AWAY):
+    for _ in range(MAX_REFUSED):
         connection, peer = house.connect(Peer(IPv6Address("TCP", "2001:db8::1", 25)))
         connection.dataReceived(packed(OFFER))
-    house.reactor.advance(SILENT_CHANCE)
-    house.gate.wait()
+    house.reactor.advance(SILENT_GRACE)
+    house.gate.accept_delay()
     assert peer.disconnecting
     house.close()
 

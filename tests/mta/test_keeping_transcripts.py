@@ -50,7 +50,7 @@ def test_the_connections_part_is_in_the_order_of_the_protocol() -> None:
     slots = [NEGOTIATED, macros("C", j="mx"), CLIENT, macros("H"), commands.Helo("me").encode()]
     assert transcript.connection_part() == b""
     for packet in reversed(slots):
-        transcript.keep(packet)
+        transcript.store(packet)
     assert transcript.connection_part() == b"".join(slots)
     assert transcript.connection_part() is transcript.connection_part()
 
@@ -58,20 +58,20 @@ def test_the_connections_part_is_in_the_order_of_the_protocol() -> None:
 def test_a_client_that_greets_for_ever_costs_nothing() -> None:
     transcript = transcript_of_nothing()
     for number in range(100):
-        transcript.keep(commands.Helo(f"client-{number:02}").encode())
+        transcript.store(commands.Helo(f"client-{number:02}").encode())
     assert transcript.connection_part() == commands.Helo("client-99").encode()
 
 
 @pytest.mark.parametrize("packet", [commands.Data().encode(), macros("M", i="1"), macros("U")])
 def test_nothing_else_is_part_of_a_connection(packet: bytes) -> None:
-    with pytest.raises(RemoteProtocolError, match="is no part of a connection"):
-        transcript_of_nothing().keep(packet)
+    with pytest.raises(RemoteProtocolError, match="does not belong to the connection"):
+        transcript_of_nothing().store(packet)
 
 
 def test_a_new_client_leaves_only_the_negotiation() -> None:
     transcript = with_message(commands.Mail("<a@b>"))
-    transcript.keep(NEGOTIATED)
-    transcript.keep(CLIENT)
+    transcript.store(NEGOTIATED)
+    transcript.store(CLIENT)
     transcript.clear_client()
     assert transcript.connection_part() == NEGOTIATED
     assert (transcript.message_part(), transcript.size) == (b"", 0)
@@ -152,5 +152,5 @@ def test_the_queue_id_is_the_latest_of_the_message(name: str) -> None:
 def test_the_mta_tells_its_name_with_the_client(name: str) -> None:
     transcript = transcript_of_nothing()
     assert transcript.mta() == ""
-    transcript.keep(macros("C", j="mx", **{name: "Postfix 3.9.0"}))
+    transcript.store(macros("C", j="mx", **{name: "Postfix 3.9.0"}))
     assert transcript.mta() == "Postfix 3.9.0"

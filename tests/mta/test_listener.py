@@ -18,7 +18,7 @@ from twisted.internet.protocol import Factory
 from twisted.logger import capturedLogs
 
 from sharded_milter.errors import ConfigError, NotPermitted, SocketTaken, SystemRefused
-from sharded_milter.mta.addresses import Address, parse_listen
+from sharded_milter.mta.addresses import ListenAddress, parse_listen
 from sharded_milter.mta.listener import Listener
 
 LOCAL = parse_listen("inet:0@127.0.0.1")
@@ -38,7 +38,7 @@ def listeners() -> Iterator[list[Listener]]:
         listener.close()
 
 
-def serving(listeners: list[Listener], address: Address) -> tuple[Listener, Reactor]:
+def serving(listeners: list[Listener], address: ListenAddress) -> tuple[Listener, Reactor]:
     """A listener that is served, and closed after the test; its acceptor is the one reader."""
     listener, reactor = Listener(address, 0o600, ""), Reactor()
     listeners.append(listener)
@@ -107,7 +107,7 @@ def test_a_path_that_may_not_be_removed_stays_with_a_line_that_says_so(
         listener.close()
         listener.close()
     assert [event["log_format"].format(**event) for event in events] == [
-        f"cannot remove {path}: Permission denied; the next start takes it over"
+        f"cannot remove {path}: Permission denied; the next start replaces it"
     ]
     monkeypatch.undo()
     Listener(parse_listen(path), 0o660, "").close()
@@ -360,7 +360,7 @@ def test_a_port_that_is_taken_is_said_to_be(listeners: list[Listener]) -> None:
 
 
 def test_an_address_of_another_machine_is_said_to_be() -> None:
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 is no address of this machine"):
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 is not an address of this machine"):
         Listener(parse_listen("inet:0@192.0.2.1"), 0o660, "")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_mta import packed
 
-from sharded_milter.mta.merge import merged
+from sharded_milter.mta.merge import merge
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.replies import (
@@ -31,7 +31,7 @@ GO_ON: list[Packet] = [Continue(), Accept()]
 
 def together(*answers: list[Packet], accept: bool = False) -> list[Packet]:
     """What the MTA hears, packet by packet."""
-    answer, _ = merged([packed(*answer) for answer in answers], accept=accept)
+    answer, _ = merge([packed(*answer) for answer in answers], accept=accept)
     return [replies.parse_reply(packet) for packet in Framer().receive(answer)]
 
 
@@ -62,7 +62,7 @@ def test_one_milters_actions_stay_as_they_are() -> None:
 def test_only_the_first_new_body_is_taken() -> None:
     pieces: list[Packet] = [ReplaceBody(b"a"), ReplaceBody(b"b")]
     others: list[Packet] = [AddHeader("X", "1"), ReplaceBody(b"c")]
-    answer, left_out = merged(
+    answer, left_out = merge(
         [packed(Continue()), packed(*pieces, Accept()), packed(*others, Accept()),
          packed(ReplaceBody(b"d"), Continue())],
         accept=False,

@@ -242,7 +242,7 @@ def test_the_mta_hears_the_end_of_the_connection_when_an_answer_gets_lost() -> N
     with capturedLogs() as events:
         mta.pool.answer(mta.out()["a"], nonsense)
     assert [e["log_format"] for e in events if e["log_level"] is LogLevel.critical] == [
-        "a verdict got lost"
+        "closing a connection: no verdict because of an internal error"
     ]
     assert mta.closed
     assert mta.out() == {}

@@ -149,7 +149,7 @@ def test_an_end_that_is_refused_is_noted_and_over() -> None:
     mta.pool.at_once = [WorkerLost("no place")]
     with capturedLogs() as events:
         mta.hang_up()
-    assert lines(events) == ["message without queue id at its end: no place"]
+    assert lines(events) == ["message without queue id at end of session: no place"]
     assert mta.pool.released == [mta.job.affinity]
 
 
@@ -158,7 +158,7 @@ def test_an_end_that_fails_is_noted_and_over() -> None:
     mta.hang_up()
     with capturedLogs() as events:
         mta.pool.answer(mta.out()["a"], WorkerLost("killed by SIGKILL"))
-    assert lines(events) == ["message without queue id at its end: killed by SIGKILL"]
+    assert lines(events) == ["message without queue id at end of session: killed by SIGKILL"]
     assert mta.pool.released == [mta.job.affinity]
 
 

@@ -12,11 +12,11 @@ import pytest
 from sharded_milter.errors import UsageError
 from sharded_milter.mta.peers import (
     ACCEPTED,
-    ANYBODY,
+    ALL_PEERS,
     Peers,
-    credentials,
+    open_socket_warning,
     parse_peers,
-    unrestricted,
+    peer_credentials,
     user_name,
 )
 
@@ -55,7 +55,7 @@ ROOT = pwd.getpwuid(0)
     ],
 )
 def test_a_host_may_connect_if_a_network_has_it(text: str, host: str, may: bool) -> None:
-    assert parse_peers(text).take_host(host) is may
+    assert parse_peers(text).allows_host(host) is may
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_a_host_may_connect_if_a_network_has_it(text: str, host: str, may: bool)
         (Peers(users=frozenset({1}), groups=frozenset({7})), 1, (2,), True),
         (Peers(users=frozenset({1}), groups=frozenset({7})), 2, (7,), True),
         (parse_peers("192.0.2.1"), 1, (1,), True),
-        (ANYBODY, 1, (1,), True),
+        (ALL_PEERS, 1, (1,), True),
     ],
 )
 def test_a_user_may_connect_who_is_named_or_in_a_group_that_is(
     peers: Peers, user: int, groups: tuple[int, ...], may: bool
 ) -> None:
-    assert peers.take_user(user, groups) is may
+    assert peers.allows_user(user, groups) is may
 
 
 def test_names_and_numbers_mean_the_same() -> None:
@@ -102,7 +102,7 @@ def test_the_members_of_a_group_are_those_of_the_group_database(
 def test_several_lists_are_one() -> None:
     whole = parse_peers("192.0.2.1,user:1,group:4294967294,::1")
     apart = map(parse_peers, ("192.0.2.1", "user:1,group:4294967294", "::1"))
-    assert Peers.all_of(apart) == whole
+    assert Peers.union(apart) == whole
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_mistake_is_said_with_what_is_accepted(text: str, why: str) -> None:
 def test_the_kernel_says_who_has_connected() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        user, groups = credentials(ours)
+        user, groups = peer_credentials(ours)
     assert (user, groups[0]) == (os.geteuid(), os.getegid())
     assert set(groups[1:]) == set(os.getgroups())
 
@@ -158,13 +158,13 @@ def test_users_are_called_by_name_where_they_have_one() -> None:
         ("192.0.2.1", "", "any host"),
         ("fe80::1%eth0", "", "any host"),
         ("0.0.0.0", "192.0.2.0/24", ""),
-        ("0.0.0.0", "user:0", "users and groups are for UNIX sockets"),
-        ("127.0.0.1", "user:0", "users and groups are for UNIX sockets"),
+        ("0.0.0.0", "user:0", "restrict UNIX sockets only"),
+        ("127.0.0.1", "user:0", "restrict UNIX sockets only"),
         ("127.0.0.1", "user:0,127.0.0.1", ""),
         ("", "192.0.2.0/24", ""),
     ],
 )
 def test_a_socket_that_all_may_use_is_said_to_be(host: str, peers: str, words: str) -> None:
-    line = unrestricted("spec", host, parse_peers(peers) if peers else ANYBODY)
+    line = open_socket_warning("spec", host, parse_peers(peers) if peers else ALL_PEERS)
     assert words in line
     assert ("--allowed-peers" in line) == line.startswith("spec") == bool(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from armed import armed
@@ -17,7 +18,7 @@ from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
 from sharded_milter.mta.connection import MilterConnection
-from sharded_milter.mta.members import workers_members
+from sharded_milter.mta.members import worker_members
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import KNOWN_ACTIONS, KNOWN_PROTOCOL, Manifest
 from sharded_milter.protocol.packets import Packet
@@ -70,12 +71,14 @@ class SlowPool:
 class Slow(ServerContext):
     """A milter that answers all stages but header and body."""
 
+    reactor: Any  # a Clock, which the tests advance
+
     def __init__(self) -> None:
         self.pool = SlowPool()
         limits = Limits(progress_interval=INTERVAL)
         super().__init__(limits, Policy(), Clock(), self.pool.counters)
         manifest = Manifest("slow", Actions(KNOWN_ACTIONS), Protocol.NR_HEADER | Protocol.NR_BODY)
-        self.members = workers_members([manifest], self.pool)
+        self.members = worker_members([manifest], self.pool)
 
 
 class Mta:

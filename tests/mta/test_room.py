@@ -114,7 +114,7 @@ def test_a_message_that_finds_no_memory_when_it_is_asked_about_is_refused(
 def test_messages_that_belong_together_have_the_same_key(shard_by: str, key: bytes) -> None:
     transcript = Transcript(10_000, Inflight(10_000))
     assert transcript.key(shard_by) == b""
-    transcript.keep(CLIENT.encode())
+    transcript.store(CLIENT.encode())
     kept(transcript, *ENVELOPE)
     assert transcript.key(shard_by) == key
     transcript.clear_client()

@@ -16,7 +16,7 @@ from sharded_milter.cli.programs import run
 from sharded_milter.errors import ConfigError
 from sharded_milter.limits import Limits
 from sharded_milter.mta.addresses import parse_listen
-from sharded_milter.mta.peers import ANYBODY, parse_peers
+from sharded_milter.mta.peers import ALL_PEERS, parse_peers
 from sharded_milter.ops.config import (
     DEFAULT_LISTEN,
     Settings,
@@ -166,7 +166,7 @@ def test_the_defaults_are_those_of_the_code() -> None:
     assert found.workers == usable_cpus()
     assert found.socket_mode == 0o660
     assert (found.on_error, found.on_poison, found.log_level) == ("tempfail", "tempfail", "info")
-    assert found.allowed_peers == ANYBODY
+    assert found.allowed_peers == ALL_PEERS
     assert (found.socket_group, found.cpu_affinity, found.nice) == ("", (), 0)
     assert (found.scanner_rules, found.keep_dir, found.ready_fd) == (None, None, None)
 
