@@ -1,4 +1,4 @@
-"""sharded-milter: CPU-heavy Python mail filters on every core. The author's names.
+"""sharded-milter: CPU-heavy Python mail filters on every core. The names for authors of milters.
 
 Importing this package loads no Twisted.
 """

@@ -1,4 +1,4 @@
-"""Coroutines of authors: they may await what asyncio awaits and what Twisted awaits."""
+"""Authors' coroutines: they may await asyncio's awaitables and Twisted's Deferreds."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from twisted.internet.defer import Deferred
 
 from sharded_milter.errors import CallbackFailed
 
-# How a step of a coroutine is made: with its `send` or `throw`, and what is sent or thrown.
+# Makes a step of a coroutine: calls its `send` or `throw` with the value to send or throw.
 Step = Callable[[Callable[[Any], Any], Any], Any]
 
 
 def plain_step(send: Callable[[Any], Any], value: Any) -> Any:
-    """Just makes it."""
+    """Make a step and do nothing else."""
     return send(value)
 
 
 class _Stepped:
     """An awaitable whose steps are made by `step`.
 
-    Inside an asyncio task it waits for Deferreds in the task's place.
+    Inside an asyncio task it waits for the Deferreds that the coroutine awaits.
     """
 
     def __init__(self, awaitable: Awaitable[Any], step: Step, *, in_asyncio: bool) -> None:
@@ -45,17 +45,18 @@ class _Stepped:
                 else:
                     value = yield waiting_for
                 send = steps.send
-            except GeneratorExit:  # whoever awaits it is gone
+            except GeneratorExit:  # this awaitable is closed
                 steps.close()
                 raise
-            except BaseException as error:  # the author's own try must see it
+            except BaseException as error:  # the author's own `try` must catch it
                 send, value = steps.throw, error
 
 
 def _fired(deferred: Deferred[Any]) -> asyncio.Future[None]:
-    """Done when the Deferred has fired; the result stays there, where its awaiter looks for it.
+    """Return a future that is done when the Deferred has fired.
 
-    (`asFuture` would take it away.) Cancelling the future cancels the Deferred.
+    The result stays in the Deferred, where the coroutine reads it; `asFuture` would remove it.
+    Cancelling the future cancels the Deferred.
     """
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -74,24 +75,27 @@ def _fired(deferred: Deferred[Any]) -> asyncio.Future[None]:
     return future
 
 
-def driven(awaitable: Awaitable[Any], step: Step = plain_step) -> Deferred[Any]:
-    """Fires with its result. Where the reactor runs on asyncio it may await what asyncio does."""
+def drive(awaitable: Awaitable[Any], step: Step = plain_step) -> Deferred[Any]:
+    """Run the awaitable; return a Deferred of its result.
+
+    It may await asyncio's awaitables if the reactor runs on asyncio.
+    """
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         return Deferred.fromCoroutine(_awaited(awaitable, step))
-    return Deferred.fromFuture(loop.create_task(bridged(awaitable, step)))
+    return Deferred.fromFuture(loop.create_task(bridge(awaitable, step)))
 
 
 async def _awaited(awaitable: Awaitable[Any], step: Step) -> Any:
     return await _Stepped(awaitable, step, in_asyncio=False)
 
 
-async def bridged(awaitable: Awaitable[Any], step: Step = plain_step) -> Any:
-    """The result of `awaitable`, awaited in the running asyncio task.
+async def bridge(awaitable: Awaitable[Any], step: Step = plain_step) -> Any:
+    """Await `awaitable` in the running asyncio task, and return its result.
 
-    Raises what it raises, but CallbackFailed for an exit: asyncio would end its loop on that,
-    and with it the worker.
+    Raise what it raises, but CallbackFailed instead of SystemExit or KeyboardInterrupt: these would
+    end asyncio's loop, and the worker.
     """
     try:
         return await _Stepped(awaitable, step, in_asyncio=True)

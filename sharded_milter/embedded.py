@@ -1,20 +1,21 @@
-"""The milter protocol inside your own Twisted program, in libmilter's style.
+"""The milter protocol in your own Twisted program, in libmilter's style.
 
     reactor.listenTCP(1234, MilterProtocolFactory([FactoryA(), FactoryB()]))
 
 serves the milters of two factories on one connection: flags, actions and macros are merged, all
-are asked side by side, and the MTA hears one answer. They run in the reactor; the same classes
-run in worker processes with `sharded-milter mysite:FactoryA`.
+are asked in parallel, and the MTA gets one answer. They run in the reactor; the same classes run
+in worker processes with `sharded-milter mysite:FactoryA`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.protocol import ServerFactory
 
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.context import ServerContext
 from sharded_milter.dialects.libmilter.classes import (
     MacroStages,
@@ -45,10 +46,10 @@ __all__ = [
 class MilterProtocolFactory(ServerContext, ServerFactory):
     """Serves milters to every MTA that connects.
 
-    `factories` is one or a list of what builds or is a milter: a MilterFactory, a class derived
-    from Milter, or a `sharded_milter.Milter` made of functions. `limits` bound times and sizes,
-    `policy` is what an MTA hears when a milter raises. `reactor` is the global one if not given,
-    which is chosen then if it was not before.
+    `factories` is one factory or a list. Each is a MilterFactory, a class derived from Milter, or
+    a `sharded_milter.Milter` made of functions. `limits` are the limits of times and sizes.
+    `policy` has the reply to the MTA if a milter raises. `reactor` is the global reactor by
+    default, which this installs if the program has not installed one.
     """
 
     noisy = False
@@ -59,7 +60,7 @@ class MilterProtocolFactory(ServerContext, ServerFactory):
         *,
         limits: Limits | None = None,
         policy: Policy | None = None,
-        reactor: Any = None,
+        reactor: ReactorTime | None = None,
     ) -> None:
         super().__init__(
             limits or Limits(), policy or Policy(), reactor or _global_reactor(), Counter()
@@ -69,22 +70,22 @@ class MilterProtocolFactory(ServerContext, ServerFactory):
             self.addMilterFactory(factory)
 
     def addMilterFactory(self, factory: Any) -> None:
-        """One more milter on each connection from now on, the last of them.
+        """Add a milter to each new connection, after all others.
 
-        Raises MilterLoadError for what is none.
+        Raise MilterLoadError if `factory` is not one of the kinds above.
         """
         dialect: Dialect = as_dialect(factory)
         member = InMaster(dialect, self.limits, self.reactor, self.counters)
         self.members = (*self.members, Member(member.manifest, member))
 
     def buildProtocol(self, addr: object) -> MilterConnection:
-        """A connection of an MTA."""
+        """Return the protocol for a new connection of an MTA."""
         connection = MilterConnection(self)
         connection.factory = self
         return connection
 
 
-def _global_reactor() -> Any:
+def _global_reactor() -> ReactorTime:
     from twisted.internet import reactor
 
-    return reactor
+    return cast("ReactorTime", reactor)

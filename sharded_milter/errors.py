@@ -1,20 +1,20 @@
-"""The one error tree, split by who is to blame.
+"""The error tree, divided by the cause of the error.
 
 MilterError
-├── RemoteProtocolError    the MTA sent bytes that are not the milter protocol
-├── LocalProtocolError     a reply of ours, or of a worker, is not legal here
-├── BrokenRule             what came over a channel is nothing that its other end may say
+├── RemoteProtocolError    the MTA has violated the milter protocol
+├── LocalProtocolError     a reply of ours, or of a worker, is illegal at its stage
+├── BrokenRule             a worker or the master has violated the rules of their channel
 ├── InvalidValue           an author's value that would break the wire (also a ValueError)
-├── InvalidVerdict         a callback returned what its stage cannot say (also a TypeError)
+├── InvalidVerdict         a callback's verdict is illegal at its stage (also a TypeError)
 ├── CallRefused            an author's smfi_ call that is not allowed now (also a RuntimeError)
-├── JobFailed              no verdict came from the milter
-│   ├── CallbackFailed     the author's code raised; the worker lives
-│   ├── WorkerLost         the worker died with the job
+├── JobFailed              the milter gave no verdict
+│   ├── CallbackFailed     the author's code raised; the worker goes on
+│   ├── WorkerLost         the worker died while it ran the job
 │   ├── DeadlineExceeded   the worker was killed because the job took too long
 │   ├── Poisoned           the message has killed workers before and is not scanned again
 │   ├── Superseded         the milter was reloaded with other stages while the job waited
 │   └── Overloaded         the job never ran: the queue was full or the wait too long
-└── StartError             the operator's fault or the system's; has an exit code of sysexits(3)
+└── StartError             the service cannot start; has an exit code of sysexits(3)
     ├── UsageError         64
     ├── SocketTaken        69
     ├── SystemRefused      71
@@ -31,49 +31,49 @@ from typing import ClassVar
 
 
 class MilterError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose."""
 
 
 class RemoteProtocolError(MilterError):
-    """The peer's bytes are not the milter protocol; its connection is closed."""
+    """The MTA has violated the milter protocol; its connection is closed."""
 
 
 class LocalProtocolError(MilterError):
-    """A reply is not legal at this stage or was not negotiated; it is not sent."""
+    """A reply is illegal at its stage or was not negotiated; it is not sent."""
 
 
 class BrokenRule(MilterError):
-    """What came over a channel is nothing that its other end may say, which is not heard further.
+    """The process at the other end of a channel has violated a rule; no more is read from it.
 
-    The text is what a log line says of the process at that end: which rule, value and limit.
+    The text is for a log line: the rule, the value and the limit.
     """
 
 
 class InvalidValue(MilterError, ValueError):
-    """A value that the wire cannot carry, refused by the constructor that got it."""
+    """A value that cannot be sent on the wire; its constructor raises this."""
 
 
 class InvalidVerdict(MilterError, TypeError):
-    """A callback returned a verdict that its stage cannot give."""
+    """A callback returned a verdict that is illegal at its stage."""
 
 
 class CallRefused(MilterError, RuntimeError):
     """A smfi_ call is not allowed now, was not negotiated, or has arguments that cannot be sent.
 
-    Where libmilter returns MI_FAILURE; the message has changed nothing.
+    libmilter returns MI_FAILURE in these cases. The call has changed nothing.
     """
 
 
 class JobFailed(MilterError):
-    """A job ended without a verdict of the milter; the policy's verdict is sent instead."""
+    """A job ended without a verdict from the milter; the policy's verdict is sent instead."""
 
 
 class CallbackFailed(JobFailed):
-    """The milter's code raised; the worker has logged the traceback and lives on."""
+    """The milter's code raised; the worker has logged the traceback and goes on."""
 
 
 class WorkerLost(JobFailed):
-    """The worker died while it held the job."""
+    """The worker died while it ran the job."""
 
 
 class DeadlineExceeded(JobFailed):
@@ -81,22 +81,22 @@ class DeadlineExceeded(JobFailed):
 
 
 class Poisoned(JobFailed):
-    """The message's scan has killed workers before; it is answered without being scanned."""
+    """Scans of the message have killed workers before; it is not scanned again."""
 
 
 class Superseded(JobFailed):
-    """The workers serve another version of the milter than the one that the MTA agreed with."""
+    """The milter was reloaded, and its options differ from those negotiated with the MTA."""
 
 
 class Overloaded(JobFailed):
-    """The job was refused or taken back before any worker had it."""
+    """The job was refused or cancelled before a worker got it."""
 
 
 class StartError(MilterError):
     """The service cannot start; `str()` is one line for the operator.
 
-    `details` is the traceback of the author's own code, or whatever else belongs above the line;
-    empty when the line says it all.
+    `details` is text to print above the line, such as the traceback of the author's code; may be
+    empty.
     """
 
     exit_code: ClassVar[int] = os.EX_SOFTWARE
@@ -119,19 +119,19 @@ class SocketTaken(StartError):
 
 
 class SystemRefused(StartError):
-    """The operating system refused something that is no matter of rights (exit code 71)."""
+    """The operating system refused something for a reason other than permissions (exit code 71)."""
 
     exit_code = os.EX_OSERR
 
 
 class NotWritten(StartError):
-    """What was found out cannot be written where it belongs (exit code 74)."""
+    """Results cannot be written to their file (exit code 74)."""
 
     exit_code = os.EX_IOERR
 
 
 class NotPermitted(StartError):
-    """The operating system denied the permission (exit code 77)."""
+    """The operating system denied permission (exit code 77)."""
 
     exit_code = os.EX_NOPERM
 

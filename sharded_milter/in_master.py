@@ -1,7 +1,7 @@
-"""Answers jobs with a milter in this process: for light, asynchronous ones.
+"""Executes the jobs of a milter in this process: for light, asynchronous milters.
 
-Whatever such a milter does with the processor, nobody is answered meanwhile; so one that takes
-long is named in the log.
+While such a milter uses the CPU, no MTA is answered. So the log names a milter that blocks the
+reactor for too long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredLock, maybe
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from sharded_milter.coroutines import driven
+from sharded_milter.alarms import ReactorTime
+from sharded_milter.coroutines import drive
 from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job, settled
 from sharded_milter.dispatch.timeouts import Deadlines
@@ -32,12 +33,12 @@ from sharded_milter.protocol.stages import Stage
 
 _ABORT = Abort().encode()
 
-# A reactor that does nothing else for longer is felt by every connection.
-BLOCKS_AFTER = 0.050
+# Seconds. A callback that blocks the reactor for longer delays every connection.
+MAX_BLOCKING = 0.050
 
 
-class Dialect(Protocol):
-    """A milter, whatever way it is written; see `dialects.loader`."""
+class InMasterDialect(Protocol):
+    """A milter in any dialect; see `dialects.loader`."""
 
     manifest: Manifest
     call: Callable[..., Any]
@@ -48,15 +49,15 @@ class Dialect(Protocol):
 
 
 class InMaster:
-    """Runs jobs of one milter here, one after the other for each object."""
+    """Executes the jobs of one milter in this process, one at a time for each object."""
 
     log = Logger()
 
     def __init__(
         self,
-        dialect: Dialect,
+        dialect: InMasterDialect,
         limits: Limits,
-        reactor: Any,
+        reactor: ReactorTime,
         counters: Counter[str],
         stopwatch: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -73,10 +74,13 @@ class InMaster:
         dialect.call = self._call
 
     def submit(self, job: Job) -> bytes | Deferred[bytes]:
-        """Reply packets, or a Deferred of them that has not fired; raises a JobFailed, or fails."""
+        """Return reply packets, or a Deferred of them that has not fired.
+
+        Raise a JobFailed, or the Deferred fails with one.
+        """
         affinity = job.affinity
         if affinity is not None and affinity.lost:
-            raise WorkerLost("the milter's object was given up, and the message with it")
+            raise WorkerLost("the milter's object was abandoned, and its message with it")
         answer = job.answer = Deferred()
         job.submitted = self._reactor.seconds()
         if job.stage is not None:
@@ -84,48 +88,46 @@ class InMaster:
         if affinity is None:
             self._run(job)
         else:
-            self._run_in_turn(job, affinity)
+            self._run_serialized(job, affinity)
         return settled(answer)
 
-    def _run_in_turn(self, job: Job, affinity: Affinity) -> None:
+    def _run_serialized(self, job: Job, affinity: Affinity) -> None:
         if affinity.holder is None:
             affinity.settle(self, next(self._numbers))
             self._locks[affinity] = DeferredLock()
         self._locks[affinity].run(self._run, job)
 
     def cancel(self, job: Job) -> None:
-        """The answer is not wanted any more. An object is left to finish what it does."""
+        """Cancel the job. If an object runs it, let it finish and ignore the answer."""
         job.answer = None
         running = self._running.get(job)
         if running is None:
-            _forget(job)
+            _release_job(job)
         elif job.affinity is None:
             running.cancel()
 
     def release(self, affinity: Affinity) -> None:
-        """The connection is over, and so is its object."""
+        """Release a connection's object: its session is over."""
         self._locks.pop(affinity, None)
         affinity.holder = None
 
     # One job
 
     def _run(self, job: Job) -> Deferred[None]:
-        if job.answer is None:  # it was cancelled, or has waited too long
+        if job.answer is None:  # it was cancelled, or its deadline has passed
             return succeed(None)
         affinity = job.affinity
         if affinity is not None and affinity.holder is None and job.stage is not None:
-            self._run_in_turn(job, affinity)  # the object for which it waited was given up
+            self._run_serialized(job, affinity)  # the object for which it waited was abandoned
             return succeed(None)
         job.started = self._reactor.seconds()
-        if job.stage is None:  # no answer is awaited, so its time begins now
+        if job.stage is None:  # end of session: its deadline begins when it runs
             self._deadlines.set(job)
         answer = maybeDeferred(self._answer, job)
         self._running[job] = answer
-        # The bytes count until this has fired, whether the answer is still wanted or not.
+        # The bytes count until this has fired, also if the job is cancelled.
         arguments = job, job.held
-        answer.addCallbacks(
-            self._succeed, self._failed, callbackArgs=arguments, errbackArgs=arguments
-        )
+        answer.addCallbacks(self._finish, self._fail, callbackArgs=arguments, errbackArgs=arguments)
         return answer
 
     def _answer(self, job: Job) -> Any:
@@ -134,46 +136,46 @@ class InMaster:
             session, connection = 0, job.connection
             message = view_of(job.command or job.message)
         else:
-            news = job.affinity.tell(job.connection, job.message)
-            session, connection = news.session, news.connection
-            message = view_of(news.message)[news.start :]
+            update = job.affinity.tell(job.connection, job.message)
+            session, connection = update.session, update.connection
+            message = view_of(update.message)[update.start :]
             if job.command:
                 message = bytes(message) + bytes(view_of(job.command))
         try:
             answer = guarded(
                 self._dialect.answer, job.stage, bytes(view_of(connection)), message, session
             )
-        except (SystemExit, KeyboardInterrupt) as error:  # no milter ends the service
+        except (SystemExit, KeyboardInterrupt) as error:  # a milter must not end the service
             raise CallbackFailed(f"the callback raised {error!r}") from error
         if isinstance(answer, bytes):
             return answer
-        return driven(answer, functools.partial(self._step, job))
+        return drive(answer, functools.partial(self._step, job))
 
-    def _succeed(self, replies: bytes, job: Job, _: object) -> None:
-        self._over(job)
+    def _finish(self, replies: bytes, job: Job, _: object) -> None:
+        self._end(job)
         awaited, job.answer = job.answer, None
         if awaited is not None:
             awaited.callback(replies)
 
-    def _failed(self, failure: Failure, job: Job, _: object) -> None:
-        self._over(job)
+    def _fail(self, failure: Failure, job: Job, _: object) -> None:
+        self._end(job)
         awaited, job.answer = job.answer, None
         if awaited is None and failure.check(CancelledError, asyncio.CancelledError):
             return
         self.log.failure(
-            "{about} at {at} in {milter}", failure, about=job.about, at=_word(job),
+            "{about} at {at} in {milter}", failure, about=job.about, at=_stage_name(job),
             milter=self.manifest.name,
         )  # fmt: skip
         if awaited is not None:
             summary = " ".join(failure.getErrorMessage().split())
             awaited.errback(CallbackFailed(f"{type(failure.value).__name__}: {summary}"))
 
-    def _over(self, job: Job) -> None:
+    def _end(self, job: Job) -> None:
         self._running.pop(job, None)
-        _forget(job)
+        _release_job(job)
 
     def _expire(self, job: Job) -> None:
-        """The deadline: the MTA hears now, and a coroutine is cancelled."""
+        """Fail the job at its deadline, and cancel its coroutine."""
         limit = self._limits.deadline(job.stage)
         self.counters["deadlines"] += 1
         awaited, job.answer = job.answer, None
@@ -181,64 +183,64 @@ class InMaster:
             reason = f"{job.about} was not answered within {limit:g} s by {self.manifest.name}"
             awaited.errback(DeadlineExceeded(reason))
         running = self._running.get(job)
-        if running is None:  # it waits for its object, and will not be asked
+        if running is None:  # it still waits for its object
             job.let_go()
             return
         running.cancel()
         if self._running.pop(job, None) is not None and job.affinity is not None:
-            # It will not be stopped now: the connection goes on with another object.
+            # The coroutine ignores its cancellation: the connection gets a new object.
             self._locks.pop(job.affinity, None)
-            running.addCallback(self._close, job, job.affinity.number)
+            running.addCallback(self._close_object, job, job.affinity.number)
             job.affinity.lose()
 
-    def _close(self, _: object, job: Job, number: int) -> None:
-        """An object that was given up has come to the end of what it did."""
+    def _close_object(self, _: object, job: Job, number: int) -> None:
+        """Close an abandoned object, now that its callback has ended."""
 
         def close() -> Any:
             answer = self._dialect.answer(None, _ABORT, b"", number)
-            return answer if isinstance(answer, bytes) else driven(answer)
+            return answer if isinstance(answer, bytes) else drive(answer)
 
         maybeDeferred(close).addErrback(
             lambda failure: self.log.failure("{about} at close", failure, about=job.about)
         )
 
-    # How long it holds everybody up
+    # The time for which callbacks block the reactor
 
     def _call(self, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         began = self._stopwatch()
         try:
             return function(*arguments)
         finally:
-            self._watch(name, self._stopwatch() - began)
+            self._check_duration(name, self._stopwatch() - began)
 
     def _step(self, job: Job, send: Callable[[Any], Any], value: Any) -> Any:
-        """A step of a coroutine."""
+        """Make a step of a coroutine, and check how long it took."""
         began = self._stopwatch()
         try:
             return guarded(send, value)
         finally:
-            self._watch(_word(job), self._stopwatch() - began)
+            self._check_duration(_stage_name(job), self._stopwatch() - began)
 
-    def _watch(self, name: str, seconds: float) -> None:
-        """Says so if that was too long."""
-        if seconds > BLOCKS_AFTER:
+    def _check_duration(self, name: str, seconds: float) -> None:
+        """Log a warning if a callback has blocked the reactor for too long."""
+        if seconds > MAX_BLOCKING:
             self.counters["blocked_reactor"] += 1
             self.log.warn(
-                "{milter} blocked the reactor for {ms:.0f} ms in {name}; more than {limit:.0f} ms"
-                " belong in a worker",
+                "{milter} blocked the reactor for {ms:.0f} ms in {name}, above {limit:.0f} ms;"
+                " run it in a worker",
                 milter=self.manifest.name,
                 ms=1000 * seconds,
                 name=name,
-                limit=1000 * BLOCKS_AFTER,
+                limit=1000 * MAX_BLOCKING,
             )
 
 
-def _forget(job: Job) -> None:
-    """Nothing comes of the job any more, though others may still know it."""
+def _release_job(job: Job) -> None:
+    """Stop the job's alarm and drop its bytes, although others may still refer to it."""
     if job.alarm is not None:
         job.alarm.stop(job)
     job.let_go()
 
 
-def _word(job: Job) -> str:
+def _stage_name(job: Job) -> str:
     return "close" if job.stage is None else job.stage.word

@@ -1,4 +1,4 @@
-"""Every number that bounds the master, with its reason. Times are seconds."""
+"""The limits of the master, each with its reason. Times are in seconds, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -9,55 +9,56 @@ from sharded_milter.protocol.stages import Stage
 
 @dataclass(frozen=True)
 class Limits:
-    """The operator's limits; the defaults are those of the command line."""
+    """The operator's limits, with the defaults of the command line."""
 
     # Postfix waits 30 s for the answer to a command (milter_command_timeout).
     command_deadline: float = 20.0
-    # Postfix waits 300 s for the answer to the content (milter_content_timeout), Sendmail 5 min
-    # in all from end of message to the verdict (T=E:5m), whatever progress is reported.
+    # Postfix waits 300 s for the answer at end of message (milter_content_timeout). Sendmail waits
+    # 300 s from end of message to the verdict (T=E:5m), also if PROGRESS is sent.
     eom_deadline: float = 240.0
-    # How long a job may wait for a worker. Part of the deadline, which leaves the other half for
-    # the work itself.
+    # How long a job may wait for a worker. This is a part of the deadline: half of eom_deadline, so
+    # that the other half is left for the scan.
     queue_wait: float = 120.0
-    # Jobs that may wait. Each is a message in memory whose MTA waits too; a hundred times the
-    # workers of a large machine is more than queue_wait lets any of them reach.
+    # The most jobs in the queue. Each is a message in memory whose MTA waits. A hundred times the
+    # workers of a large machine is more than they can answer within queue_wait.
     max_queue: int = 10_000
-    # A job whose worker died goes to another one so often; two deaths are the message's fault.
+    # How often a job is retried after its worker died. The second death is blamed on the message.
     retries: int = 1
-    # Shards that heavy jobs leave to light ones, so that RCPT is answered during large scans.
+    # Shards that run no heavy jobs, so that light ones, such as RCPT, are answered during scans.
     reserve: int = 0
-    # Whether a client's repeat of a message waits for the scan of the first that still runs.
+    # If a client repeats a message whose scan still runs, use the result of that scan.
     join_retries: bool = False
-    # Importing a milter may load a model of gigabytes.
+    # How long a worker may take to start. A milter may load gigabytes of models.
     worker_start_timeout: float = 60.0
-    # A worker is replaced after so many answers, so many seconds, or above so many bytes of
-    # resident memory; 0 is never. Python milters that leak need one of them.
+    # A worker is replaced after this number of answers, after this time, or above this size of
+    # resident memory; 0 means never. Milters that leak memory need one of them.
     max_messages: int = 0
     worker_lifetime: float = 0.0
     worker_max_rss: int = 0
-    # A worker that has ended badly is started again after this long, doubled each time.
+    # The delay before a failed worker is started again; it doubles with each failure.
     respawn_first: float = 0.1
     respawn_longest: float = 30.0
     # libmilter's default. An idle SMTP client is an idle milter connection, so this must not be
     # shorter than the MTA's own timeouts.
     idle_timeout: float = 7210.0
-    # What sessions get to reach their end on TERM.
+    # How long sessions may go on after TERM.
     graceful_timeout: float = 30.0
-    # Sendmail gives up 10 s after the last sign of life (T=R:10s).
+    # The interval of PROGRESS. Sendmail gives up 10 s after the last one (T=R:10s).
     progress_interval: float = 5.0
-    # Bytes of commands that wait behind a running job before reading pauses; two body chunks.
+    # Bytes of commands that may wait behind a question before reading pauses: two body chunks.
     max_waiting: int = 131_072
-    # MTA connections at a time; more are told to come back. Each is a descriptor: with workers, and
-    # memory for large messages, so many fit into a limit of 20,000.
+    # The most MTA connections at a time; more are refused with 451. Each needs a descriptor. With
+    # workers, and memory for large messages, this number fits into a limit of 20,000.
     max_connections: int = 16_000
-    # Bytes that are held for MTAs: messages until their scans end, pieces of packets, answers that
-    # are not read, and 10 KB for each connection that has any; above it new messages get a 452.
+    # Bytes in flight: messages until their scans end, incomplete packets, unread answers, and 10 KB
+    # for each connection that has any of these. Above this limit new messages get 452.
     max_inflight_bytes: int = 1024 * 1024 * 1024
-    # The packets that an MTA may send if it offers them: 64K, 256K or 1M. None of today's does.
+    # The largest packets to accept if the MTA offers them: 64K, 256K or 1M. Postfix and Sendmail
+    # do not offer more than 64K.
     max_data_size: str = "64K"
-    # The largest message that is kept; Postfix's message_size_limit is 10,240,000 by default.
+    # The largest message. Postfix's message_size_limit is 10,240,000 by default.
     max_message_size: int = 100 * 1024 * 1024
 
     def deadline(self, stage: Stage | None) -> float:
-        """How long the answer at a stage may take."""
+        """Return the deadline of a job at a stage, in seconds; None is the end of a session."""
         return self.eom_deadline if stage is Stage.EOM else self.command_deadline

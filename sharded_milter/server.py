@@ -129,7 +129,7 @@ class Server(ServerContext):
                 listener.close()
             self.gate.reserved.release()
             if self._serving:
-                self.log.info("stopping; {n} connections are open", n=len(self.connections))
+                self.log.info("stopping, {n} connections are open", n=len(self.connections))
             self._grace = self.reactor.callLater(self.limits.graceful_timeout, self._finish)
         if quick and self._grace is not None and not self._finished and not self._all_closed:
             self._grace.reset(0)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
-from sharded_milter.coroutines import bridged
+from sharded_milter.coroutines import bridge
 from sharded_milter.errors import CallbackFailed
 
 
 def run(awaitable: Awaitable[Any]) -> Any:
     async def main() -> Any:
-        return await bridged(awaitable)
+        return await bridge(awaitable)
 
     return asyncio.run(main())
 
@@ -63,7 +63,7 @@ def test_deferreds_are_awaited_at_any_depth() -> None:
 
 def test_a_deferred_itself_is_an_awaitable() -> None:
     async def main() -> object:
-        return await bridged(later("twisted"))
+        return await bridge(later("twisted"))
 
     assert asyncio.run(main()) == "twisted"
 
@@ -125,7 +125,7 @@ def test_cancelling_reaches_a_deferred_that_is_awaited() -> None:
             raise
 
     async def main() -> None:
-        task = asyncio.ensure_future(bridged(scan()))
+        task = asyncio.ensure_future(bridge(scan()))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -146,7 +146,7 @@ def test_a_coroutine_may_survive_its_cancellation() -> None:
         return "not cancelled"
 
     async def main() -> Any:
-        task = asyncio.ensure_future(bridged(scan()))
+        task = asyncio.ensure_future(bridge(scan()))
         await asyncio.sleep(0)
         task.cancel()
         return await task

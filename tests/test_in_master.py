@@ -18,7 +18,7 @@ from sharded_milter.dispatch.affinity import Affinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.embedded import Milter, MilterFactory, ReturnCodes
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded, JobFailed, WorkerLost
-from sharded_milter.in_master import BLOCKS_AFTER, InMaster
+from sharded_milter.in_master import MAX_BLOCKING, InMaster
 from sharded_milter.ipc import memory
 from sharded_milter.limits import Limits
 from sharded_milter.protocol import commands, replies
@@ -357,7 +357,7 @@ def test_what_a_callback_raises_is_logged_and_fails_the_job_alone(
 
 def test_a_synchronous_callback_that_holds_the_reactor_up_is_named() -> None:
     def slow(self: Milter, argv: object) -> ReturnCodes:
-        house.stopwatch.now += 1.1 * BLOCKS_AFTER
+        house.stopwatch.now += 1.1 * MAX_BLOCKING
         return ReturnCodes.CONTINUE
 
     house = House(xxfi_envrcpt=slow)
@@ -378,7 +378,7 @@ def test_a_coroutine_that_holds_the_reactor_up_between_two_waits_is_named() -> N
     async def slow(self: Milter, argv: object) -> ReturnCodes:
         answers.append(Deferred())
         await answers[-1]
-        house.stopwatch.now += 2 * BLOCKS_AFTER
+        house.stopwatch.now += 2 * MAX_BLOCKING
         return ReturnCodes.CONTINUE
 
     house = House(xxfi_envrcpt=slow)
@@ -393,7 +393,7 @@ def test_a_coroutine_that_holds_the_reactor_up_between_two_waits_is_named() -> N
 
 def test_what_is_fast_enough_is_not_named() -> None:
     def fast(self: Milter, argv: object) -> ReturnCodes:
-        house.stopwatch.now += 0.9 * BLOCKS_AFTER
+        house.stopwatch.now += 0.9 * MAX_BLOCKING
         return ReturnCodes.CONTINUE
 
     house = House(xxfi_envrcpt=fast)

@@ -52,7 +52,9 @@ ALLOWED: dict[str, set[str]] = {
         ".alarms", ".dispatch", ".ipc", ".limits", ".coroutines", ".forks", ".protocol", ".errors",
         "twisted",
     },
-    ".embedded": {".context", ".in_master", ".mta", ".dispatch", ".limits", ".dialects", "twisted"},
+    ".embedded": {
+        ".alarms", ".context", ".in_master", ".mta", ".dispatch", ".limits", ".dialects", "twisted",
+    },
     ".scanner": {".scanner", ".api", ".errors", "yara_x"},
     ".workers": {
         ".workers", ".dialects", ".ipc", ".coroutines", ".forks", ".prctl", ".protocol", ".errors",

@@ -21,7 +21,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.protocols import amp
 from twisted.python.failure import Failure
 
-from ..coroutines import driven
+from ..coroutines import drive
 from ..dialects.loader import Dialect, code_digest, load
 from ..errors import BrokenRule, MilterError, MilterLoadError
 from ..forks import guarded
@@ -194,7 +194,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         try:
             replies = self._replies_to(question, views)
             if not isinstance(replies, bytes):
-                later: defer.Deferred[Any] = driven(replies, guarded)
+                later: defer.Deferred[Any] = drive(replies, guarded)
                 later.addCallback(Answer).addErrback(self._failed)
                 later.addCallback(self._answer, tag, views).addErrback(self.unhandledError)
                 later.addCallback(lambda _: self._go_on(waited=True))
