@@ -19,7 +19,7 @@ from sharded_milter.mta.inflight import Inflight
 class ServerContext:
     """State that all MTA connections share, except the milters.
 
-    `message_log` writes the log line of each message; None: messages get none. `admission` says
+    `message_log` writes the log line of each message; None: messages get none. `admission` decides
     which connections are served.
     """
 

@@ -34,8 +34,8 @@ class Server(ServerContext):
     `in_master` are milters that run in this process; they come before those of the workers. The
     listeners are bound already; they are served once the workers are ready. If there are none,
     `bind` returns them for the socket that the workers' pymilter script names. `message_log` writes
-    the log line of each message; None: messages get none. `admission` says which connections are
-    served.
+    the log line of each message; None: messages get none. `admission` decides which connections
+    are served.
     """
 
     log = Logger()

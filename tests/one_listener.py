@@ -15,7 +15,7 @@ from sharded_milter.mta.listener import Listener
 
 
 class OpenGate:
-    """Lets all in; `waits` says for how long it does not, each time that it is asked."""
+    """Admits all; `waits` are the delays in seconds that it returns first, one by one."""
 
     def __init__(self) -> None:
         self.reserved = ReservedDescriptor()
@@ -56,12 +56,12 @@ class Reactor(Clock):
         self.readers.discard(reader)
 
     def read(self) -> None:
-        """One turn."""
+        """Run one reactor iteration."""
         for reader in list(self.readers):
             reader.doRead()
 
     def clients(self, listener: Listener, count: int) -> list[socket.socket]:
-        """So many connect; they stay until `hang_up`."""
+        """Connect `count` clients; they stay connected until `hang_up`."""
         new = [connected(listener) for _ in range(count)]
         self._clients += new
         return new
@@ -73,7 +73,7 @@ class Reactor(Clock):
 
 
 def connected(listener: Listener) -> socket.socket:
-    """A client of the listener."""
+    """Return a connected client."""
     if not listener.address.path:
         return socket.create_connection(("127.0.0.1", listener.port), timeout=10)
     client = socket.socket(socket.AF_UNIX)

@@ -97,7 +97,7 @@ class RecordedPool:
         return job.answer
 
     def answer(self, job: Job, answer: bytes | Exception) -> None:
-        """A job's answer or failure comes: to nobody, if it was cancelled."""
+        """Answer a job, or let it fail; ignored if it was cancelled."""
         awaited, job.answer = job.answer, None
         if awaited is None:
             return
@@ -149,7 +149,7 @@ class Mta(ServerContext):
         return worker_members(self.manifests, self.pool)
 
     def say(self, *packets: Packet) -> None:
-        """In one segment."""
+        """Send the packets in one segment."""
         self.connection.dataReceived(packed(*packets))
 
     def hang_up(self) -> None:
@@ -161,15 +161,15 @@ class Mta(ServerContext):
         return self.pool.jobs[-1]
 
     def answer(self, *packets: Packet) -> None:
-        """The latest job is answered."""
+        """Answer the latest job."""
         self.pool.answer(self.job, packed(*packets))
 
     def fail(self, error: Exception) -> None:
-        """The latest job fails."""
+        """Let the latest job fail."""
         self.pool.answer(self.job, error)
 
     def written(self) -> list[bytes]:
-        """What was written since the last call, write by write."""
+        """Return the writes since the last call."""
         writes, self.transport.writes = self.transport.writes, []
         return writes
 
@@ -187,7 +187,7 @@ class Mta(ServerContext):
 
 
 def transcript_of(job: Job) -> bytes:
-    """All that a worker would read."""
+    """Return the transcript that a worker reads."""
     return content(job.connection) + content(job.command or job.message)
 
 
@@ -196,10 +196,10 @@ def content(part: bytes | Memory) -> bytes:
 
 
 def at_the_end(*conversation: Packet, **options: Any) -> Mta:
-    """A client is there; its messages are asked about when they are complete."""
+    """Return an MTA with a client; the milter is asked at end of message only."""
     return Mta(CLIENT, HELO, *conversation, manifest=AT_THE_END, **options)
 
 
 def lines(events: Any, level: LogLevel = LogLevel.info) -> list[str]:
-    """What a log has of a level."""
+    """Return the lines of one level."""
     return [event["log_format"].format(**event) for event in events if event["log_level"] == level]

@@ -154,7 +154,7 @@ def test_a_coroutine_may_survive_its_cancellation() -> None:
     assert asyncio.run(main()) == "cleaned up"
 
 
-def test_what_can_be_awaited_by_nobody_is_told_to_the_coroutine() -> None:
+def test_awaiting_a_wrong_object_raises_in_the_coroutine() -> None:
     class Nonsense:
         def __await__(self) -> Generator[Any, Any, Any]:
             yield "nonsense"

@@ -49,7 +49,7 @@ def test_the_limit_is_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Shares(1).memory == Shares(1, sys.maxsize).memory
 
 
-def test_the_limit_is_raised_and_the_operators_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_raised_and_the_old_one_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: told.append(limits))

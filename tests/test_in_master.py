@@ -146,7 +146,7 @@ def test_two_connections_do_not_wait_for_each_other() -> None:
     assert (first, second) == ([], [CONTINUE])
 
 
-def test_an_answer_that_nobody_wants_is_finished_before_the_next_question() -> None:
+def test_an_object_finishes_a_cancelled_job_before_the_next_one() -> None:
     called: list[Any] = []
     answers: list[Deferred[Any]] = []
     house = House(xxfi_envrcpt=waiting(called, answers))
@@ -174,7 +174,7 @@ def test_a_question_that_is_cancelled_while_it_waits_is_never_asked() -> None:
     assert armed(house.clock) == []
 
 
-def test_at_the_deadline_the_mta_hears_and_the_coroutine_is_cancelled() -> None:
+def test_at_the_deadline_the_job_fails_and_the_coroutine_is_cancelled() -> None:
     called: list[Any] = []
     answers: list[Deferred[Any]] = []
     house = House(xxfi_envrcpt=waiting(called, answers))
@@ -321,7 +321,7 @@ def test_after_its_release_the_next_question_is_for_a_new_object() -> None:
     assert len(set(objects)) == 2
 
 
-def test_what_fails_when_nobody_wants_its_answer_is_in_the_log_alone() -> None:
+def test_a_failure_of_a_cancelled_job_is_only_logged() -> None:
     called: list[Any] = []
     answers: list[Deferred[Any]] = []
     house = House(xxfi_envrcpt=waiting(called, answers))
@@ -429,7 +429,7 @@ def test_an_unknown_command_is_asked_about_where_the_message_stands() -> None:
     assert (house.take(job), seen) == ([packed(replies.Reject())], ["XYZZY"])
 
 
-def test_functions_are_cancelled_when_nobody_wants_their_answer() -> None:
+def test_functions_are_cancelled_with_their_job() -> None:
     from sharded_milter import Milter as Functions
 
     cancelled: list[str] = []

@@ -157,7 +157,7 @@ def test_any_stages_together(first: set[str], second: set[str], third: set[str])
     assert reply(*milters(*parts)).hex() == expected(*parts).hex()
 
 
-def test_nobody_at_all_wants_to_hear_of_a_message_only_that_it_ended() -> None:
+def test_without_any_wanted_stage_only_end_of_message_is_sent() -> None:
     everything = sum(NO.values())
     assert reply() == struct.pack(">IcIII", 13, b"O", 6, 0, everything)
     assert reply(Milter) == struct.pack(">IcIII", 13, b"O", 6, 0, everything)

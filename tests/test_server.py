@@ -198,7 +198,7 @@ def test_without_connections_the_workers_are_stopped_at_once() -> None:
     assert armed(house.clock) == []
 
 
-def test_before_the_workers_are_ready_there_is_nobody_to_wait_for() -> None:
+def test_before_the_workers_are_ready_a_stop_waits_for_no_connection() -> None:
     house = House(ready=False)
     with capturedLogs() as events:
         house.server.stop()
@@ -220,7 +220,7 @@ def test_sessions_may_reach_their_end() -> None:
     assert armed(house.clock) == []
 
 
-def test_after_the_grace_whoever_waits_is_told_and_disconnected() -> None:
+def test_after_the_grace_pending_questions_are_answered_and_connections_closed() -> None:
     house = House(graceful_timeout=30.0)
     _, transport = house.busy_mta()
     _, idle = house.mta()
@@ -246,7 +246,7 @@ def test_who_does_not_read_the_last_answer_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_quick_stop_waits_for_nobody(first: bool) -> None:
+def test_a_quick_stop_waits_for_no_session(first: bool) -> None:
     house = House(graceful_timeout=30.0)
     _, transport = house.busy_mta()
     if not first:
@@ -271,7 +271,7 @@ def test_quick_stops_are_the_same_stop_at_any_time() -> None:
     assert house.told == ["serve", "close", "stop workers"]
 
 
-def test_one_connection_too_many_is_told_to_come_back() -> None:
+def test_one_connection_too_many_is_refused() -> None:
     house = House(max_connections=1)
     first, _ = house.mta()
     connection, transport = house.mta()

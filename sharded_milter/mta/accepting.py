@@ -1,4 +1,4 @@
-"""A listening socket in the reactor: it accepts connections and leaves none without a reply.
+"""A listening socket in the reactor: it accepts connections, so that each gets a reply.
 
 If no file descriptor is left for another connection, it closes a reserved one first.
 """

@@ -344,9 +344,9 @@ class MilterConnection(TwistedProtocol):
 
     def _drop_commands(self) -> None:
         self._framer = Framer()
-        turn, self._resume_call = self._resume_call, None
-        if turn is not None:
-            turn.cancel()
+        call, self._resume_call = self._resume_call, None
+        if call is not None:
+            call.cancel()
 
     def _close(self) -> None:
         self._drop_commands()

@@ -3,7 +3,7 @@
 What the socket accepts is sent at once. The rest is given to the transport in slices, each after
 the one before was sent. So the number of unread bytes is known, and whether the MTA reads at all.
 This works for sockets. Another transport (TLS, in the user's own program) buffers all that it is
-given, and only says when that is too much.
+given, and reports only that its buffer is full.
 """
 
 from __future__ import annotations

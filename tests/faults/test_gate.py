@@ -97,7 +97,7 @@ def test_mail_flows_while_many_come_and_go_at_the_limit(tmp_path: Path) -> None:
                 flow.wait(40)
         assert set(flow.verdicts()) == {"accept"}
         until(lambda: server.descriptors() <= before, "as many are open as before")
-        assert "(--max-connections), for the limit of 60 file descriptors" in server.log()
+        assert "(--max-connections), because of the limit of 60 file descriptors" in server.log()
         assert server.log().count("refused a connection: ") == 1
         assert server.unforeseen() == [], server.log()
 
@@ -197,7 +197,7 @@ def test_users_who_are_not_named_hear_451_and_are_named_once(tmp_path: Path) -> 
         for _ in range(20):
             assert hears_451(server.socket()).startswith("4.3.5 ")
         assert server.counters()["refused_peers"] == 20
-        (line,) = (line for line in server.log().splitlines() if "refused user " in line)
+        (line,) = (line for line in server.log().splitlines() if "refused a connection from user " in line)
         assert f"(uid {os.geteuid()})" in line
         assert " warn " in line
 

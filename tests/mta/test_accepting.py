@@ -73,7 +73,7 @@ def test_it_takes_no_more_for_as_long_as_the_gate_says(place: Place) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-def test_a_spare_descriptor_is_used_where_none_is_left(place: Place, number: int) -> None:
+def test_a_reserved_descriptor_is_used_if_no_other_is_left(place: Place, number: int) -> None:
     place.refusals.append(OSError(number, os.strerror(number)))
     place.reactor.clients(place.listener, 1)
     with capturedLogs() as events:

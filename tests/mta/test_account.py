@@ -1,4 +1,4 @@
-"""What a connection holds is counted while it is held, and no longer, whatever happens."""
+"""The bytes of a connection count exactly as long as they are held."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_what_an_mta_has_not_read_counts_until_it_has() -> None:
     assert b"".join(mta.written()) == packed(*LARGE_ANSWER)
 
 
-def test_an_mta_that_reads_nothing_is_aborted_after_a_grace_and_leaves_nothing() -> None:
+def test_an_mta_that_reads_nothing_is_aborted_after_the_grace_and_all_is_freed() -> None:
     mta = slow(*MESSAGE, EOM)
     mta.answer(*LARGE_ANSWER)
     mta.reactor.advance(CLOSE_GRACE - 1.0)
@@ -295,7 +295,7 @@ def test_what_waits_behind_a_question_counts_and_ends_the_connection_at_the_limi
     assert mta.inflight.used == 0
 
 
-def test_a_client_for_whose_beginning_there_is_no_room_is_told_to_come_again() -> None:
+def test_a_client_without_room_for_its_first_packets_gets_451() -> None:
     full = at_the_end(max_inflight_bytes=10_000)
     with capturedLogs() as events:
         for stage in "CH":
@@ -320,7 +320,7 @@ def test_a_long_beginning_counts_while_the_client_is_there() -> None:
 # A turn of the reactor
 
 
-def test_one_mta_takes_no_more_than_its_share_of_a_turn() -> None:
+def test_one_mta_takes_no_more_than_its_share_of_a_reactor_iteration() -> None:
     mta = Mta(CLIENT, manifest=AT_THE_END)
     ticks = iter(range(10**6))
     clock = mta.reactor
@@ -333,7 +333,7 @@ def test_one_mta_takes_no_more_than_its_share_of_a_turn() -> None:
     assert not mta.paused
 
 
-def test_whoever_leaves_in_the_middle_of_its_turns_leaves_nothing() -> None:
+def test_quit_while_commands_wait_for_the_next_iteration_frees_all() -> None:
     mta = Mta(CLIENT, manifest=AT_THE_END)
     ticks = iter(range(10**6))
     mta.reactor.seconds = lambda: MAX_BUSY * next(ticks)

@@ -78,5 +78,5 @@ def test_a_port_has_sixteen_bits(spec: str) -> None:
         ("/run/x", "unix:/run/x"),
     ],
 )
-def test_postfix_is_told_where_it_finds_us(spec: str, name: str) -> None:
+def test_the_address_is_spelled_for_postfix(spec: str, name: str) -> None:
     assert parse_listen(spec).for_postfix(8890) == name

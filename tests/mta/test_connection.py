@@ -262,7 +262,7 @@ def test_a_failed_job_is_answered_by_policy_at_every_stage(stage: int) -> None:
     ]
 
 
-def test_an_overload_is_told_as_such() -> None:
+def test_an_overload_has_a_reply_of_its_own() -> None:
     mta = at_the_end(*MESSAGE, on_error="accept")
     mta.fail(Overloaded("full"))
     assert mta.written() == [BUSY]

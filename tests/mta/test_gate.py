@@ -95,7 +95,7 @@ def full(house: House) -> None:
 
 
 @pytest.mark.parametrize("offer", [OFFER, OLD_OFFER], ids=["new", "old"])
-def test_one_that_is_turned_away_hears_so_at_its_first_question(house: House, offer: Any) -> None:
+def test_a_refused_connection_gets_451_at_its_first_question(house: House, offer: Any) -> None:
     full(house)
     connection, peer = house.connect()
     connection.dataReceived(packed(offer))
@@ -114,7 +114,7 @@ def test_one_that_is_turned_away_hears_so_at_its_first_question(house: House, of
     assert len(house.connections) == 1
 
 
-def test_all_else_that_it_asks_is_answered_so_too(house: House) -> None:
+def test_its_later_questions_get_the_same_reply(house: House) -> None:
     full(house)
     connection, peer = house.connect()
     connection.dataReceived(packed(OLD_OFFER, CLIENT, HELO, *MESSAGE))
@@ -123,7 +123,7 @@ def test_all_else_that_it_asks_is_answered_so_too(house: House) -> None:
     assert set(answers) == {BUSY[4:]}
 
 
-def test_nothing_of_it_is_kept(house: House) -> None:
+def test_its_packets_are_not_stored(house: House) -> None:
     full(house)
     connection, _ = house.connect()
     connection.dataReceived(packed(OFFER, CLIENT, HELO, *MESSAGE[:-1]))
@@ -140,14 +140,14 @@ def test_its_mistakes_are_not_logged_each_time(house: House) -> None:
     assert len(events) == 1
 
 
-def test_one_that_is_turned_away_and_says_nothing_is_let_go(house: House) -> None:
+def test_a_refused_connection_that_sends_nothing_is_closed(house: House) -> None:
     full(house)
     _, peer = house.connect()
     house.reactor.advance(CLOSE_GRACE)
     assert peer.aborted
 
 
-def test_it_hears_so_too_when_the_service_stops_meanwhile(house: House) -> None:
+def test_it_gets_its_reply_too_when_the_service_stops(house: House) -> None:
     full(house)
     connection, peer = house.connect()
     connection.finish()
@@ -168,7 +168,7 @@ def test_the_number_of_its_descriptor_says_whether_there_is_room(number: int, se
     house.close()
 
 
-def test_without_a_spare_descriptor_all_are_turned_away_one_at_a_time(
+def test_without_a_reserved_descriptor_connections_are_refused_one_at_a_time(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(house.gate.reserved, "refill", lambda: False)
@@ -195,7 +195,7 @@ def test_there_are_few_at_a_time_and_each_has_its_chance(house: House) -> None:
     assert house.gate.accept_delay() == 0.0
 
 
-def test_one_that_has_greeted_has_a_longer_one(house: House) -> None:
+def test_a_connection_that_has_negotiated_has_more_time(house: House) -> None:
     full(house)
     crowd = [house.connect() for _ in range(SHARES.refused)]
     crowd[0][0].dataReceived(packed(OFFER))
@@ -207,7 +207,7 @@ def test_one_that_has_greeted_has_a_longer_one(house: House) -> None:
     assert crowd[0][1].disconnecting
 
 
-def test_one_that_has_heard_so_makes_room_at_once(house: House) -> None:
+def test_a_refused_connection_that_has_its_reply_is_closed_at_once(house: House) -> None:
     full(house)
     crowd = [house.connect() for _ in range(SHARES.refused)]
     crowd[2][0].dataReceived(packed(OFFER, CLIENT))
@@ -227,7 +227,7 @@ def test_one_that_does_not_read_is_cut_off(house: House) -> None:
     assert peer.aborted
 
 
-def test_nobody_is_aborted_while_there_are_places(house: House) -> None:
+def test_no_connection_is_closed_while_there_are_places(house: House) -> None:
     full(house)
     _, peer = house.connect()
     house.reactor.advance(NEGOTIATED_GRACE)
@@ -285,7 +285,7 @@ def test_they_take_no_place_of_those_who_may() -> None:
     house.close()
 
 
-def test_one_that_has_greeted_does_not_keep_others_waiting_for_long() -> None:
+def test_a_disallowed_peer_that_has_negotiated_gets_no_more_time() -> None:
     house = House("192.0.2.0/24")
     for _ in range(MAX_REFUSED):
         connection, peer = house.connect(Peer(IPv6Address("TCP", "2001:db8::1", 25)))

@@ -1,4 +1,4 @@
-"""What the master keeps of a conversation: inline while small, in sealed memory when large."""
+"""The master's transcript: inline while small, in sealed memory when large."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_connections_part_is_in_the_order_of_the_protocol() -> None:
     assert transcript.connection_part() is transcript.connection_part()
 
 
-def test_a_client_that_greets_for_ever_costs_nothing() -> None:
+def test_a_client_that_repeats_helo_uses_no_more_memory() -> None:
     transcript = transcript_of_nothing()
     for number in range(100):
         transcript.store(commands.Helo(f"client-{number:02}").encode())
@@ -68,7 +68,7 @@ def test_nothing_else_is_part_of_a_connection(packet: bytes) -> None:
         transcript_of_nothing().store(packet)
 
 
-def test_a_new_client_leaves_only_the_negotiation() -> None:
+def test_after_a_client_only_the_negotiation_is_kept() -> None:
     transcript = with_message(commands.Mail("<a@b>"))
     transcript.store(NEGOTIATED)
     transcript.store(CLIENT)

@@ -131,9 +131,7 @@ def test_a_message_without_room_is_refused_at_the_next_question(stage: str) -> N
 
 
 @pytest.mark.parametrize("method", ["__init__", "append", "seal"])
-def test_a_message_for_which_there_is_no_memory_is_told_to_come_again(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_without_memory_gets_452(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 

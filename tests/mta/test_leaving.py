@@ -36,7 +36,7 @@ from sharded_milter.protocol.stages import Stage
 
 
 @pytest.mark.parametrize("leaving", [ABORT, QUIT, QUIT_NC], ids=repr)
-def test_whoever_leaves_cancels_the_job_and_its_late_answer_is_dropped(leaving: Packet) -> None:
+def test_abort_or_quit_cancels_the_job_and_a_late_answer_is_dropped(leaving: Packet) -> None:
     mta = at_the_end(*MESSAGE)
     mta.say(leaving)
     assert mta.pool.cancelled == [mta.job]
@@ -46,7 +46,7 @@ def test_whoever_leaves_cancels_the_job_and_its_late_answer_is_dropped(leaving: 
 
 
 @pytest.mark.parametrize("leaving", [ABORT, QUIT, QUIT_NC], ids=repr)
-def test_whoever_leaves_in_the_segment_of_the_question_cancels_it_too(leaving: Packet) -> None:
+def test_abort_or_quit_in_the_segment_of_the_question_cancels_it_too(leaving: Packet) -> None:
     mta = at_the_end(*MESSAGE[:-1])
     mta.say(EOM, leaving)
     assert mta.pool.stages == [Stage.EOM]
@@ -55,7 +55,7 @@ def test_whoever_leaves_in_the_segment_of_the_question_cancels_it_too(leaving: P
     assert mta.closed == (leaving is QUIT)
 
 
-def test_whoever_leaves_with_half_a_packet_leaves_when_the_rest_has_come() -> None:
+def test_an_incomplete_abort_or_quit_takes_effect_when_it_is_complete() -> None:
     mta = at_the_end(*MESSAGE[:-1])
     conversation = packed(EOM, ABORT)
     mta.connection.dataReceived(conversation[:-1])
@@ -90,7 +90,7 @@ def test_after_an_abort_the_next_message_is_a_new_one() -> None:
     assert mta.written() == [packed(CONTINUE)]
 
 
-def test_postfix_aborts_what_was_answered_and_hears_nothing() -> None:
+def test_an_abort_after_the_answer_gets_no_reply() -> None:
     mta = at_the_end(*MESSAGE)
     mta.answer(CONTINUE)
     mta.written()
@@ -159,7 +159,7 @@ def test_progress_stops_with_the_answer() -> None:
     assert mta.written() == []
 
 
-def test_a_job_that_is_answered_at_once_leaves_no_progress_behind() -> None:
+def test_a_job_that_is_answered_at_once_sets_no_progress_alarm() -> None:
     mta = at_the_end()
     mta.pool.at_once = [packed(CONTINUE)]
     mta.say(*MESSAGE)
@@ -180,7 +180,7 @@ def test_a_closed_connection_whose_mta_takes_nothing_is_aborted_after_a_grace() 
     assert mta.aborted
 
 
-def test_whoever_has_taken_all_in_the_grace_leaves_nothing_behind() -> None:
+def test_an_mta_that_reads_all_within_the_grace_has_no_alarm_left() -> None:
     mta = at_the_end(QUIT)
     mta.hang_up()
     assert armed(mta.reactor) == []
@@ -234,7 +234,7 @@ def test_its_slot_is_free_for_others_then() -> None:
 # The end of the service
 
 
-def test_when_the_service_stops_whoever_waits_is_told() -> None:
+def test_when_the_service_stops_a_pending_question_is_answered() -> None:
     mta = at_the_end(*MESSAGE)
     mta.connection.finish()
     assert mta.written() == [STOPPING]

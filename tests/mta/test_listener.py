@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> str:
 
 @pytest.fixture
 def listeners() -> Iterator[list[Listener]]:
-    """What the test has opened; closed afterwards."""
+    """The listeners that the test opens; closed after it."""
     opened: list[Listener] = []
     yield opened
     for listener in opened:
@@ -118,7 +118,7 @@ def test_a_path_that_may_not_be_removed_stays_with_a_line_that_says_so(
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """A file that nobody but its owner should be able to read."""
+    """A file that only its owner may read."""
     file = tmp_path / "precious"
     file.write_text("precious")
     file.chmod(0o600)
@@ -126,7 +126,7 @@ def precious(tmp_path: Path) -> Path:
 
 
 def on_bind(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """What another process does between bind and the next call."""
+    """The action of another process between bind and the next call."""
 
     class Watched(socket.socket):
         def bind(self, where: Any) -> None:
@@ -277,7 +277,9 @@ def test_a_group_that_may_not_be_given_is_a_matter_of_rights(
     assert not os.path.lexists(path)
 
 
-def test_a_socket_that_nobody_serves_is_taken_over(path: str, listeners: list[Listener]) -> None:
+def test_a_socket_on_which_no_process_listens_is_replaced(
+    path: str, listeners: list[Listener]
+) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
         dead.listen()

@@ -30,7 +30,7 @@ GO_ON: list[Packet] = [Continue(), Accept()]
 
 
 def together(*answers: list[Packet], accept: bool = False) -> list[Packet]:
-    """What the MTA hears, packet by packet."""
+    """Return the packets that the MTA gets."""
     answer, _ = merge([packed(*answer) for answer in answers], accept=accept)
     return [replies.parse_reply(packet) for packet in Framer().receive(answer)]
 

@@ -38,7 +38,7 @@ ACCEPT, REJECT = replies.Accept(), replies.Reject()
 GO_ON = (CONTINUE, ACCEPT)
 
 
-def test_all_are_asked_at_once_and_the_mta_hears_when_the_last_has_answered() -> None:
+def test_all_are_asked_in_parallel_and_the_mta_is_answered_after_the_last() -> None:
     mta = Several(A, B, C)
     assert mta.asked(CLIENT) == "abc"
     assert mta.reply("b", CONTINUE) == []
@@ -82,7 +82,7 @@ COMMANDS: dict[Stage, Packet] = {
 
 
 def heard(stage: Stage, given: dict[str, Packet], order: str) -> tuple[list[list[bytes]], str]:
-    """What the MTA hears after each of two answers, and who is still asked in the end."""
+    """Return the replies after each of two answers, and the milters that are still asked."""
     mta = Several(A, B)
     mta.go_on(*BEFORE[stage])
     mta.say(COMMANDS[stage])
@@ -145,7 +145,7 @@ def test_a_milter_that_accepts_a_client_is_not_asked_again_until_the_next() -> N
     assert mta.asked(commands.QuitNc(), CLIENT) == "ab"
 
 
-def test_when_the_last_accepts_the_mta_hears_it() -> None:
+def test_when_the_last_accepts_the_mta_gets_accept() -> None:
     mta = Several(A, B)
     mta.go_on(CLIENT)
     assert mta.asked(MAIL) == "ab"
@@ -174,7 +174,7 @@ def test_what_fails_is_answered_by_policy_and_ends_the_question() -> None:
     assert mta.out() == {}
 
 
-def test_with_the_policy_accept_a_failure_leaves_it_to_the_others() -> None:
+def test_with_the_policy_accept_the_others_decide_after_a_failure() -> None:
     mta = Several(A, B, on_error="accept")
     mta.go_on(CLIENT)
     mta.say(MAIL)
@@ -214,7 +214,7 @@ def test_answers_that_are_there_at_once_keep_the_order_of_commands() -> None:
     assert mta.pool.at_once == [packed(CONTINUE)]
 
 
-def test_a_refusal_that_is_there_at_once_leaves_the_others_alone() -> None:
+def test_after_an_immediate_refusal_the_others_are_not_asked() -> None:
     mta = Several(A, B)
     mta.pool.at_once = [packed(REJECT)]
     mta.say(CLIENT)
@@ -235,7 +235,7 @@ def test_recipients_that_the_mta_refused_are_for_those_who_asked_for_them() -> N
     assert packed(RCPT) + REFUSED in kept
 
 
-def test_the_mta_hears_the_end_of_the_connection_when_an_answer_gets_lost() -> None:
+def test_the_connection_is_closed_after_an_internal_error() -> None:
     mta = Several(A, B)
     mta.say(CLIENT)
     nonsense: Any = None

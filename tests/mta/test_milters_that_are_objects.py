@@ -30,13 +30,13 @@ from sharded_milter.protocol.stages import Stage
 ACCEPT = replies.Accept()
 
 
-def pinned(name: str, *stages: Stage) -> Manifest:
+def with_object(name: str, *stages: Stage) -> Manifest:
     return answering(name, *(stages or (Stage.CONNECT, Stage.MAIL, Stage.EOM)),
                      affinity=SessionAffinity.REQUIRED)  # fmt: skip
 
 
 def told(job: Job) -> bytes:
-    """What the object would be told."""
+    """Return the packets that the object would get."""
     assert job.affinity is not None
     news = job.affinity.tell(job.connection, job.message)
     return content(news.connection) + content(news.message)[news.start :]
@@ -50,8 +50,8 @@ def settled(job: Job) -> Job:
     return job
 
 
-def test_an_object_is_told_only_what_is_new() -> None:
-    mta = Several(pinned("a"))
+def test_an_object_gets_new_packets_only() -> None:
+    mta = Several(with_object("a"))
     mta.say(CLIENT)
     assert told(settled(mta.out()["a"])).endswith(packed(CLIENT))
     mta.reply("a", CONTINUE)
@@ -65,16 +65,16 @@ def test_an_object_is_told_only_what_is_new() -> None:
     assert told(mta.out()["a"]) == packed(ABORT, MAIL)
 
 
-def test_an_object_is_told_the_mtas_offer_and_ours() -> None:
-    mta = Several(pinned("a"), offer=None)
+def test_an_object_gets_the_mtas_offer_and_our_reply() -> None:
+    mta = Several(with_object("a"), offer=None)
     mta.say(OFFER)
     (ours,) = mta.written()
     mta.say(CLIENT)
     assert told(settled(mta.out()["a"])) == packed(OFFER) + ours + packed(CLIENT)
 
 
-def test_a_client_that_greets_for_ever_is_told_of_once() -> None:
-    mta = Several(pinned("a", Stage.CONNECT, Stage.EOM))
+def test_of_repeated_helos_an_object_gets_the_last() -> None:
+    mta = Several(with_object("a", Stage.CONNECT, Stage.EOM))
     mta.say(CLIENT)
     told(settled(mta.out()["a"]))
     mta.reply("a", CONTINUE)
@@ -86,7 +86,7 @@ def test_a_client_that_greets_for_ever_is_told_of_once() -> None:
 
 @pytest.mark.parametrize("end", [[QUIT], [QUIT_NC], []], ids=str)
 def test_an_object_ends_with_its_client(end: list[Packet]) -> None:
-    mta = Several(pinned("a"), B)
+    mta = Several(with_object("a"), B)
     mta.say(CLIENT)
     told(settled(mta.out()["a"]))
     mta.reply("a", CONTINUE)
@@ -94,16 +94,16 @@ def test_an_object_ends_with_its_client(end: list[Packet]) -> None:
     mta.say(*end)
     if not end:
         mta.hang_up()
-    (farewell,) = mta.out().values()
-    assert (farewell.stage, farewell.letter) == (None, b"Q")
-    affinity = farewell.affinity
-    assert told(farewell) == b""
-    mta.pool.answer(farewell, b"")
+    (end_of_session,) = mta.out().values()
+    assert (end_of_session.stage, end_of_session.letter) == (None, b"Q")
+    affinity = end_of_session.affinity
+    assert told(end_of_session) == b""
+    mta.pool.answer(end_of_session, b"")
     assert mta.pool.released == [affinity]
 
 
-def test_an_object_that_is_left_in_a_message_hears_of_its_end_first() -> None:
-    mta = Several(pinned("a"))
+def test_a_message_ends_before_the_session_of_its_object() -> None:
+    mta = Several(with_object("a"))
     mta.say(CLIENT)
     told(settled(mta.out()["a"]))
     mta.reply("a", CONTINUE)
@@ -114,14 +114,14 @@ def test_an_object_that_is_left_in_a_message_hears_of_its_end_first() -> None:
     assert told(mta.out()["a"]) == packed(ABORT)
 
 
-def test_where_nobody_was_asked_nobody_is_told_of_the_end() -> None:
-    mta = Several(pinned("a", Stage.EOM))
+def test_without_a_question_there_is_no_end_of_session_job() -> None:
+    mta = Several(with_object("a", Stage.EOM))
     mta.say(CLIENT, HELO, QUIT)
     assert (mta.pool.jobs, mta.pool.released) == ([], [])
 
 
 def test_where_an_object_was_to_be_and_never_was_its_place_is_given_back() -> None:
-    mta = Several(pinned("a"))
+    mta = Several(with_object("a"))
     mta.say(CLIENT)
     affinity = settled(mta.out()["a"]).affinity
     mta.hang_up()  # before the shard that was chosen has been told anything
@@ -130,7 +130,7 @@ def test_where_an_object_was_to_be_and_never_was_its_place_is_given_back() -> No
 
 
 def with_an_object() -> Several:
-    mta = Several(pinned("a"))
+    mta = Several(with_object("a"))
     mta.say(CLIENT)
     told(settled(mta.out()["a"]))
     mta.reply("a", CONTINUE)
@@ -162,8 +162,8 @@ def test_an_end_that_fails_is_noted_and_over() -> None:
     assert mta.pool.released == [mta.job.affinity]
 
 
-def test_one_that_is_asked_nothing_more_about_a_message_hears_of_its_end() -> None:
-    mta = Several(pinned("a", Stage.MAIL, Stage.RCPT), B)
+def test_an_object_that_accepted_a_message_still_gets_its_end() -> None:
+    mta = Several(with_object("a", Stage.MAIL, Stage.RCPT), B)
     mta.go_on(CLIENT)
     mta.say(MAIL)
     told(settled(mta.out()["a"]))

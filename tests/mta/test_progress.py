@@ -107,7 +107,7 @@ class Mta:
             awaited.callback(answer)
 
     def wait(self, seconds: float) -> bytes:
-        """What we have said when so much time has passed."""
+        """Let the seconds pass; return the packets written since."""
         self.transport.clear()
         self.context.reactor.pump([STEP] * round(seconds / STEP))
         return bytes(self.transport.value())
@@ -118,7 +118,7 @@ class Mta:
 
 
 @pytest.mark.parametrize("macros", [POSTFIX, SENDMAIL, {}], ids=["postfix", "sendmail", "nobody"])
-def test_at_the_end_of_a_message_every_mta_is_told_every_interval(macros: dict[str, str]) -> None:
+def test_at_end_of_message_every_mta_gets_progress_at_each_interval(macros: dict[str, str]) -> None:
     mta = Mta(macros, MESSAGE)
     assert mta.wait(INTERVAL - STEP) == b""
     assert mta.wait(STEP) == PROGRESS
@@ -127,14 +127,14 @@ def test_at_the_end_of_a_message_every_mta_is_told_every_interval(macros: dict[s
 
 @BEFORE_THE_END
 @pytest.mark.parametrize("name", ["v", "{v}"])
-def test_before_the_end_postfix_is_told(conversation: list[Packet], name: str) -> None:
+def test_before_the_end_postfix_gets_progress(conversation: list[Packet], name: str) -> None:
     mta = Mta({"j": "mx.example.test", name: "Postfix 3.7.11"}, conversation)
     assert mta.wait(2 * INTERVAL) == 2 * PROGRESS
 
 
 @BEFORE_THE_END
 @pytest.mark.parametrize("macros", [SENDMAIL, {}, {"v": "Not Postfix"}], ids=str)
-def test_before_the_end_nobody_else_is_told(
+def test_before_the_end_no_other_mta_gets_progress(
     conversation: list[Packet], macros: dict[str, str]
 ) -> None:
     mta = Mta(macros, conversation)
@@ -170,14 +170,14 @@ def test_the_next_command_begins_a_new_interval() -> None:
 
 
 @pytest.mark.parametrize("farewell", [commands.Abort(), commands.Quit()], ids=repr)
-def test_nobody_is_told_who_wants_no_answer_any_more(farewell: Packet) -> None:
+def test_after_a_cancelled_question_no_progress_is_sent(farewell: Packet) -> None:
     mta = Mta(POSTFIX, MESSAGE)
     mta.say(farewell)
     assert len(mta.context.pool.cancelled) == 1
     assert mta.wait(3 * INTERVAL) == b""
 
 
-def test_nobody_is_told_who_is_gone() -> None:
+def test_after_a_lost_connection_no_progress_is_sent() -> None:
     mta = Mta(POSTFIX, MESSAGE)
     mta.connection.connectionLost()
     assert mta.wait(3 * INTERVAL) == b""

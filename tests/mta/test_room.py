@@ -76,7 +76,7 @@ def test_without_memory_a_message_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert inflight.used == 0
 
 
-def test_who_finds_no_room_is_told_to_come_again_and_others_are_scanned() -> None:
+def test_a_message_without_room_gets_452_and_others_are_scanned() -> None:
     manifest = Manifest("end", EVERYTHING.actions, NO_REPLIES)
     mta = Mta(CLIENT, *ENVELOPE, *CONTENT, manifest=manifest, max_inflight_bytes=1000)
     assert mta.written() == [NO_ROOM]

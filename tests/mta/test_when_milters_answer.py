@@ -55,7 +55,7 @@ class Asked:
 
 
 def outcome(case: Sequence[tuple[Answer, bool]]) -> list[bytes]:
-    """What has been heard when all have been asked, and after each later answer, first to last."""
+    """Return the answer after all were asked, and after each later answer, in order."""
     asked = Asked(*(said if at_once else None for said, at_once in case))
     answer = asked.ask()
     if isinstance(answer, bytes):
@@ -125,7 +125,7 @@ def woken(said: Any, own: Answer | None = None) -> tuple[Asked, Waking]:
 
 
 @pytest.mark.parametrize("own", [None, GO_ON], ids=["later", "at once"])
-def test_one_that_refuses_while_others_are_asked_is_heard_at_once(own: Answer | None) -> None:
+def test_a_refusal_is_the_answer_while_others_are_still_asked(own: Answer | None) -> None:
     asked, second = woken(REFUSED, own)
     assert asked.ask() == REFUSED
     assert second.cancelled == second.jobs
@@ -143,7 +143,7 @@ def test_one_that_goes_on_while_others_are_asked_is_counted() -> None:
     assert answer.result == REFUSED
 
 
-def test_a_defect_of_a_milter_that_has_been_cancelled_is_nobodys() -> None:
+def test_a_defect_of_a_cancelled_milter_is_ignored() -> None:
     asked = Asked(None, None)
     answer = asked.ask()
     assert isinstance(answer, Deferred)
@@ -156,7 +156,7 @@ def test_a_defect_of_a_milter_that_has_been_cancelled_is_nobodys() -> None:
 
 
 def nonsense() -> Any:
-    """What no server answers."""
+    """An object that is no answer of an executor."""
 
 
 def test_a_defect_while_others_are_asked_is_raised() -> None:
