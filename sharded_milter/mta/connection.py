@@ -69,7 +69,7 @@ class ConnectionContext(ConversationContext, Protocol):
 
 @implementer(interfaces.IPushProducer)
 class MilterConnection(TwistedProtocol):
-    """Speaks the milter protocol with one MTA."""
+    """The connection of one MTA, over which it is served with the milter protocol."""
 
     log = Logger()
     transport: StreamTransport  # type: ignore[assignment]  # Twisted declares ITransport | None
