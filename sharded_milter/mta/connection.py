@@ -26,7 +26,7 @@ from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.mta.conversation import SMALL_PART, Conversation, ConversationContext
 from sharded_milter.mta.inflight import Claim
 from sharded_milter.mta.outbox import Outbox
-from sharded_milter.mta.transports import StreamTransport, is_socket
+from sharded_milter.mta.stream_transport import StreamTransport, is_socket
 from sharded_milter.protocol.commands import Abort, Quit, QuitNc
 from sharded_milter.protocol.replies import Progress
 from sharded_milter.protocol.stages import Stage

@@ -20,7 +20,7 @@ from sharded_milter.descriptors import MAX_REFUSED, ReservedDescriptor, Shares
 from sharded_milter.dispatch.policy import BUSY, NOT_ALLOWED
 from sharded_milter.mta.log_limit import LimitedLog
 from sharded_milter.mta.peers import ALL_PEERS, Peers, peer_credentials, user_name
-from sharded_milter.mta.transports import StreamTransport
+from sharded_milter.mta.stream_transport import StreamTransport
 
 # Seconds until a refused connection is closed if others wait for its place and the 451 was not sent
 # yet. MTAs negotiate within milliseconds, so a peer that has sent nothing is probably no MTA. One

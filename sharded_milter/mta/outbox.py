@@ -14,7 +14,7 @@ from twisted.internet import interfaces
 from zope.interface import implementer
 
 from sharded_milter.ipc.sockets import sent_now
-from sharded_milter.mta.transports import StreamTransport, is_socket
+from sharded_milter.mta.stream_transport import StreamTransport, is_socket
 
 # Bytes that the transport is given at a time: as many as it writes at a time.
 SLICE = 131_072
