@@ -180,8 +180,8 @@ def test_tune_recommends_and_draws(own: Path, tmp_path: Path) -> None:
         (["--config", "nothing"], os.EX_CONFIG, "configuration file nothing"),
         (["--count", "1", "--seconds", "1"], os.EX_USAGE, "exclude each other"),
         (["--json", "nothing/x"], os.EX_USAGE, "'nothing/x' cannot be written"),
-        (["--connections", "99999999"], os.EX_USAGE, "--connections 99999999 is too many: "),
-        (["--workers", "1,99999999"], os.EX_USAGE, "--workers 99999999 is too many: "),
+        (["--connections", "99999999"], os.EX_USAGE, "--connections 99999999 is too high: "),
+        (["--workers", "1,99999999"], os.EX_USAGE, "--workers 99999999 is too high: "),
         (["--in-master", "x:y", "--workers", "1,4"], os.EX_USAGE, "leave --workers out"),
     ],
 )
