@@ -8,11 +8,9 @@ slowest worker where there are cores for all, and all the work spread over the c
 
 from __future__ import annotations
 
-import statistics
-
+from bench.client import Load, drive
 from bench.report import Report, Row, Target, arguments
 from bench.server import cores, serving
-from sharded_milter.testing import load
 
 # A message's own way through the master and the workers takes a few ms beside these scans.
 AT_MOST = 1.1
@@ -61,12 +59,12 @@ def measure(milters: int, ms: float, workers: int, rounds: int) -> Row:
     options = ["--workers", str(workers), "--log-level", "warn", *others]
     with serving(MILTERS.format(ms=ms), *options) as server:
         server.settle()
-        load.run(server.path, 1, 1)  # warm
-        result = load.run(server.path, 1, rounds)
+        drive(server, Load(1, messages=1))  # warm
+        result = drive(server, Load(1, messages=rounds))
     # Whole milters on each worker, or their CPU time over all cores, whichever is more.
     turns = -(-milters // workers)
     least = max(turns, milters / min(workers, cores())) * ms
-    latency = 1000 * statistics.median(result.latencies)
+    latency = 1000 * result.p50
     return {"workers": workers, "p50 ms": latency, "least ms": least, "of least": latency / least}
 
 

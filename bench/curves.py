@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.client import Load, Run, drive
 from bench.subjects import Job, Subject
 from sharded_milter.sizing.svg import Chart, Line
-from sharded_milter.testing import load
 
 # A light content scan: long enough that the cores are what is short.
 SCAN_MS = 10.0
@@ -20,13 +20,11 @@ CONNECTIONS = 8
 LOADS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run(
-    subject: Subject, job: Job, connections: Sequence[int], seconds: float
-) -> list[load.Result]:
+def run(subject: Subject, job: Job, connections: Sequence[int], seconds: float) -> list[Run]:
     """One server, one result for each load."""
     with subject.serving(job) as server:
-        load.run_for(server.path, max(connections), seconds / 4)  # warm
-        return [load.run_for(server.path, n, seconds) for n in connections]
+        drive(server, Load(max(connections), seconds=seconds / 4))  # warm
+        return [drive(server, Load(n, seconds=seconds)) for n in connections]
 
 
 def draw(folder: Path, subjects: Sequence[Subject], seconds: float, machine: str) -> None:
@@ -34,8 +32,10 @@ def draw(folder: Path, subjects: Sequence[Subject], seconds: float, machine: str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "throughput.svg").write_text(throughput(subjects, seconds, machine).svg())
     results = {s.name: run(s, Job(), LOADS, seconds) for s in subjects}
-    for name, share in (("p50", 0.5), ("p99", 0.99)):
-        chart = latency(name, share, results, machine)
+    medians = {name: [each.p50 for each in loads] for name, loads in results.items()}
+    slowest = {name: [each.p99 for each in loads] for name, loads in results.items()}
+    for name, latencies in (("p50", medians), ("p99", slowest)):
+        chart = latency(name, latencies, machine)
         (folder / f"latency-{name}.svg").write_text(chart.svg())
 
 
@@ -55,11 +55,11 @@ def throughput(subjects: Sequence[Subject], seconds: float, machine: str) -> Cha
     return Chart("Messages a second", note, "worker processes", list(map(str, WORKERS)), lines)
 
 
-def latency(name: str, share: float, results: dict[str, list[load.Result]], machine: str) -> Chart:
+def latency(name: str, latencies: Mapping[str, Sequence[float]], machine: str) -> Chart:
     """Milliseconds from MAIL to the verdict against busy connections."""
     lines = [
-        Line(subject, [1000 * result.percentile(share) for result in all_loads])
-        for subject, all_loads in results.items()
+        Line(subject, [1000 * seconds for seconds in all_loads])
+        for subject, all_loads in latencies.items()
     ]
     title = f"Latency of a message, {name}, in ms"
     note = f"Cheap scans of 10 KB over UNIX sockets (purepythonmilter: TCP); {machine}"

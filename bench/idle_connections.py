@@ -12,8 +12,8 @@ import platform
 import resource
 import socket
 
+from bench.client import Load, drive
 from bench.server import cores, serving
-from sharded_milter.testing import load
 from sharded_milter.testing.dialogue import OFFER, greeting
 
 MILTER = """
@@ -47,21 +47,21 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with serving(MILTER, "--workers", "2", "--log-level", "warn") as server:
-        load.run(server.path, 1, 100)
+        drive(server, Load(1, messages=100))
         before = server.rss()
-        alone = load.run(server.path, 1, options.messages)
+        alone = drive(server, Load(1, messages=options.messages))
         sockets = [idle(server.path) for _ in range(options.connections)]
-        load.run(server.path, 1, 10)
+        drive(server, Load(1, messages=10))
         each = (server.rss() - before) / options.connections
-        among = load.run(server.path, 1, options.messages)
+        among = drive(server, Load(1, messages=options.messages))
         for sock in sockets:
             sock.close()
     print(f"Python {platform.python_version()}, {cores()} cores, 2 workers")
     print(f"{options.connections} idle connections: {each / 1024:.2f} KB of the master's each")
     for name, result in (("alone", alone), ("among them", among)):
         print(
-            f"a message {name}: p50 {1000 * result.percentile(0.5):.2f} ms,"
-            f" p99 {1000 * result.percentile(0.99):.2f}, max {1000 * max(result.latencies):.2f}"
+            f"a message {name}: p50 {1000 * result.p50:.2f} ms,"
+            f" p99 {1000 * result.p99:.2f}, max {1000 * result.longest:.2f}"
         )
 
 

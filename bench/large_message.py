@@ -1,71 +1,82 @@
 """How fast does a large mail pass, and what does it cost the master in memory?
 
-    python -m bench.large_message [--megabytes 25] [--messages 8] [--rounds 3] [--json FILE]
+    python -m bench.large_message [--megabytes 25] [--connections 1 2] [--seconds 3] [--rounds 5]
+                                  [--json FILE]
 
-One connection on a UNIX socket; the same with pymilter.
+The milters only count the bytes of the body, ours and pymilter's: the bytes' way is all that is
+measured. `copies.py` says what is done to them on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 
 from bench import peak
-from bench.report import Report, Row, Target, arguments
-from bench.subjects import PYMILTER, Job, Subject, in_turn, installed
-from sharded_milter.protocol.packets import Packet
-from sharded_milter.testing import load
-from sharded_milter.testing.dialogue import transaction
-from sharded_milter.testing.generated import generated
+from bench.client import Load, drive
+from bench.report import Report, Target, arguments, rates
+from bench.rounds import alternating
+from bench.subjects import OURS_COUNTING, PYMILTER_COUNTING, Job, all_serving, installed
 
-# The content crosses to another process.
-SPEED_AT_LEAST = 0.7
+# The content crosses to another process, which pymilter's does not. By connections.
+SPEED_AT_LEAST = {1: 0.33, 2: 0.25}
 
-# Of the message: content is kept outside of the master's memory.
+# Of the messages under way: content is kept outside of the master's memory.
 PEAK_AT_MOST = 1.2
 
 _MB = 1_000_000
+_MS = 1000
 
 
-def measure(subject: Subject, packets: Sequence[Packet], messages: int) -> tuple[float, float]:
-    """Seconds for a message, and the master's peak above what it has idle, in MB."""
-    with subject.serving(Job()) as server:
-        load.run(server.path, 1, 5)  # warm, with small ones
-        peak.reset(server.pid)
-        before = server.rss()
-        result = load.run(server.path, 1, messages, content=[packets])
-        return result.percentile(0.5), (peak.of(server.pid) - before) / _MB
+def ask(
+    report: Report, megabytes: float, loads: Sequence[int], seconds: float, rounds: int
+) -> None:
+    """Measures ours and pymilter under each number of connections."""
+    size = int(megabytes * _MB)
+    subjects = [OURS_COUNTING, *installed([PYMILTER_COUNTING], report.say)]
+    with all_serving(subjects, Job()) as servers:
+        idle = {}
+        for name, server in servers.items():
+            drive(server, Load(1, messages=50))  # warm, with small ones
+            peak.reset(server.pid)
+            idle[name] = server.rss()
+        for connections in loads:
+            measure = partial(drive, wanted=Load(connections, seconds=seconds, body=size))
+            runs = alternating(servers, rounds, measure)
+            peaks = {n: (peak.of(server.pid) - idle[n]) / _MB for n, server in servers.items()}
+            rows = [
+                {
+                    "milter": name,
+                    "MB/s": rates(several).middle * megabytes,
+                    "p50 ms": _MS * median(each.p50 for each in several),
+                    "master ms/MB": _MS * median(each.master_cpu for each in several) / megabytes,
+                    "workers ms/MB": _MS * median(each.workers_cpu for each in several) / megabytes,
+                    "master's peak MB": peaks[name],
+                }
+                for name, several in runs.items()
+            ]
+            where = f"messages of {megabytes:g} MB, {connections} connections"
+            report.table(where, rows)
+            ours, *peer = runs.values()
+            if peer and connections in SPEED_AT_LEAST:
+                what = f"rate, ours / pymilter, {where}"
+                goal = SPEED_AT_LEAST[connections]
+                report.target(Target.of(what, rates(ours) / rates(peer[0]), goal, at_least=True))
+    most = PEAK_AT_MOST * megabytes * max(loads)
+    what = f"peak of the master above idle, {megabytes:g} MB, {max(loads)} connections"
+    report.target(Target(what, peaks[OURS_COUNTING.name], most, "MB"))
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--megabytes", type=float, default=25.0)
-    parser.add_argument("--messages", type=int, default=8, help="of each round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     report = Report(__doc__)
-    size = int(options.megabytes * _MB)
-    packets = transaction(generated(body=size))
-    subjects = installed([PYMILTER], report.say)
-    measured = in_turn(
-        subjects, options.rounds, lambda subject: measure(subject, packets, options.messages)
-    )
-    rows: list[Row] = [
-        {
-            "milter": name,
-            "MB/s": size / _MB / median(seconds for seconds, _ in rounds),
-            "p50 ms": 1000 * median(seconds for seconds, _ in rounds),
-            "master's peak MB": max(peak for _, peak in rounds),
-        }
-        for name, rounds in measured.items()
-    ]
-    report.table(f"messages of {options.megabytes:g} MB", rows)
-    if len(rows) > 1:
-        ratio = rows[0]["MB/s"] / rows[1]["MB/s"]
-        report.target(Target("MB/s, ours / pymilter's", ratio, SPEED_AT_LEAST, at_least=True))
-    peak = rows[0]["master's peak MB"]
-    most = PEAK_AT_MOST * options.megabytes
-    report.target(Target("peak of the master above idle", peak, most, "MB"))
+    ask(report, options.megabytes, options.connections, options.seconds, options.rounds)
     report.save(options.json)
 
 

@@ -1,6 +1,6 @@
 """How long does one mail take that is alone, and how long with pymilter?
 
-    python -m bench.latency [--seconds 3] [--rounds 3] [--json FILE]
+    python -m bench.latency [--seconds 2] [--rounds 5] [--json FILE]
 
 One connection on a UNIX socket, a cheap scan, all in turn: ours, ours in the master, and what bare
 Twisted and AMP take, which is the least that a master with workers can.
@@ -8,44 +8,40 @@ Twisted and AMP take, which is the least that a master with workers can.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-from bench.report import Report, Target, arguments, figures, pooled
-from bench.subjects import BOUNDS, OURS, PYMILTER, Job, Subject, in_turn, installed
-from sharded_milter.testing import load
+from bench.client import Load, drive
+from bench.report import Report, Target, arguments, figures, p50_ms
+from bench.rounds import alternating
+from bench.subjects import BOUNDS, OURS, PYMILTER, Job, Subject, all_serving, installed
 
 # A job crosses to a worker and back: two more wake-ups of a process than pymilter has. In ms.
-MORE_AT_MOST = 0.15
+MORE_AT_MOST = 0.06
+
+
+def ask(report: Report, peers: Sequence[Subject], seconds: float, rounds: int) -> None:
+    """Measures ours and these, one message at a time."""
+    subjects = [OURS, *installed(peers, report.say)]
+    with all_serving(subjects, Job()) as servers:
+        for server in servers.values():
+            drive(server, Load(1, seconds=seconds / 2))  # warm
+        runs = alternating(servers, rounds, partial(drive, wanted=Load(1, seconds=seconds)))
+    rows = [{"milter": name, **figures(several)} for name, several in runs.items()]
+    report.table("one connection", rows)
+    if PYMILTER.name in runs:
+        more = p50_ms(runs[OURS.name]) - p50_ms(runs[PYMILTER.name])
+        report.target(Target.of("p50 alone, above pymilter's", more, MORE_AT_MOST, "ms"))
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     report = Report(__doc__)
-
-    def measure(subject: Subject) -> load.Result:
-        with subject.serving(Job()) as server:
-            load.run_for(server.path, 1, options.seconds / 3)  # warm
-            return load.run_for(server.path, 1, options.seconds)
-
-    subjects = installed([*BOUNDS, PYMILTER], report.say)
-    results = in_turn(subjects, options.rounds, measure)
-    medians = report_medians(report, "one connection", results)
-    if PYMILTER.name in medians:
-        more = medians[OURS.name] - medians[PYMILTER.name]
-        report.target(Target("p50 above pymilter's", more, MORE_AT_MOST, "ms"))
+    ask(report, [*BOUNDS, PYMILTER], options.seconds, options.rounds)
     report.save(options.json)
-
-
-def report_medians(
-    report: Report, title: str, results: Mapping[str, Sequence[load.Result]]
-) -> dict[str, float]:
-    """A table, and the median latencies in ms by the milter's name."""
-    whole = {name: pooled(several) for name, several in results.items()}
-    report.table(title, [{"milter": name, **figures(result)} for name, result in whole.items()])
-    return {name: 1000 * result.percentile(0.5) for name, result in whole.items()}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ acknowledged, which a receiver may put off for 40 ms. Beside ours stands libmilt
 
 from __future__ import annotations
 
-from bench.latency import report_medians
-from bench.report import Report, Target, arguments
-from bench.subjects import LIBMILTER, Job, Subject, in_turn, installed
-from sharded_milter.testing import load
+from bench.client import Load, Run, drive
+from bench.report import Report, Target, arguments, figures, p50_ms
+from bench.rounds import alternating
+from bench.server import Server
+from bench.subjects import LIBMILTER, OURS, Job, all_serving, installed
 
 # One delayed acknowledgement is 40 ms; libmilter waits for two.
 AT_MOST_MS = 5.0
@@ -24,15 +25,17 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(__doc__)
 
-    def measure(subject: Subject) -> load.Result:
-        with subject.serving(Job(), tcp=True) as server:
-            load.run(server.path, 1, 10)  # warm
-            return load.run(server.path, 1, options.messages, glued=False)
+    def measure(server: Server) -> Run:
+        return drive(server, Load(1, messages=options.messages, separate=True))
 
-    subjects = installed([LIBMILTER], report.say)
-    results = in_turn(subjects, options.rounds, measure)
-    medians = report_medians(report, "one connection over TCP, one write a packet", results)
-    report.target(Target("p50", next(iter(medians.values())), AT_MOST_MS, "ms"))
+    subjects = [OURS, *installed([LIBMILTER], report.say)]
+    with all_serving(subjects, Job(), tcp=True) as servers:
+        for server in servers.values():
+            drive(server, Load(1, messages=10))  # warm
+        runs = alternating(servers, options.rounds, measure)
+    rows = [{"milter": name, **figures(several)} for name, several in runs.items()]
+    report.table("one connection over TCP, one write a packet", rows)
+    report.target(Target.of("p50", p50_ms(runs[OURS.name]), AT_MOST_MS, "ms"))
     report.save(options.json)
 
 

@@ -1,6 +1,6 @@
 """How do we compare with every other way to run a milter, under the same load in the same run?
 
-    python -m bench.peers [--connections 1 8 32] [--ms 0] [--seconds 2] [--rounds 3] [--tcp]
+    python -m bench.peers [--connections 1 8 32] [--ms 0] [--seconds 2] [--rounds 5] [--tcp]
                           [--only NAME ...] [--json FILE] [--svg DIR]
 
 A peer that is not installed is skipped by name. `--svg` draws throughput against workers and
@@ -13,14 +13,25 @@ Twisted master with AMP workers costs (`milters/amp_floor.py`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 from bench import curves
-from bench.report import Report, Row, Target, arguments, figures, machine, pooled
+from bench.client import Load, Run, drive
+from bench.report import (
+    Report,
+    Row,
+    Target,
+    arguments,
+    costs,
+    figures,
+    machine,
+    master_us,
+    rates,
+)
+from bench.rounds import alternating
 from bench.server import cores
 from bench.subjects import (
     BOUNDS,
@@ -31,16 +42,12 @@ from bench.subjects import (
     PYMILTER,
     Job,
     Subject,
-    in_turn,
+    all_serving,
     installed,
 )
-from sharded_milter.sizing import processes
-from sharded_milter.testing import load
 
-# Before each measurement: interpreters warm up, thread stacks and buffers grow.
+# Before the first measurement: interpreters warm up, thread stacks and buffers grow.
 WARM_SECONDS = 0.5
-
-_MICRO = 1e6
 
 
 @dataclass(frozen=True)
@@ -66,45 +73,60 @@ GOALS = (
     Goal(3.0, LIBMILTER, 8, ours=IN_MASTER),
 )
 
+# Of the master's CPU, for a cheap message at MASTER_CONNECTIONS.
+MASTER_US_AT_MOST = 90.0
+MASTER_CONNECTIONS = 8
 
-@dataclass(frozen=True)
-class Measured:
-    """One run."""
-
-    load: load.Result
-    cpu: processes.Cpu
+# What each milter has measured, by its name.
+Runs = Mapping[str, Sequence[Run]]
 
 
-def measure(
-    job: Job, loads: Sequence[int], seconds: float, tcp: bool, subject: Subject
-) -> dict[int, Measured]:
-    """One server, one run for each number of connections."""
-    results = {}
-    with subject.serving(job, tcp=tcp) as server:
+def rows(subjects: Sequence[Subject], runs: Runs) -> list[Row]:
+    """A line of the table for each: medians of the rounds, and of the ratios of each round."""
+    return [
+        {
+            "milter": subject.name + (" (TCP)" if subject.tcp_only else ""),
+            "ours/it": (ratio := rates(runs[OURS.name]) / rates(runs[subject.name])).middle,
+            "rounds": ratio.spread,
+            **figures(runs[subject.name]),
+            **costs(runs[subject.name]),
+        }
+        for subject in subjects
+    ]
+
+
+def compare(report: Report, ms: float, connections: int, runs: Runs) -> None:
+    """Says of the goals that these runs tell about whether they are met."""
+    if (ms, connections) == (0.0, MASTER_CONNECTIONS):
+        what = f"master's CPU of a cheap message, {connections} connections"
+        report.target(Target.of(what, master_us(runs[OURS.name]), MASTER_US_AT_MOST, "µs"))
+    for goal in GOALS:
+        measured = goal.ours.name in runs and goal.peer.name in runs
+        if measured and (goal.ms, goal.connections) == (ms, connections):
+            ratio = rates(runs[goal.ours.name]) / rates(runs[goal.peer.name])
+            report.target(Target.of(str(goal), ratio, goal.times, at_least=True))
+
+
+def ask(
+    report: Report,
+    peers: Sequence[Subject],
+    job: Job,
+    loads: Sequence[int],
+    seconds: float,
+    rounds: int,
+    tcp: bool = False,
+) -> None:
+    """Measures ours and these under each number of connections."""
+    subjects = [OURS, *installed(peers, report.say)]
+    with all_serving(subjects, job, tcp=tcp) as servers:
         for connections in loads:
-            load.run_for(server.path, connections, WARM_SECONDS)
-            before = processes.cpu(server.pid)
-            result = load.run_for(server.path, connections, seconds)
-            results[connections] = Measured(result, processes.cpu(server.pid) - before)
-    return results
-
-
-def row(subject: Subject, rounds: Sequence[Measured], ours: Sequence[Measured]) -> Row:
-    """A line of the table: rates and CPU time of the round in the middle, all latencies."""
-
-    def middle(figure: Callable[[Measured], float]) -> float:
-        return median(map(figure, rounds))
-
-    rate = middle(lambda each: each.load.rate)
-    return {
-        "milter": subject.name + (" (TCP)" if subject.tcp_only else ""),
-        "ours/it": median(each.load.rate for each in ours) / rate,
-        **figures(pooled([each.load for each in rounds])),
-        "mails/s": rate,
-        "client µs": middle(lambda each: _MICRO * each.load.client_cpu / each.load.messages),
-        "master µs": middle(lambda each: _MICRO * each.cpu.master / each.load.messages),
-        "workers µs": middle(lambda each: _MICRO * each.cpu.workers / each.load.messages),
-    }
+            for server in servers.values():
+                drive(server, Load(connections, seconds=WARM_SECONDS))
+            measure = partial(drive, wanted=Load(connections, seconds=seconds))
+            runs = alternating(servers, rounds, measure)
+            title = f"{connections} connections, scan of {job.ms:g} ms CPU, {job.workers} workers"
+            report.table(title, rows(subjects, runs))
+            compare(report, job.ms, connections, runs)
 
 
 def _options() -> argparse.Namespace:
@@ -113,21 +135,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ms", type=float, nargs="+", default=[0.0], help="CPU time of a scan")
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tcp", action="store_true", help="loopback instead of a UNIX socket")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these peers")
     parser.add_argument("--svg", type=Path, metavar="DIR", help="draw there")
     return parser.parse_args()
-
-
-def compare(report: Report, ms: float, connections: int, rows: Sequence[Row]) -> None:
-    """Says of the goals that these rows tell about whether they are met."""
-    rates = {row["milter"]: row["mails/s"] for row in rows}
-    for goal in GOALS:
-        measured = goal.ours.name in rates and goal.peer.name in rates
-        if measured and (goal.ms, goal.connections) == (ms, connections):
-            ratio = rates[goal.ours.name] / rates[goal.peer.name]
-            report.target(Target(str(goal), ratio, goal.times, at_least=True))
 
 
 def main() -> None:
@@ -135,25 +147,12 @@ def main() -> None:
     report = Report(__doc__)
     others = (*BOUNDS, *PEERS)
     peers = [peer for peer in others if not options.only or peer.name in options.only]
-    subjects = installed(peers, report.say)
     for ms in options.ms:
         job = Job(ms, options.workers)
-        measured = in_turn(
-            subjects,
-            options.rounds,
-            partial(measure, job, options.connections, options.seconds, options.tcp),
-        )
-        for connections in options.connections:
-            title = f"{connections} connections, scan of {ms:g} ms CPU, {options.workers} workers"
-            rounds = {
-                name: [each[connections] for each in several] for name, several in measured.items()
-            }
-            rows = [row(s, rounds[s.name], rounds[OURS.name]) for s in subjects]
-            report.table(title, rows)
-            compare(report, ms, connections, rows)
+        ask(report, peers, job, options.connections, options.seconds, options.rounds, options.tcp)
     if options.svg is not None:
         where = "{cores} cores, Python {python}".format(**machine())
-        drawn = [subject for subject in subjects if subject not in BOUNDS]
+        drawn = [OURS, *(peer for peer in peers if peer not in BOUNDS and peer.available())]
         curves.draw(options.svg, drawn, options.seconds, where)
     report.save(options.json)
 

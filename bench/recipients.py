@@ -1,17 +1,16 @@
 """What does a mail with many recipients cost when each of them is asked about?
 
-    python -m bench.recipients [--counts 250 500 1000] [--repeat 5] [--json FILE]
+    python -m bench.recipients [--counts 250 500 1000] [--messages 5] [--rounds 5] [--json FILE]
 
-A light callback at RCPT, one connection on a UNIX socket; only the envelope is sent.
+A light callback at RCPT, one connection on a UNIX socket; the milter wants neither header nor body.
 """
 
 from __future__ import annotations
 
-from bench.report import Report, Row, Target, arguments
+from bench.client import Load, Run, drive
+from bench.report import Report, Target, arguments, p50_ms
+from bench.rounds import Rounds, alternating
 from bench.server import serving
-from sharded_milter.protocol.packets import Packet
-from sharded_milter.testing import load
-from sharded_milter.testing.dialogue import Mail, envelope
 
 MILTER = """
 from sharded_milter import Address, Envelope, Milter, Reject
@@ -28,28 +27,30 @@ def known(recipient: Address, envelope: Envelope) -> Reject | None:
 GROWTH_AT_MOST = 1.125
 
 
-def to(recipients: int) -> list[Packet]:
-    """An envelope with so many."""
-    return envelope(Mail(b"", recipients=[f"b{n}@example.com" for n in range(recipients)]))
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[250, 500, 1000])
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--messages", type=int, default=5, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     report = Report(__doc__)
-    rows: list[Row] = []
+
+    def measure(recipients: int) -> Run:
+        return drive(server, Load(1, messages=options.messages, recipients=recipients))
+
     with serving(MILTER, "--workers", "2", "--log-level", "warn") as server:
-        load.run(server.path, 1, 20, content=[to(50)])  # warm
-        for count in options.counts:
-            result = load.run(server.path, 1, options.repeat, content=[to(count)])
-            ms = 1000 * result.percentile(0.5)
-            rows.append({"recipients": count, "ms": ms, "ms each": ms / count})
+        drive(server, Load(1, messages=20, recipients=50))  # warm
+        runs = alternating({str(count): count for count in options.counts}, options.rounds, measure)
+    times = {name: p50_ms(several) for name, several in runs.items()}
+    each = {name: Rounds([ms / int(name) for ms in times[name].values]) for name in times}
+    rows = [
+        {"recipients": name, "ms": times[name].middle, "ms each": each[name].middle}
+        for name in times
+    ]
     report.table("all recipients of one envelope", rows)
-    growth = rows[-1]["ms each"] / rows[0]["ms each"]
-    what = f"time for each of {options.counts[-1]} / of {options.counts[0]}"
-    report.target(Target(what, growth, GROWTH_AT_MOST))
+    few, *_, many = each
+    what = f"time for each of {many} / of {few}"
+    report.target(Target.of(what, each[many] / each[few], GROWTH_AT_MOST))
     report.save(options.json)
 
 

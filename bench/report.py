@@ -8,20 +8,24 @@ import os
 import platform
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 
+from bench.client import Result, Run
+from bench.rounds import Rounds
 from bench.server import cores
 from sharded_milter.sizing import tables
-from sharded_milter.testing.load import Result
 
 # Of what is not a terminal: the widest table of any bench.
 WIDTH = 150
+
+_MS = 1e3
+_MICRO = 1e6
 
 Row = tables.Row
 
@@ -55,50 +59,91 @@ def _commit() -> str:
         return ""
 
 
-def figures(result: Result) -> Row:
-    """The columns of a run that most benches have."""
+def figures(rounds: Sequence[Result]) -> Row:
+    """The columns of a side that most benches have: the medians of its rounds."""
     return {
-        "mails/s": result.rate,
-        "p50 ms": 1000 * result.percentile(0.5),
-        "p99 ms": 1000 * result.percentile(0.99),
-        "client": f"{result.client_cpu / result.seconds:.0%}",
-        "verdicts": " ".join(sorted(result.verdicts)),
+        "mails/s": median(each.rate for each in rounds),
+        "p50 ms": _MS * median(each.p50 for each in rounds),
+        "p99 ms": _MS * median(each.p99 for each in rounds),
+        "client": f"{median(each.client_cpu / each.seconds for each in rounds):.0%}",
+        "verdicts": " ".join(sorted({word for each in rounds for word in each.verdicts})),
     }
 
 
-def pooled(results: Sequence[Result]) -> Result:
-    """Several runs of the same as one."""
-    verdicts: Counter[str] = Counter()
-    for result in results:
-        verdicts.update(result.verdicts)
-    return Result(
-        sum(result.seconds for result in results),
-        [latency for result in results for latency in result.latencies],
-        dict(verdicts),
-        sum(result.client_cpu for result in results),
-    )
+def costs(rounds: Sequence[Run]) -> Row:
+    """Columns of CPU time for a message: the medians of the rounds."""
+    return {
+        "client µs": _MICRO * median(each.client_cpu / each.messages for each in rounds),
+        "master µs": _MICRO * median(each.master_cpu for each in rounds),
+        "workers µs": _MICRO * median(each.workers_cpu for each in rounds),
+    }
+
+
+def rates(rounds: Sequence[Result]) -> Rounds:
+    """Messages a second."""
+    return Rounds([each.rate for each in rounds])
+
+
+def p50_ms(rounds: Sequence[Result]) -> Rounds:
+    """Median latencies in ms."""
+    return Rounds([_MS * each.p50 for each in rounds])
+
+
+def master_us(rounds: Sequence[Run]) -> Rounds:
+    """Microseconds of the master's CPU for a message."""
+    return Rounds([_MICRO * each.master_cpu for each in rounds])
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure and what it should be."""
+    """A figure and what it should be: of one measurement, or the median of rounds."""
 
     what: str
     figure: float
     goal: float
     unit: str = ""
     at_least: bool = False
+    rounds: str = ""  # the least and the most
+
+    @classmethod
+    def of(
+        cls, what: str, rounds: Rounds, goal: float, unit: str = "", *, at_least: bool = False
+    ) -> Target:
+        """The median of the rounds."""
+        return cls(what, rounds.middle, goal, unit, at_least, rounds.spread)
 
     @property
     def met(self) -> bool:
         """Whether the figure is as good as it should be."""
         return self.figure >= self.goal if self.at_least else self.figure <= self.goal
 
+    @property
+    def _unit(self) -> str:
+        return f" {self.unit}" if self.unit else ""
+
+    @property
+    def _bound(self) -> str:
+        return f"{'at least' if self.at_least else 'at most'} {self.goal:g}{self._unit}"
+
+    @property
+    def _word(self) -> str:
+        return "met" if self.met else "missed"
+
+    def row(self) -> Row:
+        """A line of the table of all targets."""
+        now = f"{self.figure:.3g}{self._unit}"
+        return {
+            "figure": self.what,
+            "now": now,
+            "rounds": self.rounds,
+            "target": self._bound,
+            "": self._word,
+        }
+
     def __str__(self) -> str:
-        bound = "at least" if self.at_least else "at most"
-        unit = f" {self.unit}" if self.unit else ""
-        word = "met" if self.met else "missed"
-        return f"{self.what}: {self.figure:.3g}{unit} (target: {bound} {self.goal:g}{unit}): {word}"
+        rounds = f" (rounds {self.rounds})" if self.rounds else ""
+        now = f"{self.figure:.3g}{self._unit}{rounds}"
+        return f"{self.what}: {now} (target: {self._bound}): {self._word}"
 
 
 class Report:
@@ -129,6 +174,10 @@ class Report:
         """Prints a figure beside its target."""
         self._targets.append(target)
         self.say(str(target))
+
+    def summary(self) -> None:
+        """Prints all targets so far as a table."""
+        self._console.print(tables.table("targets", [target.row() for target in self._targets]))
 
     def save(self, path: Path | None) -> None:
         """Writes machine, tables and targets as JSON, if there is a path."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Mapping
 from statistics import median
 
-from bench.report import Report, Row, Target, arguments, figures, pooled
+from bench.client import Load, Run, drive
+from bench.report import Report, Target, arguments, costs, figures, rates
+from bench.rounds import alternating
 from bench.server import ADDS_A_HEADER, Server, serving
-from sharded_milter.testing import load
-from sharded_milter.testing.dialogue import transaction
-from sharded_milter.testing.generated import generated
 
 MODES = ("off", "on")
 
@@ -50,26 +51,20 @@ def start(mode: str) -> float:
     return float(run.stdout)
 
 
-def measure(servers: dict[str, Server], rounds: int, seconds: float, size: int) -> list[Row]:
-    """The rates of both servers, a round of one and then of the other."""
-    content = [transaction(generated(number, body=size)) for number in range(CONNECTIONS)]
-    results: dict[str, list[load.Result]] = {mode: [] for mode in MODES}
+def measure(report: Report, servers: Mapping[str, Server], size: int, options: Namespace) -> None:
+    """The rates of both servers under messages of that size."""
     for server in servers.values():
-        load.run_for(server.path, CONNECTIONS, 1.0, content)  # warm
-    for number in range(rounds):
-        for mode in MODES if number % 2 else reversed(MODES):
-            path = servers[mode].path
-            results[mode].append(load.run_for(path, CONNECTIONS, seconds, content))
-    rates = {mode: median(result.rate for result in found) for mode, found in results.items()}
-    return [
-        {
-            "sandbox": mode,
-            "bytes": size,
-            "of off": rates[mode] / rates["off"],
-            **figures(pooled(results[mode])),
-        }
-        for mode in MODES
-    ]
+        drive(server, Load(CONNECTIONS, seconds=1.0, body=size))  # warm
+
+    def load(server: Server) -> Run:
+        return drive(server, Load(CONNECTIONS, seconds=options.seconds, body=size))
+
+    runs = alternating(servers, options.rounds, load)
+    ratio = rates(runs["on"]) / rates(runs["off"])
+    rows = [{"sandbox": mode, **figures(runs[mode]), **costs(runs[mode])} for mode in MODES]
+    report.table(f"messages of {size:,} bytes", rows)
+    what = f"share of the rate without a sandbox, messages of {size:,} bytes"
+    report.target(Target.of(what, ratio, RATE_AT_LEAST, at_least=True))
 
 
 def main() -> None:
@@ -89,17 +84,9 @@ def main() -> None:
         serving(milter, *common, "--sandbox", "on") as sandboxed,
     ):
         servers = dict(zip(MODES, (without, sandboxed), strict=True))
-        rows = [
-            row
-            for size in (10_000, 1_000_000)
-            for row in measure(servers, options.rounds, options.seconds, size)
-        ]
-    report.table("messages", rows)
-    report.target(Target("entering the sandbox", entering, START_AT_MOST_MS, "ms"))
-    for row in rows:
-        if row["sandbox"] == "on":
-            what = f"share of the rate without a sandbox, messages of {row['bytes']} bytes"
-            report.target(Target(what, float(row["of off"]), RATE_AT_LEAST, at_least=True))
+        report.target(Target("entering the sandbox", entering, START_AT_MOST_MS, "ms"))
+        for size in (10_000, 1_000_000):
+            measure(report, servers, size, options)
     report.save(options.json)
 
 

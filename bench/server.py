@@ -33,6 +33,17 @@ def scan(message: Message) -> Verdict:
     return Accept(AddHeader("X-Bench", "1"))
 """
 
+# A milter that looks at each body, and does no more than to count its bytes.
+COUNTS = """
+from sharded_milter import Accept, AddHeader, Message, Milter, Verdict
+
+milter = Milter("counts")
+
+@milter.eom
+def scan(message: Message) -> Verdict:
+    return Accept(AddHeader("X-Bench", str(len(message.body))))
+"""
+
 # Interpreters and their imports on a busy machine.
 START_TIMEOUT = 30.0
 
@@ -79,14 +90,17 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    command: Callable[[Path, str], Sequence[str]], *, tcp: bool = False
+    command: Callable[[Path, str], Sequence[str]], *, tcp: bool = False, public: bool = False
 ) -> Iterator[Server]:
     """Runs what `command` makes of a directory and an address until the block ends.
 
-    The address is spelled as libmilter does. It is serving when the block begins.
+    The address is spelled as libmilter does. It is serving when the block begins. Other users,
+    such as Postfix's, reach a UNIX socket only if it is `public`.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
+        if public:
+            folder.chmod(0o755)
         port = free_port() if tcp else 0
         listen, address = (
             (f"inet:{port}@127.0.0.1", f"127.0.0.1:{port}")
@@ -101,6 +115,7 @@ def running(
                 stderr=output,
                 cwd=folder,
                 start_new_session=True,
+                umask=0 if public else -1,
             )
         started = Server(address, process, log)
         try:

@@ -7,9 +7,9 @@ Twice as many connections as workers; the limit is workers / that time.
 
 from __future__ import annotations
 
-from bench.report import Report, Target, arguments, figures
+from bench.client import Load, drive
+from bench.report import Report, Target, arguments, costs, figures
 from bench.server import serving
-from sharded_milter.testing import load
 
 MILTER = """
 import time
@@ -38,11 +38,11 @@ def main() -> None:
     connections = 2 * options.workers
     with serving(MILTER.format(ms=options.ms), *arguments_) as server:
         server.settle()
-        load.run_for(server.path, connections, 1.0)  # warm
-        result = load.run_for(server.path, connections, options.seconds)
+        drive(server, Load(connections, seconds=1.0))  # warm
+        result = drive(server, Load(connections, seconds=options.seconds))
     limit = options.workers / (options.ms / 1000)
     title = f"{options.workers} workers that sleep {options.ms:g} ms, {connections} connections"
-    report.table(title, [{"limit/s": limit, **figures(result)}])
+    report.table(title, [{"limit/s": limit, **figures([result]), **costs([result])}])
     report.target(Target("share of the limit", result.rate / limit, AT_LEAST, at_least=True))
     report.save(options.json)
 

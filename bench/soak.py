@@ -11,8 +11,8 @@ import argparse
 import platform
 import time
 
+from bench.client import Load, drive
 from bench.server import Server, cores, serving
-from sharded_milter.testing import load
 
 MILTER = """
 from sharded_milter import Accept, AddHeader, Milter
@@ -46,9 +46,9 @@ def main() -> None:
     tenth = options.messages // 10
     arguments = ["--workers", str(options.workers), "--max-messages", str(options.max_messages)]
     with serving(MILTER, *arguments, "--log-level", "warn") as server:
-        first = load.run(server.path, options.connections, tenth)
+        first = drive(server, Load(options.connections, messages=tenth))
         memory, descriptors = settled(server, options.workers)
-        rest = load.run(server.path, options.connections, options.messages - tenth)
+        rest = drive(server, Load(options.connections, messages=options.messages - tenth))
         memory_after, descriptors_after = settled(server, options.workers)
     print(f"Python {platform.python_version()}, {cores()} cores, {options.workers} workers,")
     print(f"each replaced after {options.max_messages} messages and more")
@@ -56,9 +56,7 @@ def main() -> None:
     total = first.messages + rest.messages
     print(f"after {total} messages: {memory_after:.1f} MB, {descriptors_after} descriptors")
     print(f"growth {memory_after - memory:+.2f} MB; {rest.rate:.0f} messages/s; {rest.verdicts}")
-    print(
-        f"latency p50 {1000 * rest.percentile(0.5):.2f} ms, p99 {1000 * rest.percentile(0.99):.2f}"
-    )
+    print(f"latency p50 {1000 * rest.p50:.2f} ms, p99 {1000 * rest.p99:.2f}")
 
 
 if __name__ == "__main__":

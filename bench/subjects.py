@@ -12,19 +12,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
-from bench.server import ADDS_A_HEADER, Server, running
+from bench.server import ADDS_A_HEADER, COUNTS, Server, running
 
 MILTERS = Path(__file__).parent / "milters"
 
 # The Python that Debian's packages are for.
 SYSTEM_PYTHON = "/usr/bin/python3"
+
+# Ours if pymilter is there, so that both sides run under the same; else the one that Debian has it
+# for.
+PYMILTERS_PYTHON = sys.executable if find_spec("Milter") else SYSTEM_PYTHON
 
 # Where Debian puts the sources of Go libraries; they are built without modules.
 GO_PATH = Path("/usr/share/gocode")
@@ -57,13 +60,13 @@ class Subject:
     has_workers: bool = False  # processes beside the one that the MTA talks to
 
     @contextmanager
-    def serving(self, job: Job, *, tcp: bool = False) -> Iterator[Server]:
+    def serving(self, job: Job, *, tcp: bool = False, public: bool = False) -> Iterator[Server]:
         """Runs it until the block ends."""
 
         def command(folder: Path, listen: str) -> Sequence[str]:
             return self.command(folder, listen, job)
 
-        with running(command, tcp=tcp or self.tcp_only) as server:
+        with running(command, tcp=tcp or self.tcp_only, public=public) as server:
             server.settle()
             yield server
 
@@ -72,12 +75,23 @@ def _ours(folder: Path, listen: str, job: Job) -> list[str]:
     return [*_daemon(listen), "--workers", str(job.workers), _milter(folder, job)]
 
 
+def _ours_counting(folder: Path, listen: str, job: Job) -> list[str]:
+    milter = folder / "bench_milter.py"
+    milter.write_text(COUNTS)
+    return [*_daemon(listen), "--workers", str(job.workers), f"{milter}:milter"]
+
+
+def _ours_with_a_script(folder: Path, listen: str, job: Job) -> list[str]:
+    script = ["--pymilter", str(MILTERS / "pymilter_peer.py"), "--", listen, str(job.ms)]
+    return [*_daemon(listen), "--allow-root", "--workers", str(job.workers), *script]
+
+
 def _in_master(folder: Path, listen: str, job: Job) -> list[str]:
     return [*_daemon(listen), "--in-master", _milter(folder, job)]
 
 
 def _daemon(listen: str) -> list[str]:
-    arguments = ["--log-level", "warn", "--listen", listen]
+    arguments = ["--log-level", "warn", "--listen", listen, "--socket-mode", "666"]
     return [sys.executable, "-m", "sharded_milter", *arguments]
 
 
@@ -138,13 +152,9 @@ def _mimedefang(folder: Path, listen: str, job: Job) -> list[str]:
     return ["sh", "-c", script]
 
 
-def _system_python_has(module: str) -> bool:
-    if not Path(SYSTEM_PYTHON).exists():
-        return False
-    return (
-        subprocess.run([SYSTEM_PYTHON, "-c", f"import {module}"], capture_output=True).returncode
-        == 0
-    )
+def _has_pymilter(python: str) -> bool:
+    command = [python, "-c", "import Milter"]
+    return Path(python).exists() and not subprocess.run(command, capture_output=True).returncode
 
 
 def _can_build(*needed: str) -> bool:
@@ -159,9 +169,25 @@ BOUNDS = (IN_MASTER, FLOOR)
 
 PYMILTER = Subject(
     "pymilter",
-    "apt-get install python3-milter",
-    partial(_system_python_has, "Milter"),
-    partial(_script, SYSTEM_PYTHON, "pymilter_peer.py"),
+    "pip install pymilter, or apt-get install python3-milter",
+    partial(_has_pymilter, PYMILTERS_PYTHON),
+    partial(_script, PYMILTERS_PYTHON, "pymilter_peer.py"),
+)
+# The same script with our workers, which need it for the Python that runs us.
+WITH_A_SCRIPT = Subject(
+    "ours, --pymilter",
+    "pip install pymilter",
+    partial(_has_pymilter, sys.executable),
+    _ours_with_a_script,
+    has_workers=True,
+)
+# Milters that only count the bytes of a body.
+OURS_COUNTING = Subject("sharded-milter", "", lambda: True, _ours_counting, has_workers=True)
+PYMILTER_COUNTING = Subject(
+    "pymilter",
+    PYMILTER.install,
+    PYMILTER.available,
+    partial(_script, PYMILTERS_PYTHON, "pymilter_counts.py"),
 )
 LIBMILTER = Subject(
     "libmilter (C)",
@@ -197,22 +223,20 @@ PEERS = (
 
 
 def installed(peers: Sequence[Subject], say: Callable[[str], None]) -> list[Subject]:
-    """Ours, and those of the peers that can run; `say` hears which cannot, and what they need."""
+    """Those of the peers that can run; `say` hears which cannot, and what they need."""
     for peer in peers:
         if not peer.available():
             say(f"skipped: {peer.name} ({peer.install})")
-    return [OURS, *(peer for peer in peers if peer.available())]
+    return [peer for peer in peers if peer.available()]
 
 
-T = TypeVar("T")
-
-
-def in_turn(
-    subjects: Sequence[Subject], rounds: int, measure: Callable[[Subject], T]
-) -> dict[str, list[T]]:
-    """What each round has measured, by name; in turn, so that a busy minute hits all of them."""
-    results: dict[str, list[T]] = {subject.name: [] for subject in subjects}
-    for _ in range(rounds):
-        for subject in subjects:
-            results[subject.name].append(measure(subject))
-    return results
+@contextmanager
+def all_serving(
+    subjects: Sequence[Subject], job: Job, *, tcp: bool = False, public: bool = False
+) -> Iterator[dict[str, Server]]:
+    """Runs them at the same time until the block ends; those that get no load cost next to none."""
+    with ExitStack() as stack:
+        yield {
+            subject.name: stack.enter_context(subject.serving(job, tcp=tcp, public=public))
+            for subject in subjects
+        }

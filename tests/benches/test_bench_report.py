@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from bench import peak
-from bench.report import Report, Target, arguments, figures, pooled
-from bench.server import ADDS_A_HEADER, serving
+from bench.report import Report, Target, arguments, costs, figures
+from bench.rounds import Rounds
 from bench.subjects import PEERS
-from sharded_milter.testing import load
+
+from .runs import run
 
 
 def test_a_target_says_whether_it_is_met() -> None:
@@ -53,19 +54,20 @@ def test_every_peer_says_how_to_install_it() -> None:
     assert len({peer.name for peer in PEERS}) == len(PEERS)
 
 
-def test_pooled_runs_are_one() -> None:
-    one = load.Result(1.0, [0.1, 0.2], {"accept": 2}, 0.5)
-    two = load.Result(3.0, [0.3], {"reject": 1}, 0.5)
-    both = pooled([one, two])
-    assert (both.messages, both.seconds, both.verdicts) == (3, 4.0, {"accept": 2, "reject": 1})
-    assert both.client_cpu == 1.0
-    assert figures(both) == {
-        "mails/s": 0.75, "p50 ms": 200, "p99 ms": 300, "client": "25%", "verdicts": "accept reject",
+def test_figures_are_the_medians_of_the_rounds() -> None:
+    rounds = [run(100, 30), run(400, 10), run(200, 20)]
+    assert figures(rounds) == {
+        "mails/s": 200.0, "p50 ms": 1.0, "p99 ms": 2.0, "client": "10%", "verdicts": "accept",
     }  # fmt: skip
+    assert costs(rounds)["master µs"] == pytest.approx(20)
 
 
-@pytest.mark.parametrize("tcp", [True, False])
-def test_the_real_server_answers(tcp: bool) -> None:
-    with serving(ADDS_A_HEADER.format(ms=0), "--workers", "1", tcp=tcp) as server:
-        assert load.run(server.path, 2, 4).verdicts == {"accept": 4}
-        assert load.run(server.path, 1, 1, glued=False).verdicts == {"accept": 1}
+def test_the_summary_has_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("?")
+    report.target(Target.of("ratio", Rounds([1.0, 2.5, 2.0]), 1.5, at_least=True))
+    report.target(Target("time", 12.34, 10, "ms"))
+    capsys.readouterr()
+    report.summary()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ratio", "2", "1", "to", "2.5", "at", "least", "1.5", "met"] in lines
+    assert ["time", "12.3", "ms", "at", "most", "10", "ms", "missed"] in lines

@@ -1,0 +1,48 @@
+"""Are we as fast as we want to be?
+
+    python -m bench.targets [--rounds 5] [--seconds 2] [--json FILE]
+
+Each question is that of a script here, with its load and its target, asked as that script asks it;
+at the end stands a table of all. It takes about seven minutes, and needs gcc and pymilter for all
+of the figures. What passes a real MTA is asked by `through_postfix.py`.
+"""
+
+from __future__ import annotations
+
+from bench import cpu_scans, large_message, latency, peers, pymilter_scaling, sessions
+from bench.report import Report, arguments
+from bench.server import cores
+from bench.subjects import PYMILTER, Job
+
+CONNECTIONS = 8
+MANY_CONNECTIONS = 32
+
+LARGE_MB = 25.0
+
+# Scans of that many ms are few in a second, and large messages too.
+LONGER = 1.5
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a cheap measurement")
+    options = parser.parse_args()
+    report = Report(__doc__)
+    seconds, rounds = options.seconds, options.rounds
+    longer = LONGER * seconds
+    loads = (CONNECTIONS, MANY_CONNECTIONS)
+    peers.ask(report, [PYMILTER], Job(workers=cores()), loads, seconds, rounds)
+    latency.ask(report, [PYMILTER], seconds, rounds)
+    for ms in cpu_scans.AT_LEAST:
+        cpu_scans.ask(report, ms, loads, cores(), longer, rounds)
+    large_message.ask(report, LARGE_MB, tuple(large_message.SPEED_AT_LEAST), longer, rounds)
+    sessions.ask(report, CONNECTIONS, seconds, rounds)
+    for ms in pymilter_scaling.TIMES_AT_LEAST:
+        pymilter_scaling.ask(report, ms, CONNECTIONS, longer, rounds)
+    report.summary()
+    report.save(options.json)
+
+
+if __name__ == "__main__":
+    main()
