@@ -50,7 +50,7 @@ def main() -> None:
     for row in rows[1:]:
         what = f"latency with {row['workers']} workers, of the least that is possible"
         report.target(Target(what, row["of least"], AT_MOST))
-    report.save(options.json)
+    report.save(options)
 
 
 def measure(milters: int, ms: float, workers: int, rounds: int) -> Row:

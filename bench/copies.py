@@ -173,7 +173,7 @@ def main() -> None:
     found = dict(zip((MASTER, WORKERS), by_part, strict=True))
     found |= {name: tuple(used for (used,) in rounds) for name, rounds in runs.items()}
     report.table(f"bodies of {options.megabytes:g} MB", [row(*each) for each in found.items()])
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

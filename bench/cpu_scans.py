@@ -93,7 +93,7 @@ def main() -> None:
     for ms in options.ms:
         loads, seconds = options.connections, options.seconds
         ask(report, ms, loads, options.workers, seconds, options.rounds)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(__doc__)
     ask(report, options.megabytes, options.connections, options.seconds, options.rounds)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

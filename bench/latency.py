@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(__doc__)
     ask(report, [*BOUNDS, PYMILTER], options.seconds, options.rounds)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

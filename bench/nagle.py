@@ -36,7 +36,7 @@ def main() -> None:
     rows = [{"milter": name, **figures(several)} for name, several in runs.items()]
     report.table("one connection over TCP, one write a packet", rows)
     report.target(Target.of("p50", p50_ms(runs[OURS.name]), AT_MOST_MS, "ms"))
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

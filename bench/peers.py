@@ -154,7 +154,7 @@ def main() -> None:
         where = "{cores} cores, Python {python}".format(**machine())
         drawn = [OURS, *(peer for peer in peers if peer not in BOUNDS and peer.available())]
         curves.draw(options.svg, drawn, options.seconds, where)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
     report = Report(__doc__)
     for ms in options.ms:
         ask(report, ms, options.connections, options.seconds, options.rounds)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
     few, *_, many = each
     what = f"time for each of {many} / of {few}"
     report.target(Target.of(what, each[many] / each[few], GROWTH_AT_MOST))
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="add a section for bench/README.md there"
+    )
     return parser
 
 
@@ -157,9 +161,12 @@ class Report:
         self._console = Console(
             width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False
         )
-        facts = ", ".join(f"{name} {value}" for name, value in self._machine.items() if value)
         self.say(self._question)
-        self.say(facts)
+        self.say(self._facts)
+
+    @property
+    def _facts(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._machine.items() if value)
 
     def say(self, line: str) -> None:
         """Prints a line, in one piece."""
@@ -179,15 +186,35 @@ class Report:
         """Prints all targets so far as a table."""
         self._console.print(tables.table("targets", [target.row() for target in self._targets]))
 
-    def save(self, path: Path | None) -> None:
-        """Writes machine, tables and targets as JSON, if there is a path."""
-        if path is None:
-            return
-        targets = [{**asdict(target), "met": target.met} for target in self._targets]
-        content = {
+    def save(self, options: argparse.Namespace) -> None:
+        """Writes machine, tables and targets to the files that are named."""
+        if options.json is not None:
+            options.json.write_text(json.dumps(self._content(), indent=2) + "\n")
+        if options.markdown is not None:
+            with options.markdown.open("a") as file:
+                file.write(self._section())
+
+    def _content(self) -> dict[str, Any]:
+        return {
             "question": self._question,
             "machine": self._machine,
             "tables": self._tables,
-            "targets": targets,
+            "targets": [{**asdict(target), "met": target.met} for target in self._targets],
         }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+
+    def _section(self) -> str:
+        """What was printed, in Markdown, under the name of the script."""
+        script = Path(sys.argv[0])
+        words = shlex.join(["python", "-m", f"bench.{script.stem}", *sys.argv[1:]])
+        parts = [f"### {script.name}", f"`{words}`: {self._facts}."]
+        for title, rows in self._tables.items():
+            parts += [f"{title}:", _markdown(rows)]
+        if self._targets:
+            parts.append(_markdown([target.row() for target in self._targets]))
+        return "".join(f"{part}\n\n" for part in parts)
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[tables.cell(value) for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -87,7 +87,7 @@ def main() -> None:
         report.target(Target("entering the sandbox", entering, START_AT_MOST_MS, "ms"))
         for size in (10_000, 1_000_000):
             measure(report, servers, size, options)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

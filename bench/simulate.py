@@ -267,7 +267,7 @@ def main() -> None:
     scenarios = [each for each in (QUICK if options.quick else SCENARIOS)
                  if options.only in each.name]  # fmt: skip
     compare(report, scenarios, options.seed)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

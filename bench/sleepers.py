@@ -44,7 +44,7 @@ def main() -> None:
     title = f"{options.workers} workers that sleep {options.ms:g} ms, {connections} connections"
     report.table(title, [{"limit/s": limit, **figures([result]), **costs([result])}])
     report.target(Target("share of the limit", result.rate / limit, AT_LEAST, at_least=True))
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

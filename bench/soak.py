@@ -1,18 +1,18 @@
 """Does the master grow while workers come and go?
 
     python -m bench.soak [--messages 200000] [--workers 2] [--max-messages 500] [--connections 8]
+                         [--json FILE]
 
 Prints the master's memory and descriptors after the first tenth of the messages and at the end.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import time
 
 from bench.client import Load, drive
-from bench.server import Server, cores, serving
+from bench.report import Report, Row, arguments, figures
+from bench.server import Server, serving
 
 MILTER = """
 from sharded_milter import Accept, AddHeader, Milter
@@ -37,26 +37,30 @@ def settled(server: Server, workers: int) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--messages", type=int, default=200_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-messages", type=int, default=500)
     parser.add_argument("--connections", type=int, default=8)
     options = parser.parse_args()
+    report = Report(__doc__)
     tenth = options.messages // 10
-    arguments = ["--workers", str(options.workers), "--max-messages", str(options.max_messages)]
-    with serving(MILTER, *arguments, "--log-level", "warn") as server:
-        first = drive(server, Load(options.connections, messages=tenth))
-        memory, descriptors = settled(server, options.workers)
-        rest = drive(server, Load(options.connections, messages=options.messages - tenth))
-        memory_after, descriptors_after = settled(server, options.workers)
-    print(f"Python {platform.python_version()}, {cores()} cores, {options.workers} workers,")
-    print(f"each replaced after {options.max_messages} messages and more")
-    print(f"after {first.messages} messages: {memory:.1f} MB, {descriptors} descriptors")
-    total = first.messages + rest.messages
-    print(f"after {total} messages: {memory_after:.1f} MB, {descriptors_after} descriptors")
-    print(f"growth {memory_after - memory:+.2f} MB; {rest.rate:.0f} messages/s; {rest.verdicts}")
-    print(f"latency p50 {1000 * rest.p50:.2f} ms, p99 {1000 * rest.p99:.2f}")
+    given = ["--workers", str(options.workers), "--max-messages", str(options.max_messages)]
+    rows: list[Row] = []
+    with serving(MILTER, *given, "--log-level", "warn") as server:
+        for messages in (tenth, options.messages - tenth):
+            result = drive(server, Load(options.connections, messages=messages))
+            memory, descriptors = settled(server, options.workers)
+            rows.append(
+                {
+                    "messages": messages,
+                    "MB": memory,
+                    "descriptors": descriptors,
+                    **figures([result]),
+                }
+            )
+    report.table(f"{options.workers} workers, replaced after {options.max_messages} messages", rows)
+    report.save(options)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
     report.table(f"median of {options.rounds}", [row])
     report.target(Target("import sharded_milter", 1000 * imported, IMPORT_AT_MOST_MS, "ms"))
     report.target(Target("ready", served, READY_AT_MOST_S, "s"))
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def main() -> None:
     if options.verbose:
         for line in passed.lines():
             report.say(line)
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

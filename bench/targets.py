@@ -1,6 +1,6 @@
 """Are we as fast as we want to be?
 
-    python -m bench.targets [--rounds 5] [--seconds 2] [--json FILE]
+    python -m bench.targets [--rounds 7] [--seconds 2] [--json FILE]
 
 Each question is that of a script here, with its load and its target, asked as that script asks it;
 at the end stands a table of all. It takes about seven minutes, and needs gcc and pymilter for all
@@ -25,7 +25,7 @@ LONGER = 1.5
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a cheap measurement")
     options = parser.parse_args()
     report = Report(__doc__)
@@ -41,7 +41,7 @@ def main() -> None:
     for ms in pymilter_scaling.TIMES_AT_LEAST:
         pymilter_scaling.ask(report, ms, CONNECTIONS, longer, rounds)
     report.summary()
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

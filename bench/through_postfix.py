@@ -215,7 +215,7 @@ def main() -> None:
                 ask(report, name, ms, options.seconds, options.rounds, options.bytes)
             except pytest.skip.Exception as reason:
                 report.say(f"skipped: {name} ({reason})")
-    report.save(options.json)
+    report.save(options)
 
 
 if __name__ == "__main__":

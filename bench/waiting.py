@@ -86,7 +86,7 @@ def main() -> None:
     between = between_stages()
     report.table(f"{CLIENTS} clients of an object, scans of 10 ms, 2 workers", [between])
     report.target(Target("longest session, of the median", between["of median"], LONGEST))
-    report.save(options.json)
+    report.save(options)
 
 
 def behind_slow_scans(workers: int) -> Row:

@@ -29,8 +29,9 @@ def test_everything_that_is_printed_is_saved(
     report = Report("Is it fast?\n\n    python -m bench.fast\n")
     report.table("a table", [{"milter": "ours", "mails/s": 1234.5}, {"milter": "b", "mails/s": 2}])
     report.target(Target("ratio", 2.0, 1.0))
-    report.save(tmp_path / "figures.json")
-    saved = json.loads((tmp_path / "figures.json").read_text())
+    path, section = tmp_path / "figures.json", tmp_path / "figures.md"
+    report.save(arguments("").parse_args(["--json", str(path), "--markdown", str(section)]))
+    saved = json.loads(path.read_text())
     assert saved["question"] == "Is it fast?"
     assert saved["machine"].keys() == {"python", "system", "cores", "load", "commit"}
     assert saved["tables"]["a table"][0] == {"milter": "ours", "mails/s": 1234.5}
@@ -38,10 +39,13 @@ def test_everything_that_is_printed_is_saved(
     printed = capsys.readouterr().out
     for word in ("Is it fast?", "a table", "1,234", "ratio: 2 (target: at most 1): missed"):
         assert word in printed
+    written = section.read_text()
+    assert "a table:\n\n| milter | mails/s |\n| --- | --- |\n| ours | 1,234 |\n" in written
+    assert "\n| ratio | 2 |  | at most 1 | missed |\n" in written
 
 
 def test_nothing_is_saved_without_a_path() -> None:
-    Report(__doc__).save(arguments(__doc__).parse_args([]).json)
+    Report(__doc__).save(arguments(__doc__).parse_args([]))
 
 
 def test_a_process_has_used_memory() -> None:
