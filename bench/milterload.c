@@ -167,7 +167,8 @@ static void append(struct bytes *to, const void *from, size_t size)
 {
     if (to->size + size > to->room)
         to->at = enlarged(to->at, to->room = 2 * (to->size + size));
-    memcpy(to->at + to->size, from, size);
+    if (size) /* else `from` may be no address at all */
+        memcpy(to->at + to->size, from, size);
     to->size += size;
 }
 

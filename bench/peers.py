@@ -1,6 +1,6 @@
 """How do we compare with every other way to run a milter, under the same load in the same run?
 
-    python -m bench.peers [--connections 1 8 32] [--ms 0] [--seconds 2] [--rounds 5] [--tcp]
+    python -m bench.peers [--connections 1 8 32] [--ms 0] [--seconds 1] [--rounds 9] [--tcp]
                           [--only NAME ...] [--json FILE] [--svg DIR]
 
 A peer that is not installed is skipped by name. `--svg` draws throughput against workers and
@@ -134,8 +134,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--ms", type=float, nargs="+", default=[0.0], help="CPU time of a scan")
     parser.add_argument("--workers", type=int, default=cores())
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tcp", action="store_true", help="loopback instead of a UNIX socket")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of these peers")
     parser.add_argument("--svg", type=Path, metavar="DIR", help="draw there")

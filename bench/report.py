@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,9 @@ from sharded_milter.sizing import tables
 
 # Of what is not a terminal: the widest table of any bench.
 WIDTH = 150
+
+# The options that name files for what is printed.
+_FILES = {"--json", "--markdown"}
 
 _MS = 1e3
 _MICRO = 1e6
@@ -205,8 +209,13 @@ class Report:
     def _section(self) -> str:
         """What was printed, in Markdown, under the name of the script."""
         script = Path(sys.argv[0])
-        words = shlex.join(["python", "-m", f"bench.{script.stem}", *sys.argv[1:]])
-        parts = [f"### {script.name}", f"`{words}`: {self._facts}."]
+        given = [
+            word
+            for before, word in pairwise(["", *sys.argv[1:]])
+            if not _FILES.intersection((before, word))
+        ]
+        command = shlex.join(["python", "-m", f"bench.{script.stem}", *given])
+        parts = [f"### {script.name}", f"`{command}`: {self._facts}."]
         for title, rows in self._tables.items():
             parts += [f"{title}:", _markdown(rows)]
         if self._targets:

@@ -24,13 +24,15 @@ def test_a_target_says_whether_it_is_met() -> None:
 
 
 def test_everything_that_is_printed_is_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = Report("Is it fast?\n\n    python -m bench.fast\n")
     report.table("a table", [{"milter": "ours", "mails/s": 1234.5}, {"milter": "b", "mails/s": 2}])
     report.target(Target("ratio", 2.0, 1.0))
     path, section = tmp_path / "figures.json", tmp_path / "figures.md"
-    report.save(arguments("").parse_args(["--json", str(path), "--markdown", str(section)]))
+    files = ["--json", str(path), "--markdown", str(section)]
+    monkeypatch.setattr("sys.argv", ["/there/bench/fast.py", *files, "--rounds", "2"])
+    report.save(arguments("").parse_args(files))
     saved = json.loads(path.read_text())
     assert saved["question"] == "Is it fast?"
     assert saved["machine"].keys() == {"python", "system", "cores", "load", "commit"}
@@ -40,6 +42,7 @@ def test_everything_that_is_printed_is_saved(
     for word in ("Is it fast?", "a table", "1,234", "ratio: 2 (target: at most 1): missed"):
         assert word in printed
     written = section.read_text()
+    assert written.startswith("### fast.py\n\n`python -m bench.fast --rounds 2`: python 3.")
     assert "a table:\n\n| milter | mails/s |\n| --- | --- |\n| ours | 1,234 |\n" in written
     assert "\n| ratio | 2 |  | at most 1 | missed |\n" in written
 
