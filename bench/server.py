@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -46,6 +48,9 @@ def scan(message: Message) -> Verdict:
 
 # Interpreters and their imports on a busy machine.
 START_TIMEOUT = 30.0
+
+# What would end us without leaving a block. Ctrl-C is an exception already.
+_ENDED_BY = (signal.SIGTERM, signal.SIGHUP)
 
 # How often a socket is tried that nobody listens on yet.
 _RETRY = 0.02
@@ -89,6 +94,22 @@ def free_port() -> int:
 
 
 @contextmanager
+def _signals_leave() -> Iterator[None]:
+    """Within the block a signal that ends us is an exception, so that nothing is left behind."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)  # as the shell says it
+
+    taken = [each for each in _ENDED_BY if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def running(
     command: Callable[[Path, str], Sequence[str]], *, tcp: bool = False, public: bool = False
 ) -> Iterator[Server]:
@@ -97,7 +118,7 @@ def running(
     The address is spelled as libmilter does. It is serving when the block begins. Other users,
     such as Postfix's, reach a UNIX socket only if it is `public`.
     """
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+    with _signals_leave(), tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         if public:
             folder.chmod(0o755)
