@@ -209,6 +209,8 @@ class Report:
     def _section(self) -> str:
         """What was printed, in Markdown, under the name of the script."""
         script = Path(sys.argv[0])
+        if script.stem == "__main__":
+            script = script.parent
         given = [
             word
             for before, word in pairwise(["", *sys.argv[1:]])

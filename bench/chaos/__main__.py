@@ -57,7 +57,7 @@ def main() -> int:
         for failure in outcome.failures[: options.show]:
             report.say(f"  {failure}")
     report.table("Attacks", [outcome.row() for outcome in outcomes])
-    report.save(options.json)
+    report.save(options)
     return 1 if any(outcome.failures for outcome in outcomes) else 0
 
 
