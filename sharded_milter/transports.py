@@ -25,24 +25,29 @@ _ADDRESSES = {socket.AF_INET: IPv4Address, socket.AF_INET6: IPv6Address}
 
 
 class TcpTransport(tcp.Server):
-    """A TCP connection: one call reads, and one call writes."""
+    """A TCP connection: one call reads, and one call writes.
+
+    Its protocol has `fill`, which calls what it is given with a buffer to receive into and returns
+    the number of bytes, and `filled`, which processes them.
+    """
 
     _is_reading = False  # the protocol is being given what has arrived
     _is_over = False  # it has closed the connection meanwhile, and all is written
 
     def doRead(self) -> ConnectionDone | ConnectionLost | None:  # type: ignore[override]
         """Pass on what has arrived. Return why the connection has ended, or None."""
+        protocol: Any = self.protocol
         try:
-            data = self.socket.recv(self.bufferSize)
+            size = protocol.fill(self.socket.recv_into)
         except BlockingIOError:
             return None
         except OSError:
             return CONNECTION_LOST
-        if not data:
+        if not size:
             return CONNECTION_DONE
         self._is_reading = True
         try:
-            self.protocol.dataReceived(data)
+            protocol.filled()
         finally:
             self._is_reading = False
         return CONNECTION_DONE if self._is_over else None

@@ -44,11 +44,21 @@ class Recorder(Protocol):
 
     def __init__(self) -> None:
         self.given: list[Any] = []
+        self.buffer = bytearray(100)
+        self.size = 0
         self.then: Callable[[], object] = lambda: None
 
     def dataReceived(self, data: bytes) -> None:
         self.given.append(data)
         self.then()
+
+    def fill(self, receive: Callable[[memoryview], int]) -> int:
+        with memoryview(self.buffer) as view:
+            self.size = receive(view)
+        return self.size
+
+    def filled(self) -> None:
+        self.dataReceived(bytes(self.buffer[: self.size]))
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
         self.given.append(os.fstat(descriptor).st_ino)

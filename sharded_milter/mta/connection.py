@@ -105,13 +105,27 @@ class MilterConnection(TwistedProtocol):
     def dataReceived(self, data: bytes) -> None:
         if self._conversation.is_over:  # ignore all that still arrives
             return
+        self._framer.feed(data)
+        self._process_received()
+        large = len(data) >= SMALL_READ and self._resume_call is None
+        self.transport.bufferSize = LARGE_READ if large else SMALL_READ
+
+    def fill(self, receive: Callable[[memoryview], int]) -> int:
+        """Receive bytes, from a transport of our own; return their number."""
+        return self._framer.fill(receive)
+
+    def filled(self) -> None:
+        """Process the bytes that were received."""
+        if self._conversation.is_over:
+            self._framer = Framer()  # ignore all that still arrives
+        else:
+            self._process_received()
+
+    def _process_received(self) -> None:
         self._context.idle.set(self)
         if self._quick_ack is not None:
             self._quick_ack()
-        self._framer.feed(data)
         self._process()
-        large = len(data) >= SMALL_READ and self._resume_call is None
-        self.transport.bufferSize = LARGE_READ if large else SMALL_READ
 
     @property
     def has_negotiated(self) -> bool:
@@ -165,7 +179,7 @@ class MilterConnection(TwistedProtocol):
         conversation, framer = self._conversation, self._framer
         seconds = self._context.reactor.seconds
         until = seconds() + MAX_BUSY
-        while framer.at < len(framer.buffer):
+        while framer.at < framer.end:
             if conversation.pending is not None:
                 self._cancel_if_aborted()
             if conversation.pending is not None or conversation.is_over:
@@ -182,9 +196,8 @@ class MilterConnection(TwistedProtocol):
                 answers.append(answer)
             else:
                 answer.addCallback(self._send_answer).addErrback(self._close_after_defect)
-        if framer.at:
-            self._scanned = max(0, self._scanned - framer.at)
-            framer.compact()
+        self._scanned = max(0, self._scanned - framer.at)
+        framer.compact()
 
     def _resume_commands(self) -> None:
         """Go on with queued commands after the other connections were served."""
@@ -195,7 +208,7 @@ class MilterConnection(TwistedProtocol):
     def _send_answer(self, answer: bytes) -> None:
         """Write the milters' answer, and go on with queued commands."""
         self._context.progress.stop(self)
-        if self._framer.buffer:
+        if self._framer.waiting:
             self._process(answer)
         else:
             self._write(answer)
@@ -270,7 +283,7 @@ class MilterConnection(TwistedProtocol):
         elif not self._conversation.is_over:
             if not self._conversation.is_refused:
                 closing.stop(self)
-            if self._framer.buffer and self._resume_call is None:
+            if self._framer.waiting and self._resume_call is None:
                 self._resume_call = self._context.reactor.callLater(0, self._resume_commands)
         self._count_bytes()
         self._adjust_reading()
@@ -287,7 +300,7 @@ class MilterConnection(TwistedProtocol):
 
     def _count_bytes(self) -> None:
         """Count the bytes of queued commands, of unread answers, and of the connection itself."""
-        size = len(self._framer.buffer) + self._outbox.unread
+        size = self._framer.waiting + self._outbox.unread
         if size or self._conversation.transcript.size:
             size += CONNECTION_COST
         if size != self._claim.size:
@@ -314,7 +327,7 @@ class MilterConnection(TwistedProtocol):
             return
         transport = self.transport
         # An incomplete packet does not count: the rest of it must be read.
-        waiting = 0 if self._conversation.pending is None else len(self._framer.buffer)
+        waiting = 0 if self._conversation.pending is None else self._framer.waiting
         if waiting > SMALL_PART and not self._context.inflight.has_room(0):
             self._close_without_room()
             return

@@ -135,7 +135,7 @@ class Conversation:
         packet is malformed, too long or illegal in this state.
         """
         start, transcript = framer.at, self.transcript
-        framer.at, noted = self._session.receive_run(framer.buffer, start)
+        framer.at, noted = self._session.receive_run(framer.buffer, start, framer.end)
         if framer.at > start and not self._refusal:
             if not transcript.size:
                 self._message_began = self._context.reactor.seconds()

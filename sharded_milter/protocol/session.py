@@ -416,8 +416,8 @@ class Session:
         missing = cell.requires & ~self.agreement.protocol
         return RemoteProtocolError(f"{_name(code)} in state {state} without {missing.name}")
 
-    def receive_run(self, buffer: bytearray, at: int) -> tuple[int, list[bytes]]:
-        """Read the packets from offset `at` on that are only stored, as most of a message's are.
+    def receive_run(self, buffer: bytearray, at: int, size: int) -> tuple[int, list[bytes]]:
+        """Read the packets from offset `at` to `size` that are only stored, as most of a message's.
 
         Return the offset in `buffer` at which they end, and the packets among them that are not
         content. Read MAX_RUN packets at most. This costs a fraction of `receive`, which must take
@@ -426,7 +426,6 @@ class Session:
         noted: list[bytes] = []
         state = self._state
         row = self._runs.get(state)
-        size = len(buffer)
         last = size - PAYLOAD  # the last offset at which a packet with a letter can begin
         head = HEAD.unpack_from
         left = MAX_RUN

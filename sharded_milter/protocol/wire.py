@@ -7,7 +7,7 @@ all of it, including the length, because transcripts store packets unchanged.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sharded_milter.errors import RemoteProtocolError
 
@@ -22,6 +22,13 @@ MAX_PACKET = 1_048_576
 
 # The largest payload that every MTA accepts from a filter, in bytes (MILTER_CHUNK_SIZE).
 MAX_CHUNK = 65_535
+
+# Bytes of one read, which is more than a UNIX socket holds.
+MAX_READ = 262_144
+
+# For one read, behind the beginning of a packet of the usual length.
+_SHARED = bytearray(MAX_READ + 2 * MAX_CHUNK)
+_ROOM = memoryview(_SHARED)
 
 
 def frame(letter: bytes, payload: bytes = b"") -> bytes:
@@ -43,33 +50,57 @@ def checked_length(prefix: bytes | bytearray) -> int:
 class Framer:
     """Splits a stream of bytes into packets.
 
-    The bytes from offset `at` on in `buffer` are not consumed yet. A caller may read packets there
-    and advance `at` itself.
+    The bytes in `buffer` from offset `at` up to offset `end` are not consumed yet. A caller may
+    read packets there and advance `at` itself.
     """
 
-    __slots__ = ("_skip", "at", "buffer")
+    __slots__ = ("_skip", "at", "buffer", "end")
 
     def __init__(self) -> None:
         self.buffer = bytearray()
         self.at = 0
+        self.end = 0
         self._skip = 0  # bytes still to arrive, and to drop, of a truncated packet
 
     @property
     def waiting(self) -> int:
         """The number of bytes that are not consumed yet."""
-        return len(self.buffer) - self.at
+        return self.end - self.at
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Add bytes that have arrived."""
         if self._skip:
             skipped = min(self._skip, len(data))
             self._skip -= skipped
             data = data[skipped:]
         self.buffer += data
+        self.end = len(self.buffer)
+
+    def fill(self, receive: Callable[[memoryview], int]) -> int:
+        """Add the bytes that `receive` writes into a buffer; return their number.
+
+        All framers share that buffer, so that what arrives needs no memory of its own: `compact`
+        must follow before another framer is filled. Raise what `receive` raises.
+        """
+        waiting = self.end
+        if self._skip or waiting > len(_SHARED) - MAX_READ:
+            size = receive(_ROOM[:MAX_READ])
+            self.feed(_ROOM[:size])
+            return size
+        if waiting:
+            _ROOM[:waiting] = self.buffer
+        size = receive(_ROOM[waiting : waiting + MAX_READ])
+        if size:
+            self.buffer, self.end = _SHARED, waiting + size
+        return size
 
     def compact(self) -> None:
-        """Drop the consumed bytes from the buffer."""
-        del self.buffer[: self.at]
+        """Drop the consumed bytes, and keep the others in a buffer of its own."""
+        if self.buffer is _SHARED:
+            self.buffer = self.buffer[self.at : self.end]
+        elif self.at:
+            del self.buffer[: self.at]
+        self.end -= self.at
         self.at = 0
 
     def next(self) -> bytes:
@@ -78,13 +109,13 @@ class Framer:
         Raise RemoteProtocolError for an invalid length as soon as the length has arrived.
         """
         start, buffer = self.at, self.buffer
-        if len(buffer) - start < LENGTH_BYTES:
+        if self.end - start < LENGTH_BYTES:
             return b""
         length = int.from_bytes(buffer[start : start + LENGTH_BYTES], "big")
         if not 1 <= length <= MAX_PACKET:
             checked_length(buffer[start : start + LENGTH_BYTES])
         end = start + LENGTH_BYTES + length
-        if end > len(buffer):
+        if end > self.end:
             return b""
         self.at = end
         with memoryview(buffer) as view:
@@ -98,14 +129,15 @@ class Framer:
         """Replace the next, incomplete packet with `packet`, and drop the rest when it arrives."""
         length, _ = HEAD.unpack_from(self.buffer, self.at)
         self._skip = LENGTH_BYTES + length - self.waiting
-        self.buffer[self.at :] = packet
+        self.buffer = self.buffer[: self.at] + packet
+        self.end = len(self.buffer)
 
     def peek(self, start: int) -> Iterator[tuple[int, int]]:
         """Yield letter and end offset of each whole packet from `start` on; consume none.
 
         Raise RemoteProtocolError for an invalid length.
         """
-        buffer, size, head = self.buffer, len(self.buffer), HEAD.unpack_from
+        buffer, size, head = self.buffer, self.end, HEAD.unpack_from
         while start + PAYLOAD <= size:
             length, letter = head(buffer, start)
             if not 1 <= length <= MAX_PACKET:
@@ -115,7 +147,7 @@ class Framer:
                 return
             yield letter, start
         if start + LENGTH_BYTES == size:
-            checked_length(buffer[start:])
+            checked_length(buffer[start:size])
 
     def receive(self, data: bytes) -> list[bytes]:
         """Add `data`; consume and return the packets that are complete. Raise as `next` does."""

@@ -25,6 +25,61 @@ def test_the_rest_of_a_packet_that_was_cut_short_is_dropped_as_it_comes(piece: i
     assert (framer.next(), framer.next()) == (after, b"")
 
 
+class Stream:
+    """Bytes that are received in pieces."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def receive(self, room: memoryview, most: int) -> int:
+        """Write the next `most` bytes, as a socket does."""
+        piece, self.data = self.data[:most], self.data[most:]
+        room[: len(piece)] = piece
+        return len(piece)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000, 65_535, 131_071, 262_144])
+@pytest.mark.parametrize("longest", [20, 65_535, 1_048_575])
+def test_packets_are_the_same_in_the_buffer_that_framers_share(longest: int, size: int) -> None:
+    lengths = (5, longest, 0, longest // 2, 300, longest, 7)
+    sent = [Body(bytes([at]) * length).encode() for at, length in enumerate(lengths)]
+    stream, framer, other = Stream(b"".join(sent)), Framer(), Framer()
+    found: list[bytes] = []
+    while framer.fill(lambda room: stream.receive(room, min(size, len(room)))):
+        found += iter(framer.next, b"")
+        framer.compact()
+        other.fill(lambda room: Stream(b"another's").receive(room, len(room)))
+        other.compact()
+    assert (found, framer.waiting) == (sent, 0)
+
+
+def test_a_truncated_packet_is_dropped_from_the_shared_buffer_too() -> None:
+    framer, long, after = Framer(), Body(b"x" * 1_000).encode(), Mail("<a>").encode()
+    stream = Stream(Mail("<b>").encode() + long + after)
+    framer.fill(lambda room: stream.receive(room, 400))
+    assert framer.next() == Mail("<b>").encode()
+    framer.truncate(Body(b"").encode())
+    assert framer.next() == Body(b"").encode()
+    while framer.fill(lambda room: stream.receive(room, 300)):
+        framer.compact()
+    assert (framer.next(), framer.next()) == (after, b"")
+
+
+def test_what_cannot_be_received_changes_nothing() -> None:
+    framer = Framer()
+    framer.feed(b"\0\0\0\1")
+
+    def fail(room: memoryview) -> int:
+        room[:1] = b"x"
+        raise BlockingIOError
+
+    with pytest.raises(BlockingIOError):
+        framer.fill(fail)
+    assert framer.fill(lambda room: 0) == 0
+    framer.feed(b"A")
+    assert framer.next() == b"\0\0\0\1A"
+
+
 @pytest.mark.parametrize("letter", LONGEST)
 def test_what_is_no_content_has_its_longest_packet(letter: int) -> None:
     check_length(letter, LONGEST[letter])

@@ -190,7 +190,11 @@ def test_a_run_takes_what_is_only_kept_and_nothing_else() -> None:
             raw = PACKETS.get(letter) or macro(letter[1])
             session, other = session_in(state, agreed), session_in(state, agreed)
             buffer = bytearray(raw)
-            taken = session.receive_run(buffer, 0)[0] == len(raw) if state is not State.START else 0
+            taken = (
+                session.receive_run(buffer, 0, len(buffer))[0] == len(raw)
+                if state is not State.START
+                else 0
+            )
             try:
                 step = other.receive(raw)
             except RemoteProtocolError:
@@ -539,7 +543,8 @@ def test_a_run_ends_before_what_is_more_than_kept() -> None:
     agreed = session.agreement
     for more in (rest, rest[:3], conversation[4][:-1], frame(b"L"), frame(b"L", b"a\0b\0c"), b""):
         session = session_in(State.CONNECTED, agreed)
-        end, noted = session.receive_run(bytearray(b"before" + run + more), len(b"before"))
+        buffer = bytearray(b"before" + run + more + b"stale")
+        end, noted = session.receive_run(buffer, len(b"before"), len(buffer) - len(b"stale"))
         assert end == len(b"before" + run)
         assert noted == conversation[1:4]
     with pytest.raises(RemoteProtocolError):
