@@ -234,11 +234,45 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Message:
-    """A whole mail: envelope, header fields, body. `bytes(message)` is the RFC 5322 message."""
+    """A whole mail: envelope, header fields, body. `bytes(message)` is the RFC 5322 message.
+
+    The body is joined from `chunks` when it is first looked at, which copies it.
+    """
 
     envelope: Envelope
     headers: Headers
     body: bytes
+
+    @classmethod
+    def from_chunks(
+        cls, envelope: Envelope, headers: Headers, chunks: Iterable[memoryview]
+    ) -> Message:
+        """Return a message whose body consists of `chunks`, which are not copied."""
+        message = object.__new__(cls)
+        message.__dict__.update(envelope=envelope, headers=headers, _chunks=tuple(chunks))
+        return message
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> bytes:
+            """Join the body, of a message that has none yet."""
+            if name != "body" or "_chunks" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            body = self.__dict__["body"] = b"".join(self._chunks)
+            return body
+
+    def __reduce__(self) -> tuple[type[Message], tuple[Envelope, Headers, bytes]]:
+        return type(self), (self.envelope, self.headers, self.body)
+
+    @property
+    def chunks(self) -> tuple[memoryview, ...]:
+        """The body as the MTA has sent it, in read-only chunks that are not copied.
+
+        Postfix and Sendmail send 65,535 bytes at a time. To look at chunk after chunk costs a large
+        message least; a chunk that is kept keeps the whole message in memory.
+        """
+        chunks: tuple[memoryview, ...] | None = self.__dict__.get("_chunks")
+        return (memoryview(self.body),) if chunks is None else chunks
 
     def __bytes__(self) -> bytes:
         # Kept as cached_property would keep it; but that of Python 3.11 lets threads wait for each
@@ -246,7 +280,7 @@ class Message:
         kept = self.__dict__
         raw: bytes | None = kept.get("_raw")
         if raw is None:
-            raw = kept["_raw"] = b"".join([*map(bytes, self.headers), b"\r\n", self.body])
+            raw = kept["_raw"] = b"".join([*map(bytes, self.headers), b"\r\n", *self.chunks])
         return raw
 
     @property
@@ -271,8 +305,8 @@ class Message:
 
     @property
     def size(self) -> int:
-        """The length of `bytes(message)`."""
-        return len(bytes(self))
+        """The length of `bytes(message)`, which is not made for it."""
+        return sum(map(len, map(bytes, self.headers))) + 2 + sum(map(len, self.chunks))
 
     def parsed(self) -> EmailMessage:
         """The message as the standard library's EmailMessage, parsed anew at each call."""

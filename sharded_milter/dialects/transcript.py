@@ -68,7 +68,7 @@ class Transcript:
     command: str = ""
     macros: dict[int, bytes] = field(default_factory=dict)  # payloads by the stage's letter
     headers: list[bytes] = field(default_factory=list)  # payloads
-    chunks: list[bytes | memoryview] = field(default_factory=list)
+    chunks: list[memoryview] = field(default_factory=list)
     client: Connection | None = None  # made of the connection's part alone
 
     def followed(self) -> Transcript:
@@ -103,7 +103,7 @@ class Transcript:
 
     def message_value(self) -> Message:
         """The whole message."""
-        return Message(self.envelope_value(), self.headers_value(), b"".join(self.chunks))
+        return Message.from_chunks(self.envelope_value(), self.headers_value(), self.chunks)
 
     def _visible(self, stages: bytes) -> Macros:
         payloads = [self.macros[stage] for stage in stages if stage in self.macros]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,3 +162,37 @@ def test_a_field_keeps_every_byte_and_folds_with_crlf(value: bytes, space: str) 
 @pytest.mark.parametrize("value", ["a\r\n\tb", "a\n\tb"])
 def test_a_field_that_is_folded_with_crlf_is_not_folded_twice(value: str) -> None:
     assert bytes(Header("X", value)) == b"X: a\r\n\tb\r\n"
+
+
+def chunked(*chunks: bytes) -> Message:
+    return Message.from_chunks(
+        Envelope(Connection("client"), Address("<a@b>")),
+        Headers([Header("Subject", "x")]),
+        [memoryview(chunk) for chunk in chunks],
+    )
+
+
+def test_a_body_in_chunks_is_joined_when_it_is_looked_at() -> None:
+    message = chunked(b"one ", b"two")
+    assert [bytes(chunk) for chunk in message.chunks] == [b"one ", b"two"]
+    assert message.size == len(bytes(message)) == len(b"Subject: x\r\n\r\none two")
+    assert "body" not in vars(message)
+    assert message.body == b"one two"
+    assert message.body is message.body
+
+
+def test_a_message_is_the_same_however_its_body_came() -> None:
+    message = chunked(b"one ", b"two")
+    whole = Message(message.envelope, message.headers, b"one two")
+    assert message == whole
+    assert [bytes(chunk) for chunk in whole.chunks] == [b"one two"]
+    assert whole.size == message.size
+    for copied in (copy.copy(message), copy.deepcopy(message), pickle.loads(pickle.dumps(message))):
+        assert copied == whole
+    assert dataclasses.replace(message, body=b"other").body == b"other"
+
+
+def test_a_message_has_no_other_attributes() -> None:
+    with pytest.raises(AttributeError, match="'Message' object has no attribute 'bodies'"):
+        chunked().bodies  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(Message.__new__(Message), "body")
