@@ -19,6 +19,8 @@ import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from sharded_milter.errors import SystemRefused, UsageError
 
@@ -76,6 +78,20 @@ def in_use() -> int:
         return PROGRAM_FDS
 
 
+class _Thresholds(NamedTuple):
+    refused: int
+    memory: int
+    connections: int
+
+
+@lru_cache(maxsize=16)
+def _thresholds(limit: int, workers: int) -> _Thresholds:
+    """Return the properties of Shares; computing them takes longer than admitting a connection."""
+    refused = max(1, min(MAX_REFUSED, limit // REFUSED_SHARE))
+    memory = limit - workers * WORKER_FDS - START_FDS - TRANSIENT_FDS - refused
+    return _Thresholds(refused, memory, memory - limit // MEMORY_SHARE)
+
+
 @dataclass(frozen=True)
 class Shares:
     """The thresholds that divide the limit in a master with this number of workers.
@@ -93,18 +109,17 @@ class Shares:
     @property
     def refused(self) -> int:
         """The most refused connections that may be open at a time."""
-        return max(1, min(MAX_REFUSED, self._limit // REFUSED_SHARE))
+        return _thresholds(self._limit, self.workers).refused
 
     @property
     def memory(self) -> int:
         """The lowest descriptor that is not used for the memory of a message."""
-        successors = self.workers * WORKER_FDS + START_FDS
-        return self._limit - successors - TRANSIENT_FDS - self.refused
+        return _thresholds(self._limit, self.workers).memory
 
     @property
     def connections(self) -> int:
         """The lowest descriptor with which a new connection is refused."""
-        return self.memory - self._limit // MEMORY_SHARE
+        return _thresholds(self._limit, self.workers).connections
 
     def room(self, used: int) -> int:
         """Return how many MTA connections fit beside the workers and `used` other descriptors."""

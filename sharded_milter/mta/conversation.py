@@ -194,7 +194,7 @@ class Conversation:
         self._session.agree(agreement)
         self.has_negotiated = True
         self._milters.agree(agreement)
-        answer = agreement.reply.encode()
+        answer = agreement.packet
         offered = offer.encode() if self._milters.has_objects else b""  # for xxfi_negotiate
         self.transcript.store(offered + answer)
         return answer
@@ -324,8 +324,9 @@ class Conversation:
         self.cancel()
         answer = self._decide(pending, answer) if pending is not None else b""
         self._session.close()
-        self.is_over = True
-        self._end_client()
+        if not self.is_over:
+            self.is_over = True
+            self._end_client()
         return answer
 
 

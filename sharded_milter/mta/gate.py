@@ -119,7 +119,7 @@ class Gate(Generic[C]):
         The number of refused connections is limited. At the limit, close those that have got their
         reply or used up their time; until one has ended, the kernel holds new connections.
         """
-        if len(self._refused) < self._max_refused:
+        if not self._refused or len(self._refused) < self._max_refused:
             return 0.0
         now = self._reactor.seconds()
         for connection, (came, reply) in self._refused.items():

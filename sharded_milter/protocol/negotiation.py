@@ -155,6 +155,11 @@ class Agreement:
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
+    def packet(self) -> bytes:
+        """The reply as a packet."""
+        return self.reply.encode()
+
+    @cached_property
     def actions(self) -> Actions:
         return Actions(self.reply.actions)
 
