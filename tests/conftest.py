@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ SPREAD = (
     "tests/integration/pymilters/test_everything.py",
     "tests/integration/pymilters/test_side_by_side.py",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: tests that collect garbage need not look at them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def scope_of(nodeid: str) -> str:
