@@ -287,16 +287,28 @@ def compile_tables(agreement: Agreement) -> Compiled:
     tables: Compiled | None = agreement.cache.get(Compiled)
     if tables is None:
         steps = {state: _steps_in(state, agreement) for state in State}
-        runs = {
-            state: {
-                key: _run(key, after)
-                for key, (after, step) in row.items()
-                if step == Step(step.stage, part=TranscriptPart.MESSAGE)
-            }
-            for state, row in steps.items()
-        }
+        runs = {state: _runs_in(row) for state, row in steps.items()}
+        for state, (macro_steps, macro_runs) in _OF_MACROS.items():
+            steps[state].update(macro_steps)
+            runs[state].update(macro_runs)
         tables = agreement.cache[Compiled] = Compiled(steps, runs)
     return tables
+
+
+def _steps_in(state: State, agreement: Agreement) -> dict[int, tuple[State, Step]]:
+    return {
+        code: (cell.after, _step(code, cell, agreement))
+        for code, cell in TRANSITIONS[state].items()
+        if not cell.requires & ~agreement.protocol
+    }
+
+
+def _runs_in(row: Mapping[int, tuple[State, Step]]) -> dict[int, Run]:
+    return {
+        key: _run(key, after)
+        for key, (after, step) in row.items()
+        if step == Step(step.stage, part=TranscriptPart.MESSAGE)
+    }
 
 
 def _run(key: int, after: State) -> Run:
@@ -306,18 +318,18 @@ def _run(key: int, after: State) -> Run:
     return Run(after, start, counts, longest)
 
 
-def _steps_in(state: State, agreement: Agreement) -> dict[int, tuple[State, Step]]:
-    steps = {
-        code: (cell.after, _step(code, cell, agreement))
-        for code, cell in TRANSITIONS[state].items()
-        if not cell.requires & ~agreement.protocol
+def _macro_steps(state: State) -> dict[int, tuple[State, Step]]:
+    cells = ((letter, MACROS[state].get(letter, Cell(state))) for letter in range(256))
+    return {
+        _macro_key(letter): (cell.after, Step(part=cell.part, ends=cell.ends))
+        for letter, cell in cells
     }
-    macros = MACROS.get(state)
-    if macros is not None:
-        for letter in range(256):
-            cell = macros.get(letter, Cell(state))
-            steps[_macro_key(letter)] = cell.after, Step(part=cell.part, ends=cell.ends)
-    return steps
+
+
+# The steps and the runs of macro packets, which are the same under every agreement.
+_OF_MACROS = {
+    state: (steps, _runs_in(steps)) for state in MACROS for steps in (_macro_steps(state),)
+}
 
 
 def _step(code: int, cell: Cell, agreement: Agreement) -> Step:
