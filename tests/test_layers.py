@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,14 @@ MODULES = dict(modules())
 
 def test_every_module_has_a_layer() -> None:
     assert {layer_of(name) for name in MODULES} == set(ALLOWED)
+
+
+def test_every_package_is_installed() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    packages = {f"sharded_milter{name.rpartition('.__init__')[0]}" for name in MODULES
+                if name.endswith(".__init__")}  # fmt: skip
+    assert set(setup["options"]["packages"].split()) == packages
 
 
 @pytest.mark.parametrize("name", MODULES)
