@@ -1,7 +1,8 @@
-"""What the documents say is so: the sample runs, options and files that are named exist."""
+"""What the documents say is so: the sample runs; options, files and names in them exist."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import re
@@ -16,6 +17,7 @@ import click
 import pytest
 from integration.machine import free_port
 
+from sharded_milter import __version__
 from sharded_milter.cli.ctl import ctl
 from sharded_milter.cli.daemon import daemon
 from sharded_milter.dialects.loader import load
@@ -32,8 +34,10 @@ from sharded_milter.protocol.stages import Stage
 from sharded_milter.testing.mta import Mail, MtaClient
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS_OPTIONS = {"--help", "--ms"}  # the latter is of a bench script
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS_OPTIONS = {"--help", "--ms", "--strict"}  # the latter are of a bench script and of mypy
+SETUP_CFG = (ROOT / "setup.cfg").read_text()
+NOXFILE = ast.parse((ROOT / "noxfile.py").read_text())
 PROGRAMS: list[click.Command] = [daemon, *ctl.commands.values()]
 
 
@@ -127,10 +131,56 @@ def test_every_option_that_is_named_exists(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_that_is_named_exists(document: Path) -> None:
-    paths = re.findall(
-        r"`((?:sharded_milter|workers|tests|bench|docs)/[\w./]*)`", document.read_text()
+    assert [path for path in paths_in(document.read_text()) if not (ROOT / path).exists()] == []
+
+
+def paths_in(text: str) -> list[str]:
+    """Files and folders of ours that a text names."""
+    folders = r"(?:sharded_milter|workers|tests|bench|docs|\.ci)/[\w./]*"
+    return re.findall(rf"`({folders}|[A-Z]+\.md|setup\.cfg|noxfile\.py)`", text)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "bench/README.md"], ids=str)
+def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_a_recipes_names_are_in_the_files_that_it_names_beside_them() -> None:
+    recipes = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2]
+    wrong: list[tuple[str, str]] = []
+    for step in re.findall(r"^\d\. .*\n(?:   .*\n)*", recipes, re.M):
+        files = [path for path in paths_in(step) if path.endswith((".py", ".cfg"))]
+        code = "".join((ROOT / path).read_text() for path in files)
+        names = set(re.findall(r"`([A-Za-z_.]+)`", step)) - set(files)
+        wrong += [(step, name) for name in names if files and not re.search(rf"\b{name}\b", code)]
+    assert wrong == []
+
+
+def test_every_session_of_nox_is_explained() -> None:
+    functions = [node for node in NOXFILE.body if isinstance(node, ast.FunctionDef)]
+    sessions = {
+        function.name
+        for function in functions
+        if any("nox.session" in ast.unparse(each) for each in function.decorator_list)
+    }
+    explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert sorted(explained) == sorted(sessions)
+
+
+def test_the_pythons_that_are_claimed_are_those_of_the_tests() -> None:
+    claimed = re.findall(r"^    Programming Language :: Python :: (3\.\d+)$", SETUP_CFG, re.M)
+    assert repr(tuple(claimed)).replace("'", '"') in (ROOT / "noxfile.py").read_text()
+    assert f"python_requires = >={claimed[0]}\n" in SETUP_CFG
+
+
+def test_the_changelog_has_a_section_for_this_version() -> None:
+    sections = re.findall(
+        r"^## \[(.+)\](?: - \d{4}-\d\d-\d\d)?$", (ROOT / "CHANGELOG.md").read_text(), re.M
     )
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert sections[0] == "Unreleased"
+    assert __version__ in sections
+    assert f"\nversion = {__version__}\n" in SETUP_CFG
 
 
 def test_every_option_is_explained() -> None:

@@ -18,6 +18,8 @@ import pytest
 
 from sharded_milter.testing import load
 
+pytestmark = pytest.mark.integration
+
 MILTER = """
 import time
 from sharded_milter import Accept, AddHeader, Message, Milter, Verdict

@@ -12,7 +12,7 @@ from .milters import OBEDIENT
 from .server import Server, is_running, until
 from .wire import scanned
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.each_python]
 
 #: A milter that leaves programs in sessions of their own before it does what it is told to.
 LEAVING = (

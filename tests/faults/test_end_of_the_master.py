@@ -12,7 +12,7 @@ from .flow import Flow, mail, word
 from .server import Server, is_running, until
 from .wire import beginning, end, opened, say, scanned, verdict
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.each_python]
 
 
 def test_the_workers_of_a_killed_master_are_gone_and_the_next_one_takes_its_socket(

@@ -23,6 +23,8 @@ from sharded_milter.testing.samples import samples
 from .flow import mail, marks, word
 from .server import Server, until
 
+pytestmark = [pytest.mark.integration, pytest.mark.each_python]
+
 #: Does what the subject of a message says: a name of those below.
 MILTER = """
 import ctypes, os, signal, socket, subprocess

@@ -10,7 +10,7 @@ import pytest
 from .flow import mail, word
 from .server import Server
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.each_python]
 
 #: A milter in the master that starts a thread which never ends, in one of the ways there are.
 LIGHT = """

@@ -11,7 +11,7 @@ from .daemon import Daemon
 from .mails import RECIPIENT, SENDER, write_milter
 from .postfix import Postfix, submit
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.each_python]
 
 #: The mail names the verdict it wants: at eom as an expression in X-Ask, before that by address
 #: or HELO name.
