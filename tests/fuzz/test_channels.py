@@ -321,6 +321,8 @@ class Channels(RuleBasedStateMachine):
 
 def test_channels() -> None:
     """Some seconds with the same examples everywhere; FUZZ_SECONDS more with new ones."""
+    gc.collect()
+    gc.freeze()  # what other tests have left need not be looked at for each example
     run_state_machine_as_test(Channels, settings=SETTINGS)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
