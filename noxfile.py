@@ -47,13 +47,17 @@ def works(program: str) -> bool:
 
 
 def find_interpreters() -> None:
-    """Puts pyenv's own directories on PATH for versions that do not start without."""
+    """Puts pyenv's own directories on PATH, before the shims that do not start."""
     for version in PYTHONS:
         name = f"python{version}"
         found = [name, *glob.glob(f"{PYENV}/versions/{version}.*/bin/{name}")]
         first = next(filter(works, found), name)
         if first != name:
-            os.environ["PATH"] = f"{os.path.dirname(first)}{os.pathsep}{os.environ['PATH']}"
+            path = os.environ["PATH"].split(os.pathsep)
+            shim = shutil.which(name)
+            place = path.index(os.path.dirname(shim)) if shim else len(path)
+            path.insert(place, os.path.dirname(first))
+            os.environ["PATH"] = os.pathsep.join(path)
 
 
 find_interpreters()
@@ -181,4 +185,5 @@ def run_demo(session: nox.Session, wheel: Path) -> None:
     assert line is not None, "the README's demo is not where it was"
     command = line[0].replace("'.[scanner]'", shlex.quote(f"{wheel}[scanner]"))
     with TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
-        session.run("bash", "-euo", "pipefail", "-c", command, external=True)
+        shell = ("bash", "-euo", "pipefail", "-c")
+        session.run(*shell, command, env={"PIP_QUIET": "1"}, external=True)
