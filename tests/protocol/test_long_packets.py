@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from sharded_milter.errors import RemoteProtocolError
-from sharded_milter.protocol.commands import LONGEST, Body, Helo, Mail, check_length
+from sharded_milter.errors import LocalProtocolError, RemoteProtocolError
+from sharded_milter.protocol.commands import LONGEST, Body, Helo, Mail, Rcpt, check_length
+from sharded_milter.protocol.negotiation import NO_REPLY_ALL
+from sharded_milter.protocol.replies import Continue
+from sharded_milter.protocol.session import Session, State
+from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import MAX_PACKET, Framer
+
+from .strategies import agreement, session_in
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 5_000])
@@ -90,3 +96,38 @@ def test_what_is_no_content_has_its_longest_packet(letter: int) -> None:
 def test_content_may_be_as_long_as_any_packet() -> None:
     check_length(Body.letter[0], MAX_PACKET)
     assert Helo.letter[0] in LONGEST
+
+
+def test_a_packet_that_is_longer_than_any_mtas_is_an_error_and_no_part_of_a_run() -> None:
+    good, long = Rcpt("<a>").encode(), Rcpt("a" * LONGEST[Rcpt.letter[0]]).encode()
+    session = session_in(State.RCPT, agreement(NO_REPLY_ALL))
+    assert session.receive_run(bytearray(good + long), 0) == (len(good), [good])
+    with pytest.raises(RemoteProtocolError, match="is longer than"):
+        session.receive(long)
+    assert session.state is State.RCPT
+
+
+def test_nothing_is_decided_before_options_are_agreed() -> None:
+    with pytest.raises(LocalProtocolError, match="nothing is negotiated"):
+        Session().decide(Stage.MAIL, Continue().encode())
+
+
+def test_packets_are_seen_ahead_of_their_turn_and_stay() -> None:
+    framer, packets = Framer(), [Mail("<a>").encode(), Body(b"x").encode()]
+    whole = b"".join(packets)
+    framer.feed(whole + packets[0][:-1])
+    ends = [(ord("M"), len(packets[0])), (ord("B"), len(whole))]
+    assert list(framer.peek(0)) == ends
+    assert list(framer.peek(len(packets[0]))) == ends[1:]
+    assert list(framer.peek(len(whole) + len(packets[0]) - 3)) == []  # two bytes of a length
+    assert framer.next() == packets[0]
+
+
+@pytest.mark.parametrize("rest", [b"\0\0\0\0", b"\0\0\0\0M", b"\xff\xff\xff\xffM"])
+def test_a_length_that_no_packet_has_is_seen_ahead_too(rest: bytes) -> None:
+    framer = Framer()
+    framer.feed(Body(b"x").encode() + rest)
+    ahead = framer.peek(0)
+    assert next(ahead) == (ord("B"), 6)
+    with pytest.raises(RemoteProtocolError):
+        next(ahead)
