@@ -41,6 +41,13 @@ def state(pid):
     except OSError:
         return ""
 
+def sleeps(pid, session):
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read().startswith("sleep\\0600") and os.getsid(int(pid)) == session
+    except OSError:  # somebody else's, which has ended since it was listed
+        return False
+
 def until(condition):
     end = time.monotonic() + 30
     while not condition():
@@ -109,9 +116,7 @@ def test_a_daemon_ends_with_its_worker_and_so_does_what_it_has_started(
         descendants.end(mark)
         until(lambda: not descendants._listed())
         assert not state(daemon)
-        assert not [pid for pid in os.listdir("/proc") if pid.isdigit()
-                    and open(f"/proc/{pid}/cmdline").read().startswith("sleep\\0600")
-                    and os.getsid(int(pid)) == daemon]
+        assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and sleeps(pid, daemon)]
         """,
         *wrapper,
     )
