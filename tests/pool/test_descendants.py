@@ -44,7 +44,7 @@ def state(pid):
 def sleeps(pid, session):
     try:
         with open(f"/proc/{pid}/cmdline") as file:
-            return file.read().startswith("sleep\\0600") and os.getsid(int(pid)) == session
+            return file.read().startswith("sleep\\x00600") and os.getsid(int(pid)) == session
     except OSError:  # somebody else's, which has ended since it was listed
         return False
 
