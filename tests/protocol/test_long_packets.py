@@ -101,7 +101,8 @@ def test_content_may_be_as_long_as_any_packet() -> None:
 def test_a_packet_that_is_longer_than_any_mtas_is_an_error_and_no_part_of_a_run() -> None:
     good, long = Rcpt("<a>").encode(), Rcpt("a" * LONGEST[Rcpt.letter[0]]).encode()
     session = session_in(State.RCPT, agreement(NO_REPLY_ALL))
-    assert session.receive_run(bytearray(good + long), 0) == (len(good), [good])
+    run = bytearray(good + long)
+    assert session.receive_run(run, 0, len(run)) == (len(good), [good])
     with pytest.raises(RemoteProtocolError, match="is longer than"):
         session.receive(long)
     assert session.state is State.RCPT
