@@ -6,7 +6,6 @@ the master as descriptor 3.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import os
@@ -18,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .. import forks
-from ..prctl import hide_memory
+from ..prctl import hide_memory, set_parent_death_signal
 
 # The master's end of the socket pair is on the other side of this descriptor.
 CHANNEL = 3
@@ -26,8 +25,6 @@ CHANNEL = 3
 # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to the
 # whole group. They are not ignored, because what a milter executes would ignore them too.
 _OF_THE_MASTER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(
@@ -141,7 +138,6 @@ def _restrict(
 
 def _die_with(master: int) -> None:
     """No worker outlives its master, however that ends; Linux only, elsewhere EOF must do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != master:  # it died before the line above
         os._exit(os.EX_TEMPFAIL)

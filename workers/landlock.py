@@ -23,8 +23,6 @@ _RULE_PATH_BENEATH = 1
 _RULESET = struct.Struct("=QQQ")  # rights on files, on the network, scopes
 _PATH_BENEATH = struct.Struct("=Qi")
 
-_PR_SET_NO_NEW_PRIVS = 38
-
 
 class Right(IntFlag):
     """What can be done with a file, or with what is below a directory."""
@@ -92,18 +90,12 @@ def abi(most: int | None = None) -> int:
     return version if most is None else min(version, most)
 
 
-def no_new_privileges() -> None:
-    """No program that this thread executes gains privileges: set-user-id bits are ignored."""
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        raise _error("no_new_privs")
-
-
 def restrict(paths: Mapping[str, Right], version: int, *, network: bool) -> None:
     """Restricts this thread to `paths`, by the interface's `version`, which is not 0.
 
     Threads that it starts inherit that, as do processes; others of the process are restricted
     from version 8 on. What is not there, or cannot be reached, is left out. TCP is forbidden
-    without `network`. `no_new_privileges` must have been called. Raises OSError.
+    without `network`. `prctl.set_no_new_privileges` must have been called. Raises OSError.
     """
     known = _known(version)
     tcp = _BIND_TCP | _CONNECT_TCP if version >= _TCP_SINCE and not network else 0
@@ -146,10 +138,6 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
     ]
     result: int = _libc.syscall(ctypes.c_long(number), *wide)
     if result < 0:
-        raise _error("Landlock")
+        error = ctypes.get_errno()
+        raise OSError(error, f"Landlock: {os.strerror(error)}")
     return result
-
-
-def _error(what: str) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, f"{what}: {os.strerror(number)}")

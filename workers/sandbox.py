@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from ..dialects.loader import Dialect, file_of
 from ..errors import MilterLoadError
+from ..prctl import set_no_new_privileges
 from . import landlock, seccomp
 from .landlock import Right
 from .readable import NETWORK, readable
@@ -77,7 +78,7 @@ class Sandbox:
                 " (sandbox = True); --sandbox on is for every milter"
             )
         restrict_resources()
-        landlock.no_new_privileges()
+        set_no_new_privileges()
         version = landlock.abi(self.max_abi)
         lacks_files = self._restrict_files(version, specs)
         # Where Landlock does not have all of the process, seccomp must do without it.

@@ -11,7 +11,6 @@ end. It reads their list from a descriptor that it keeps: no other is needed to 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import resource
@@ -25,6 +24,7 @@ from typing import Any
 from twisted.internet.process import reapProcessHandlers
 
 from sharded_milter.forks import MARKED_LIMIT
+from sharded_milter.prctl import set_subreaper
 
 # How often it is looked for orphans, seconds, and how soon again where some have been ended: what
 # they leave is found then.
@@ -42,8 +42,6 @@ LAST_LOOKS = 1.0
 _MARKS = 1 << 32
 _LEAST = 1 << 20
 _MOST = 1 << 30
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Descendants:
@@ -66,7 +64,7 @@ class Descendants:
         """From now on orphans come here. Elsewhere than on Linux only process groups are ended."""
         if sys.platform != "linux":
             return
-        _be_subreaper(True)
+        set_subreaper(True)
         with suppress(OSError):  # where /proc is not there, or another namespace's
             if os.readlink("/proc/self") == str(os.getpid()):
                 self._children = os.open("/proc/thread-self/children", os.O_RDONLY | os.O_CLOEXEC)
@@ -98,7 +96,7 @@ class Descendants:
             os.close(self._children)
             self._children = -1
         if self._call is not None:
-            _be_subreaper(False)
+            set_subreaper(False)
 
     def _look(self) -> None:
         if self._ended:
@@ -144,10 +142,6 @@ class Descendants:
             return False
         self._ended[pid] = self._ended.get(pid, 0) + 1
         return self._ended[pid] > self._unasked
-
-
-def _be_subreaper(becomes: bool) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(becomes), 0, 0, 0)
 
 
 def _first_mark() -> int:

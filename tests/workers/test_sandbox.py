@@ -27,7 +27,7 @@ class Machine:
         self.rules: list[str] = []
         self.opens_for_writing = False
         monkeypatch.setattr(sandbox, "restrict_resources", lambda: self.did.append("limits"))
-        monkeypatch.setattr(landlock, "no_new_privileges", lambda: self.did.append("privileges"))
+        monkeypatch.setattr(sandbox, "set_no_new_privileges", lambda: self.did.append("privileges"))
         monkeypatch.setattr(landlock, "abi", lambda most: self.landlock)
         monkeypatch.setattr(landlock, "restrict", self._restrict_files)
         monkeypatch.setattr(seccomp, "library", self._library)
