@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from bench.simulated_time import HOP, Clock, Processor, Question
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.job import Job
 from sharded_milter.errors import JobFailed
@@ -204,7 +204,7 @@ class Master:
     """The real dispatcher and pool with simulated workers, ready to be asked."""
 
     def __init__(self, shards: int, limits: Limits, *, objects: bool) -> None:
-        self.clock = Clock()
+        self.clock = cast(Any, Clock())  # in place of a reactor
         self.processor = Processor(self.clock)
         self.dispatcher = Dispatcher(limits, self.clock)
         self.questions: list[Question] = []  # by serial
@@ -212,7 +212,7 @@ class Master:
             lambda slot, pool: SimulatedShard(slot, self, pool),
             shards, limits, self.dispatcher, self.clock,
         )  # fmt: skip
-        self._objects: dict[int, Affinity] | None = {} if objects else None
+        self._objects: dict[int, ObjectAffinity] | None = {} if objects else None
         ready = self._pool.start()
         self.clock.run(lambda: bool(ready.called))
 
@@ -230,7 +230,7 @@ class Master:
         def answered(outcome: object) -> None:
             question.failed = isinstance(outcome, Failure | JobFailed)
             if affinity is not None and question.stage is Stage.EOM:
-                affinity.message_over()
+                affinity.end_message()
             done(question)
 
         try:
@@ -243,18 +243,18 @@ class Master:
         else:
             answered(answer)
 
-    def _affinity(self, conversation: int) -> Affinity | None:
+    def _affinity(self, conversation: int) -> ObjectAffinity | None:
         if self._objects is None:
             return None
         if conversation not in self._objects:
-            self._objects[conversation] = Affinity(replayable=True)
+            self._objects[conversation] = ObjectAffinity(replayable=True)
         return self._objects[conversation]
 
     def end(self, conversation: int) -> None:
         if self._objects is not None:
             self.processor.take(None, self._end, self._objects.pop(conversation))
 
-    def _end(self, affinity: Affinity) -> None:
+    def _end(self, affinity: ObjectAffinity) -> None:
         """The object learns that its session is over."""
         if not affinity.exists:
             self.dispatcher.release(affinity)

@@ -20,8 +20,8 @@ from twisted.python.failure import Failure
 
 from sharded_milter.alarms import ReactorTime
 from sharded_milter.coroutines import drive
-from sharded_milter.dispatch.affinity import Affinity
-from sharded_milter.dispatch.job import Job, settled
+from sharded_milter.dispatch.affinity import ObjectAffinity
+from sharded_milter.dispatch.job import Job, result_of
 from sharded_milter.dispatch.timeouts import Deadlines
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded, WorkerLost
 from sharded_milter.forks import guarded
@@ -69,7 +69,7 @@ class InMaster:
         self._reactor = reactor
         self._stopwatch = stopwatch
         self._numbers = itertools.count(1)
-        self._locks: dict[Affinity, DeferredLock] = {}
+        self._locks: dict[ObjectAffinity, DeferredLock] = {}
         self._running: dict[Job, Deferred[Any]] = {}
         dialect.call = self._call
 
@@ -89,11 +89,11 @@ class InMaster:
             self._run(job)
         else:
             self._run_serialized(job, affinity)
-        return settled(answer)
+        return result_of(answer)
 
-    def _run_serialized(self, job: Job, affinity: Affinity) -> None:
+    def _run_serialized(self, job: Job, affinity: ObjectAffinity) -> None:
         if affinity.holder is None:
-            affinity.settle(self, next(self._numbers))
+            affinity.assign(self, next(self._numbers))
             self._locks[affinity] = DeferredLock()
         self._locks[affinity].run(self._run, job)
 
@@ -106,7 +106,7 @@ class InMaster:
         elif job.affinity is None:
             running.cancel()
 
-    def release(self, affinity: Affinity) -> None:
+    def release(self, affinity: ObjectAffinity) -> None:
         """Release a connection's object: its session is over."""
         self._locks.pop(affinity, None)
         affinity.holder = None
@@ -136,7 +136,7 @@ class InMaster:
             session, connection = 0, job.connection
             message = view_of(job.command or job.message)
         else:
-            update = job.affinity.tell(job.connection, job.message)
+            update = job.affinity.next_update(job.connection, job.message)
             session, connection = update.session, update.connection
             message = view_of(update.message)[update.start :]
             if job.command:
@@ -184,14 +184,14 @@ class InMaster:
             awaited.errback(DeadlineExceeded(reason))
         running = self._running.get(job)
         if running is None:  # it still waits for its object
-            job.let_go()
+            job.free()
             return
         running.cancel()
         if self._running.pop(job, None) is not None and job.affinity is not None:
             # The coroutine ignores its cancellation: the connection gets a new object.
             self._locks.pop(job.affinity, None)
             running.addCallback(self._close_object, job, job.affinity.number)
-            job.affinity.lose()
+            job.affinity.lose_object()
 
     def _close_object(self, _: object, job: Job, number: int) -> None:
         """Close an abandoned object, now that its callback has ended."""
@@ -239,7 +239,7 @@ def _release_job(job: Job) -> None:
     """Stop the job's alarm and drop its bytes, although others may still refer to it."""
     if job.alarm is not None:
         job.alarm.stop(job)
-    job.let_go()
+    job.free()
 
 
 def _stage_name(job: Job) -> str:

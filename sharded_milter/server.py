@@ -153,5 +153,5 @@ class Server(ServerContext):
                 self._grace.cancel()
             # Objects end before their workers do, but only FLUSH_GRACE is waited for that.
             clock = cast("IReactorTime", self.reactor)
-            ended = self.dispatcher.sessions_ended().addTimeout(FLUSH_GRACE, clock)
+            ended = self.dispatcher.when_sessions_ended().addTimeout(FLUSH_GRACE, clock)
             ended.addBoth(lambda _: self.pool.stop().chainDeferred(self.stopped))

@@ -10,11 +10,11 @@ from one_pool import MANIFEST, MESSAGE, Result, noted
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.dispatcher import Dispatcher
 from sharded_milter.dispatch.job import Blame, Job, Loss
-from sharded_milter.dispatch.pipeline import AHEAD, ENOUGH
-from sharded_milter.dispatch.poison import Keep
+from sharded_milter.dispatch.keep_dir import KeepDir
+from sharded_milter.dispatch.pipeline import MIN_SCANS, PIPELINE_SECONDS
 from sharded_milter.errors import JobFailed
 from sharded_milter.ipc.memory import Memory
 from sharded_milter.ipc.messages import WITHDRAWN, Answer
@@ -39,7 +39,7 @@ class FakeShard:
 
     def __init__(self, slot: int, dispatcher: Dispatcher, manifest: Manifest) -> None:
         self.slot = slot
-        self.working_on = ""
+        self.current_queue_id = ""
         self.asked: list[Asked] = []
         self.open: list[int] = []  # numbers of what it has not answered
         self.withdrawals: list[int] = []  # that it has not confirmed
@@ -62,7 +62,7 @@ class FakeShard:
             raise self.refuse
         connection, message, command = job.connection, job.message, job.command
         if job.affinity is not None:
-            _, _, connection, message = job.affinity.tell(connection, message)
+            _, _, connection, message = job.affinity.next_update(connection, message)
         self.asked.append(Asked(number, job, connection, message, command))
         self.open.append(number)
 
@@ -75,8 +75,8 @@ class FakeShard:
         for say in arrived:
             say()
 
-    def emptied(self) -> None:
-        self.told.append("emptied")
+    def drained(self) -> None:
+        self.told.append("drained")
 
     def kill(self, loss: Loss) -> None:
         self.told.append(f"kill: {loss.reason}")
@@ -116,7 +116,7 @@ class FakeShard:
 class Workers:
     """A dispatcher with its clock and some shards that are idle."""
 
-    def __init__(self, count: int = 1, keep: Keep | None = None, **limits: Any) -> None:
+    def __init__(self, count: int = 1, keep: KeepDir | None = None, **limits: Any) -> None:
         self.clock = Clock()
         self.limits = Limits(**limits)
         self.dispatcher = Dispatcher(self.limits, self.clock, keep)
@@ -147,16 +147,18 @@ class Workers:
         noted(answer, result.values)
         return result
 
-    def ask(self, affinity: Affinity, stage: Stage | None = Stage.EOM, **options: Any) -> Result:
+    def ask(
+        self, affinity: ObjectAffinity, stage: Stage | None = Stage.EOM, **options: Any
+    ) -> Result:
         """A job for an object."""
         return self.submit(stage, affinity=affinity, **options)
 
     def wait(self, seconds: float) -> None:
         self.clock.pump([0.5] * round(seconds * 2))
 
-    def warm(self, scan: float = AHEAD) -> None:
+    def warm(self, scan: float = PIPELINE_SECONDS) -> None:
         """All shards, which are idle, have done enough scans that took so long."""
-        for _ in range(ENOUGH):
+        for _ in range(MIN_SCANS):
             results = [self.submit() for _ in self.shards]
             self.clock.advance(scan)
             for shard in self.shards:

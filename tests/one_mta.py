@@ -13,7 +13,7 @@ from twisted.internet.testing import StringTransport
 from twisted.logger import LogLevel
 
 from sharded_milter.context import ServerContext
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.ipc.memory import Memory, view_of
@@ -80,7 +80,7 @@ class RecordedPool:
 
     jobs: list[Job] = field(default_factory=list)
     cancelled: list[Job] = field(default_factory=list)
-    released: list[Affinity] = field(default_factory=list)
+    released: list[ObjectAffinity] = field(default_factory=list)
     at_once: list[bytes | Exception] = field(default_factory=list)
     counters: Counter[str] = field(default_factory=Counter)
     clock: Clock = field(default_factory=Clock)
@@ -110,7 +110,7 @@ class RecordedPool:
         job.answer = None
         self.cancelled.append(job)
 
-    def release(self, affinity: Affinity) -> None:
+    def release(self, affinity: ObjectAffinity) -> None:
         self.released.append(affinity)
 
     @property

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogLevel, capturedLogs
 
 from sharded_milter.dialects.loader import as_dialect
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.embedded import Milter, MilterFactory, ReturnCodes
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded, JobFailed, WorkerLost
@@ -66,7 +66,7 @@ class House:
         limits = Limits(command_deadline=20.0, eom_deadline=200.0)
         dialect = as_dialect(Here)
         self.host = InMaster(dialect, limits, self.clock, self.counters, self.stopwatch)
-        self.affinity = Affinity(replayable=replays)
+        self.affinity = ObjectAffinity(replayable=replays)
         self.message = b""
 
     def job(self, stage: Stage | None, *packets: Packet) -> Job:
@@ -92,7 +92,7 @@ class House:
         return ended
 
     def message_over(self) -> None:
-        self.affinity.message_over()
+        self.affinity.end_message()
         self.message = b""
 
 
@@ -140,7 +140,7 @@ def test_two_connections_do_not_wait_for_each_other() -> None:
     answers: list[Deferred[Any]] = []
     house = House(xxfi_envrcpt=waiting(called, answers))
     first = house.submit(Stage.RCPT, *MESSAGE)
-    house.affinity = Affinity(replayable=False)
+    house.affinity = ObjectAffinity(replayable=False)
     second = house.submit(Stage.RCPT)
     answers[1].callback(ReturnCodes.CONTINUE)
     assert (first, second) == ([], [CONTINUE])

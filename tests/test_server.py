@@ -90,7 +90,7 @@ class FakeDispatcher:
     def cancel(self, job: Job) -> None:
         self.jobs.remove(job)
 
-    def sessions_ended(self) -> Deferred[Any]:
+    def when_sessions_ended(self) -> Deferred[Any]:
         return self.parting
 
 

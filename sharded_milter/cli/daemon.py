@@ -229,7 +229,7 @@ class _Run:
         from twisted.logger import Logger
 
         from sharded_milter.dispatch.dispatcher import Dispatcher
-        from sharded_milter.dispatch.poison import Keep
+        from sharded_milter.dispatch.keep_dir import KeepDir
         from sharded_milter.dispatch.policy import Policy
         from sharded_milter.pool.descendants import Descendants
         from sharded_milter.pool.pool import Pool
@@ -241,7 +241,7 @@ class _Run:
         limits = settings.limits
         keep = None
         if settings.keep_dir:
-            keep = Keep(Path(settings.keep_dir), settings.keep_quota, clock.callInThread)
+            keep = KeepDir(Path(settings.keep_dir), settings.keep_quota, clock.callInThread)
         dispatcher = Dispatcher(limits, reactor, keep)
         self._descendants = Descendants(reactor, shares=bool(settings.in_master))
         make_shard = shard_maker(

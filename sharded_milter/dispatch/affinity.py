@@ -1,8 +1,8 @@
-"""Session affinity: where a milter's object of one connection is, and what it has been told.
+"""Session affinity: which shard has a milter's object of one connection, and what it has received.
 
-A milter that is an object is asked in one place, with what is new and no more. When that place is
-lost, the next question goes to a new object with all there is, unless the milter cannot be
-rebuilt: then the message in hand is lost with its object.
+All jobs of such an object go to one shard, and each carries only the new part of the transcript.
+When that shard is lost, the next job goes to a new object with the whole transcript. If the milter
+is not replayable, the current message is lost with its object.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from sharded_milter.protocol.commands import Abort
 _ABORT = Abort().encode()
 
 
-class News(NamedTuple):
-    """What an object has not been told yet; the part of the message begins at `start`."""
+class SessionUpdate(NamedTuple):
+    """The part of a transcript that an object has not received yet.
+
+    `session` is the object's number. `message` begins at byte `start`.
+    """
 
     session: int
     start: int
@@ -24,60 +27,71 @@ class News(NamedTuple):
     message: bytes | Memory
 
 
-class Affinity:
-    """One milter's object of one connection, as the master knows it."""
+class ObjectAffinity:
+    """The master's record of one milter's object of one connection."""
 
-    __slots__ = ("_aborted", "_news", "_replayable", "_told", "exists", "holder", "lost", "number")
+    __slots__ = (
+        "_aborted",
+        "_replayable",
+        "_sent",
+        "_unsent",
+        "exists",
+        "holder",
+        "lost",
+        "number",
+    )
 
     def __init__(self, *, replayable: bool) -> None:
-        self.holder: Any = None  # who has the object, or is to have it
-        self.number = 0  # of the object there
+        self.holder: Any = None  # has the object, or will: a pipeline or an InMaster
+        self.number = 0  # of the object at its holder
         self.exists = False
-        self.lost = False  # the object is lost, and the message in hand with it
+        self.lost = False  # the current message is lost with its object
         self._replayable = replayable
-        self._told = 0  # bytes of the message's part that the object has
+        self._sent = 0  # bytes of the message part that the object has
         self._aborted = False
-        self._news: dict[bytes, bytes] = {}  # by slot; a client may greet for ever
+        # By slot of the transcript, so that repeated commands take no more memory.
+        self._unsent: dict[bytes, bytes] = {}
 
-    def learn(self, slot: bytes, packet: bytes) -> None:
-        """A packet of the connection's part was kept in a slot."""
+    def add_packet(self, slot: bytes, packet: bytes) -> None:
+        """Add a packet that was stored in a slot of the transcript's connection part."""
         if self.exists:
-            self._news.pop(slot, None)  # order matters: the latest comes last
-            self._news[slot] = packet
+            self._unsent.pop(slot, None)  # so that the packet is last in order
+            self._unsent[slot] = packet
 
-    def message_over(self) -> None:
-        """The message in hand is answered, or dropped: the next one begins anew."""
-        self._aborted = self._aborted or self._told > 0
-        self._told = 0
+    def end_message(self) -> None:
+        """End the current message: it is answered, or the MTA has dropped it."""
+        self._aborted = self._aborted or self._sent > 0
+        self._sent = 0
         self.lost = False
 
-    def settle(self, holder: Any, number: int) -> None:
-        """There is to be a new object, which knows nothing yet."""
+    def assign(self, holder: Any, number: int) -> None:
+        """Assign a new object, which has received nothing yet, to a holder."""
         self.holder, self.number = holder, number
         self._forget()
 
-    def lose(self) -> None:
-        """The holder is gone with the object."""
-        self.lost = self.lost or (self._told > 0 and not self._replayable)
+    def lose_object(self) -> None:
+        """Record that the object is lost with its holder."""
+        self.lost = self.lost or (self._sent > 0 and not self._replayable)
         self.holder = None
         self._forget()
 
     def _forget(self) -> None:
-        self.exists, self._told, self._aborted = False, 0, False
-        self._news.clear()
+        self.exists, self._sent, self._aborted = False, 0, False
+        self._unsent.clear()
 
-    def tell(self, connection: bytes | Memory, message: bytes | Memory) -> News:
-        """What the object must be told of these parts; it counts as told.
+    def next_update(self, connection: bytes | Memory, message: bytes | Memory) -> SessionUpdate:
+        """Return what is new of these parts for the object, and record it as sent.
 
-        Raises OSError, and nothing counts as told, where the system has no memory for it.
+        Raise OSError, and record nothing, where the system has no memory for it.
         """
-        start = self._told
+        start = self._sent
         if self.exists:
-            connection = packed((_ABORT if self._aborted else b"") + b"".join(self._news.values()))
-        news = passable(message, start)
-        if news is not message:
+            abort = _ABORT if self._aborted else b""
+            connection = packed(abort + b"".join(self._unsent.values()))
+        rest = passable(message, start)
+        if rest is not message:
             start = 0
-        self._told = len(message)
+        self._sent = len(message)
         self.exists, self._aborted = True, False
-        self._news.clear()
-        return News(self.number, start, connection, news)
+        self._unsent.clear()
+        return SessionUpdate(self.number, start, connection, rest)

@@ -1,7 +1,7 @@
-"""Capacity: which shards can take a job now, and which of them is the best for it. Pure.
+"""Capacity: the shards that can take a job now, and the choice of the best one for it. Pure.
 
-The owner says what each shard has in hand, and asks for a shard. `reserve` shards are left to
-light jobs: heavy ones do not begin there.
+The caller reports what each shard has in flight, and asks for a shard. Heavy jobs leave `reserve`
+shards to light ones.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from hashlib import blake2b
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
-# Keys whose shard is remembered, so that it need not be worked out for each job.
+# Keys whose preferred shard is cached.
 MAX_KEYS = 4096
 
 
-class Server(Protocol):
-    """What must be known of a shard: a successor in the same slot inherits its keys."""
+class ShardLoad(Protocol):
+    """The load of a shard. The keys belong to its slot, so that a successor inherits them."""
 
     slot: int
     fresh: bool
@@ -23,91 +23,91 @@ class Server(Protocol):
     affinities: Any
 
 
-S = TypeVar("S", bound=Server)
+S = TypeVar("S", bound=ShardLoad)
 
 
 class Capacity(Generic[S]):
-    """The shards there are, by what they can take."""
+    """The shards, by what they can take."""
 
     def __init__(self, reserve: int = 0) -> None:
         self._reserve = reserve
         self._numbers = count(1)
-        self._serving: dict[S, int] = {}  # shards that take any job, by the order of arrival
-        self._idle: dict[S, None] = {}  # those that have nothing to do, the latest one last
-        self._room: dict[S, None] = {}  # those that take another behind what they do
-        self._resting: dict[S, None] = {}  # idle ones that take their objects' jobs only
-        self._heavy: set[S] = set()  # those that do a heavy job
+        self._serving: dict[S, int] = {}  # shards that take any job, with their order of arrival
+        self._idle: dict[S, None] = {}  # those with nothing in flight, the latest last
+        self._with_room: dict[S, None] = {}  # those that take another job behind the first
+        self._idle_for_objects: dict[S, None] = {}  # idle ones that take only jobs of their objects
+        self._heavy: set[S] = set()  # those with a heavy job
         self._preferred: dict[bytes, S] = {}  # the shard of a key
 
-    # What shards have in hand
+    # Reports about shards
 
-    def idle(self, shard: S) -> None:
-        """The shard, new or known, has nothing in hand and takes any job."""
+    def set_idle(self, shard: S) -> None:
+        """Record that the shard, new or known, has nothing in flight and takes any job."""
         self._heavy.discard(shard)
-        self._room.pop(shard, None)
+        self._with_room.pop(shard, None)
         if shard not in self._serving:
             self._serving[shard] = next(self._numbers)
             self._preferred.clear()
         self._idle[shard] = None
 
-    def resting(self, shard: S) -> None:
-        """The shard has nothing in hand and takes its objects' jobs only."""
+    def set_idle_for_objects(self, shard: S) -> None:
+        """Record that the shard has nothing in flight and takes only jobs of its objects."""
         self._heavy.discard(shard)
-        self._room.pop(shard, None)
+        self._with_room.pop(shard, None)
         self._idle.pop(shard, None)
-        self._leave(shard)
-        self._resting[shard] = None
+        self._stop_serving(shard)
+        self._idle_for_objects[shard] = None
 
-    def busy(self, shard: S, *, has_room: bool) -> None:
-        """The shard has something in hand, and takes another job behind it or not."""
+    def set_busy(self, shard: S, *, has_room: bool) -> None:
+        """Record that the shard has jobs in flight, and whether it takes one more behind them."""
         self._idle.pop(shard, None)
-        self._resting.pop(shard, None)
+        self._idle_for_objects.pop(shard, None)
         if has_room and shard in self._serving:
-            self._room[shard] = None
+            self._with_room[shard] = None
         else:
-            self._room.pop(shard, None)
+            self._with_room.pop(shard, None)
 
-    def does_heavy(self, shard: S) -> None:
-        """The shard has been given a heavy job."""
+    def set_heavy(self, shard: S) -> None:
+        """Record that the shard has been given a heavy job."""
         self._heavy.add(shard)
 
-    def retired(self, shard: S) -> None:
-        """The shard, which has something in hand, takes its objects' jobs only from now on."""
+    def set_retired(self, shard: S) -> None:
+        """Record that the shard, which has jobs in flight, takes only jobs of its objects."""
         self._idle.pop(shard, None)
-        self._room.pop(shard, None)
-        self._leave(shard)
+        self._with_room.pop(shard, None)
+        self._stop_serving(shard)
 
-    def unavailable(self, shard: S) -> None:
-        """The shard can be told nothing more; its objects' jobs wait until it is gone."""
-        self.retired(shard)
-        self._resting.pop(shard, None)
+    def set_unavailable(self, shard: S) -> None:
+        """Record that the shard takes nothing more; its objects' jobs wait until it is gone."""
+        self.set_retired(shard)
+        self._idle_for_objects.pop(shard, None)
 
-    def gone(self, shard: S) -> None:
-        """The shard is no more."""
-        self.unavailable(shard)
+    def remove(self, shard: S) -> None:
+        """Forget a shard that is gone."""
+        self.set_unavailable(shard)
         self._heavy.discard(shard)
 
-    def _leave(self, shard: S) -> None:
+    def _stop_serving(self, shard: S) -> None:
         if self._serving.pop(shard, None) is not None:
             self._preferred.clear()
 
-    # Which shard
+    # Choice of a shard
 
     @property
     def idle_count(self) -> int:
-        """How many shards have nothing to do."""
+        """The number of shards with nothing in flight that take any job."""
         return len(self._idle)
 
     @property
     def fresh(self) -> S | None:
-        """An idle shard that has never been given anything."""
+        """An idle shard that has had no job yet; None if there is none."""
         return next((shard for shard in self._idle if shard.fresh), None)
 
-    def fewest_objects(self) -> S | None:
-        """The shard that has the objects of the fewest connections; None when there is none.
+    def with_fewest_objects(self) -> S | None:
+        """Return the shard that has the objects of the fewest connections; None without shards.
 
-        A new object is better placed by how many others share its shard for as long as the
-        connection lasts than by which is idle at this moment.
+        A new object stays for the whole connection, so the number of objects that share the shard
+        matters more than which shard is idle at this moment.
         """
         return min(self._serving, key=self._load, default=None)
 
@@ -115,38 +115,39 @@ class Capacity(Generic[S]):
         return len(shard.affinities), self._serving[shard]
 
     def takes_object(self, shard: S, *, heavy: bool) -> bool:
-        """Whether the shard takes another job of its objects now."""
-        # No other shard is kept from light jobs by one that does heavy ones already.
-        allowed = heavy or shard not in self._serving or shard in self._heavy
-        return allowed and (shard in self._idle or shard in self._room or shard in self._resting)
+        """Return whether the shard takes another job of its objects now."""
+        # A shard that has heavy jobs already takes no reserved shard from light ones.
+        if not heavy and shard in self._serving and shard not in self._heavy:
+            return False
+        return shard in self._idle or shard in self._with_room or shard in self._idle_for_objects
 
     @property
     def allows_heavy(self) -> bool:
-        """Whether a shard that does no heavy job yet may begin one."""
+        """Whether a shard without a heavy job may be given one."""
         if not self._reserve:
             return True
         heavy = sum(shard in self._serving for shard in self._heavy)
         return heavy < max(1, len(self._serving) - self._reserve)
 
     def shard_for(self, job: Any, *, heavy: bool, behind: bool) -> S | None:
-        """The best shard for a job that any can do.
+        """Return the best shard for a job without an object; None if none can take it now.
 
-        `heavy` says that it may be one that does no heavy job yet, `behind` that it may be one
-        that has something in hand.
+        `heavy` allows shards that have no heavy job yet, `behind` allows shards that have jobs in
+        flight.
         """
         if not heavy:
-            room = [shard for shard in self._room if shard in self._heavy] if behind else ()
-            return min(room, key=_in_hand, default=None)
+            room = [shard for shard in self._with_room if shard in self._heavy] if behind else ()
+            return min(room, key=_in_flight, default=None)
         if job.key and not job.light and self._serving:
             preferred = self._preferred_for(job.key)
-            if preferred in self._idle or (behind and preferred in self._room):
+            if preferred in self._idle or (behind and preferred in self._with_room):
                 return preferred
         if self._idle:
             return next(reversed(self._idle))
-        return min(self._room, key=_in_hand, default=None) if behind else None
+        return min(self._with_room, key=_in_flight, default=None) if behind else None
 
     def _preferred_for(self, key: bytes) -> S:
-        """Rendezvous hashing: each key ranks all slots; one that goes moves its own keys only."""
+        """Return the key's shard by rendezvous hashing: a lost slot moves only its own keys."""
         preferred = self._preferred.get(key)
         if preferred is None:
             preferred = max(self._serving, key=lambda shard: _weight(shard.slot, key))
@@ -156,7 +157,7 @@ class Capacity(Generic[S]):
         return preferred
 
 
-def _in_hand(shard: Server) -> int:
+def _in_flight(shard: ShardLoad) -> int:
     return len(shard.attempts)
 
 

@@ -1,4 +1,4 @@
-"""What the MTA hears when a milter gives no verdict. Every failure is an explicit verdict."""
+"""The replies to the MTA when a milter gives no verdict. Every failure is an explicit verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHOICES = ("tempfail", "accept", "reject")
 
 @dataclass(frozen=True)
 class Policy:
-    """The operator's choice, each one of CHOICES; raises InvalidValue for any other."""
+    """The operator's choices, each one of CHOICES; raise InvalidValue for any other value."""
 
     on_error: str = "tempfail"
     on_poison: str = "tempfail"
@@ -26,8 +26,8 @@ class Policy:
                 raise InvalidValue(f"{name} is {choice!r}; it must be one of {choices}")
 
 
-# The texts are the MTA's own: what went wrong is in our log, not on the wire. To accept is to go
-# on as if nothing had been said, so that later stages still have their say.
+# These replies have no text of ours: the cause is in our log, not on the wire. To accept is to
+# reply CONTINUE, so that later stages can still reject.
 _ANSWERS: Mapping[str, bytes] = {
     "tempfail": TempFail().encode(),
     "accept": Continue().encode(),
@@ -51,9 +51,9 @@ STOPPING = ReplyCode(reply_text(451, "4.3.2", "Content filter is shutting down")
 
 
 def answer_for(error: BaseException | None, policy: Policy, stage: Stage) -> bytes:
-    """The reply packets for a job that ended with `error`.
+    """Return the reply packets for a job that ended with `error`.
 
-    Overload is told as such and always temporary: the message was not looked at.
+    Overload always gives a temporary failure: the message was not scanned.
     """
     if isinstance(error, Overloaded):
         return BUSY

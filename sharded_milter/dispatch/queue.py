@@ -1,22 +1,23 @@
-"""The queue: which job runs next, on which shard. Pure: no clock, no I/O.
+"""The queue: the choice of the next job and of its shard. Pure: no clock, no I/O.
 
-The owner tells it what happened (a job waits, a shard is idle, full or gone) and takes pairs with
-`next` until there are none; so the queue is drained on every change of capacity, whatever its
-cause.
+The caller reports every change (a job waits; a shard is idle, busy or gone) and then takes pairs
+with `next_pair` until there are none; so the queue is drained on every change of capacity.
 
-Order: by age of what the job belongs to, so that what has begun is finished first and nothing
-starves. `born` says when that was; light jobs count as one second older.
+Order: by the age of the message or connection that the job belongs to, so that what has begun is
+finished first and nothing starves. `born` is the time when that began; light jobs count as one
+second older.
 
-Place:
+Shard:
 - an object's job runs on the shard that has the object, and nowhere else;
-- a job that runs alone (`solo`) runs on an idle shard that has never been given anything;
-- a job with a key runs on the key's shard if that is idle or has room behind what it does, else
-  on any other, so that a key never waits while a shard is idle;
-- any other runs on the shard that became idle last, so that caches stay warm and surplus idles;
-- where no shard is idle, it goes behind what a shard does that has room;
-- a job that was given to a shard but has waited there too long (`offer`) runs on a shard that is
-  or becomes idle, in its turn by age, or stays; no younger job goes behind another meanwhile, for
-  shards that always have a next job never become idle.
+- a job that must run alone (`solo`) runs on an idle shard that has had no job yet;
+- a job with a key runs on the key's shard if that is idle or has room behind its first job, else
+  on any other, so that no key waits while a shard is idle;
+- any other runs on the shard that became idle last, so that caches stay warm and surplus shards
+  stay idle;
+- where no shard is idle, it waits behind the jobs of a shard that has room;
+- a job that has waited too long behind another (`offer`) runs on a shard that is or becomes idle,
+  in order of age, or stays. Meanwhile no younger job is put behind another, because shards that
+  always have a next job never become idle.
 Heavy jobs leave `reserve` shards to light ones.
 """
 
@@ -27,18 +28,18 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
 
-from sharded_milter.dispatch.capacity import Capacity, Server
+from sharded_milter.dispatch.capacity import Capacity, ShardLoad
 from sharded_milter.errors import Overloaded
 
-# How much older a light job counts, seconds. It is done in no time, and a client waits for it.
+# Seconds that a light job counts as older: it is done fast, and an SMTP client waits for it.
 LIGHT_HEAD_START = 1.0
 
-# Jobs that leave stay in the heaps until they come up; above this many all are built anew.
-MAX_DEBRIS = 64
+# Removed jobs stay in the heaps until they come to the top; above this many, the heaps are rebuilt.
+MAX_STALE = 64
 
 
-class Waiting(Protocol):
-    """What the queue must know of a job; `entry` is the queue's own."""
+class QueuedJob(Protocol):
+    """What the queue needs of a job; only the queue sets `entry`."""
 
     stage: Any
     light: bool
@@ -46,17 +47,17 @@ class Waiting(Protocol):
     born: float
     solo: bool
     entry: int
-    affinity: Any  # with the one shard that can do it as its holder, or None
+    affinity: Any  # None, or its `holder` is the only shard that can do the job
 
 
-J = TypeVar("J", bound=Waiting)
-S = TypeVar("S", bound=Server)
+J = TypeVar("J", bound=QueuedJob)
+S = TypeVar("S", bound=ShardLoad)
 
 Entry = tuple[float, int, J]  # age, number, job
 
 
 class _Heaps(Generic[J]):
-    """Jobs by age, the light ones apart from the heavy ones."""
+    """Two heaps of jobs by age: light and heavy."""
 
     __slots__ = ("heavy", "light")
 
@@ -68,68 +69,68 @@ class _Heaps(Generic[J]):
         heapq.heappush(self.light if entry[2].light else self.heavy, entry)
 
     def tops(self) -> Iterator[list[Entry[J]]]:
-        """The heaps that have a job, with the oldest on top."""
+        """Yield the heaps that have a job, with the oldest on top."""
         for heap in (self.light, self.heavy):
-            while heap and heap[0][2].entry != heap[0][1]:  # it has left
+            while heap and heap[0][2].entry != heap[0][1]:  # it was removed
                 heapq.heappop(heap)
             if heap:
                 yield heap
 
 
 class Queue(Generic[J, S]):
-    """Jobs that wait, and shards that may take one."""
+    """Jobs that wait, and the capacity of the shards."""
 
     def __init__(self, max_queue: int, reserve: int = 0) -> None:
-        self.shards: Capacity[S] = Capacity(reserve)
+        self.capacity: Capacity[S] = Capacity(reserve)
         self._max_queue = max_queue
         self._numbers = count(1)
-        self._jobs: dict[int, J] = {}  # by entry: those that wait for a shard
-        self._offered: dict[int, J] = {}  # those that wait behind another job
+        self._jobs: dict[int, J] = {}  # that wait for a shard, by entry
+        self._offered: dict[int, J] = {}  # that wait behind another job, by entry
         self._common: _Heaps[J] = _Heaps()
         self._solo: _Heaps[J] = _Heaps()
         self._behind: _Heaps[J] = _Heaps()
         self._objects: dict[S, _Heaps[J]] = {}
-        self._left = 0  # entries of jobs that have left, still in a heap
+        self._stale = 0  # entries of removed jobs that are still in a heap
 
     # Jobs
 
     def __len__(self) -> int:
-        """How many jobs wait for a shard."""
+        """Return the number of jobs that wait for a shard."""
         return len(self._jobs)
 
     @property
     def has_jobs(self) -> bool:
-        """Whether any job waits, be it behind another."""
+        """Whether any job waits, for a shard or behind another job."""
         return bool(self._jobs or self._offered)
 
     @property
     def is_full(self) -> bool:
-        """Whether as many jobs wait as may.
+        """Whether the limit of waiting jobs is reached.
 
-        Idle shards need not fit the jobs that wait, so they make room for as many as they are.
+        Idle shards may not fit the jobs that wait, so each of them raises the limit by one.
         """
-        return len(self._jobs) >= self._max_queue + self.shards.idle_count
+        return len(self._jobs) >= self._max_queue + self.capacity.idle_count
 
     @property
     def waits_for_fresh(self) -> bool:
-        """Whether a job waits for a shard that has never been given anything, and none is idle."""
+        """Whether a job waits for a shard that has had no job yet, and none is idle."""
         waits = any(True for _ in self._solo.tops())
-        return waits and self.shards.fresh is None
+        return waits and self.capacity.fresh is None
 
-    def add(self, job: J, *, again: bool = False) -> None:
-        """A job waits; raises Overloaded when no shard is idle and the queue is full.
+    def add(self, job: J, *, requeued: bool = False) -> None:
+        """Add a job; raise Overloaded when no shard is idle and the queue is full.
 
-        Never too many are the end of an object's session, and a job that waits `again`.
+        End-of-session notices and `requeued` jobs are never refused.
         """
-        if self.is_full and job.stage is not None and not again:
+        if self.is_full and job.stage is not None and not requeued:
             raise Overloaded(f"the queue is full ({self._max_queue} jobs wait)")
-        self._enter(job, self._jobs)
+        self._add(job, self._jobs)
 
     def offer(self, job: J) -> None:
-        """A job waits behind another: a shard that is or becomes idle may take it over."""
-        self._enter(job, self._offered)
+        """Offer a job that waits behind another to shards that are or become idle."""
+        self._add(job, self._offered)
 
-    def _enter(self, job: J, kind: dict[int, J]) -> None:
+    def _add(self, job: J, kind: dict[int, J]) -> None:
         job.entry = next(self._numbers)
         kind[job.entry] = job
         self._push(job)
@@ -146,30 +147,30 @@ class Queue(Generic[J, S]):
         return self._solo if job.solo else self._common
 
     def remove(self, job: J) -> bool:
-        """The job does not wait any more; whether it was waiting for a shard."""
+        """Remove the job; return whether it was waiting for a shard."""
         entry, job.entry = job.entry, 0
         if not entry:
             return False
-        self._left += 1
+        self._stale += 1
         waited = self._jobs.pop(entry, None) is not None
         self._offered.pop(entry, None)
-        if self._left > len(self._jobs) + len(self._offered) + MAX_DEBRIS:
+        if self._stale > len(self._jobs) + len(self._offered) + MAX_STALE:
             self._rebuild()
         return waited
 
     def _rebuild(self) -> None:
         self._common, self._solo, self._behind = _Heaps(), _Heaps(), _Heaps()
-        self._objects, self._left = {}, 0
+        self._objects, self._stale = {}, 0
         for job in (*self._jobs.values(), *self._offered.values()):
             self._push(job)
 
-    def gone(self, shard: S) -> list[J]:
-        """The shard is no more; returns its objects' jobs, which wait no longer."""
-        self.shards.gone(shard)
-        return self.take_objects(shard)
+    def remove_shard(self, shard: S) -> list[J]:
+        """Forget a shard that is gone; remove and return the jobs of its objects."""
+        self.capacity.remove(shard)
+        return self.remove_object_jobs(shard)
 
-    def take_objects(self, shard: S) -> list[J]:
-        """The shard's objects are lost; returns their jobs, which wait no longer."""
+    def remove_object_jobs(self, shard: S) -> list[J]:
+        """Remove and return the jobs of the shard's objects, which are lost."""
         heaps = self._objects.pop(shard, None)
         if heaps is None:
             return []
@@ -181,23 +182,23 @@ class Queue(Generic[J, S]):
 
     # Pairs
 
-    def place(self, job: J) -> S | None:
-        """The shard that does a new job at once, where no other job waits; None where none can.
+    def immediate_shard(self, job: J) -> S | None:
+        """Return a shard for a new job if no other job waits; None if none can take it now.
 
         The job does not enter the queue.
         """
         if self._jobs or job.solo:
             return None
-        heavy = job.light or self.shards.allows_heavy
+        heavy = job.light or self.capacity.allows_heavy
         if job.affinity is None or job.affinity.holder is None:
-            return self.shards.shard_for(job, heavy=heavy, behind=not self._offered)
+            return self.capacity.shard_for(job, heavy=heavy, behind=not self._offered)
         holder: S = job.affinity.holder
-        return holder if self.shards.takes_object(holder, heavy=heavy) else None
+        return holder if self.capacity.takes_object(holder, heavy=heavy) else None
 
-    def next(self) -> tuple[J, S] | None:
-        """A job and the shard that does it now; None if none fits.
+    def next_pair(self) -> tuple[J, S] | None:
+        """Return the next job and its shard, and remove the job; None if none fits.
 
-        The job leaves the queue. The owner says next what the shard has in hand (`busy`).
+        The caller must then report what the shard has in flight (`capacity.set_busy`).
         """
         if not self._jobs and not self._offered:
             return None
@@ -212,28 +213,28 @@ class Queue(Generic[J, S]):
         return job, shard
 
     def _solo_pair(self) -> tuple[float, int, list[Entry[J]], S] | None:
-        """One that runs alone gets the first shard that is fresh: any other job can do without."""
+        """Return the oldest solo job and a fresh shard: only solo jobs need a fresh one."""
         if not (self._solo.light or self._solo.heavy):
             return None
-        fresh = self.shards.fresh
+        fresh = self.capacity.fresh
         if fresh is None:
             return None
-        heavy = self.shards.allows_heavy
+        heavy = self.capacity.allows_heavy
         tops = (heap for heap in self._solo.tops() if heap[0][2].light or heavy)
         return min(((*heap[0][:2], heap, fresh) for heap in tops), default=None)
 
     def _pairs(self) -> Iterator[tuple[float, int, list[Entry[J]], S]]:
-        """The oldest job of each heap from which a shard can take one, with that shard."""
-        heavy = self.shards.allows_heavy
+        """Yield the oldest job of each heap that a shard can take, with that shard."""
+        heavy = self.capacity.allows_heavy
         oldest = min((heap[0][:2] for heap in self._behind.tops()), default=None)
         for heaps in (self._common, self._behind):
             for heap in heaps.tops():
                 job = heap[0][2]
                 behind = heaps is self._common and (oldest is None or heap[0][:2] < oldest)
-                shard = self.shards.shard_for(job, heavy=job.light or heavy, behind=behind)
+                shard = self.capacity.shard_for(job, heavy=job.light or heavy, behind=behind)
                 if shard is not None:
                     yield *heap[0][:2], heap, shard
         for shard, heaps in self._objects.items():
             for heap in heaps.tops():
-                if self.shards.takes_object(shard, heavy=heap[0][2].light or heavy):
+                if self.capacity.takes_object(shard, heavy=heap[0][2].light or heavy):
                     yield *heap[0][:2], heap, shard

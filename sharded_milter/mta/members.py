@@ -8,7 +8,7 @@ from typing import Protocol
 
 from twisted.internet.defer import Deferred
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.protocol.negotiation import Manifest
 
@@ -23,7 +23,7 @@ class Executor(Protocol):
 
     def submit(self, job: Job) -> bytes | Deferred[bytes]: ...
     def cancel(self, job: Job) -> None: ...
-    def release(self, affinity: Affinity) -> None: ...
+    def release(self, affinity: ObjectAffinity) -> None: ...
 
 
 @dataclass(frozen=True)

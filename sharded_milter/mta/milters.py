@@ -15,8 +15,8 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from sharded_milter.dispatch.affinity import Affinity
-from sharded_milter.dispatch.job import Job, settled
+from sharded_milter.dispatch.affinity import ObjectAffinity
+from sharded_milter.dispatch.job import Job, result_of
 from sharded_milter.dispatch.policy import NO_ROOM, Policy, answer_for
 from sharded_milter.errors import JobFailed, LocalProtocolError
 from sharded_milter.mta.inflight import SMALL_ANSWER, Claim
@@ -50,12 +50,12 @@ class _Participant:
         self.answer: bytes | None = None  # to the current question
         self.held: Claim | None = None  # counts the answer's bytes while others are awaited
 
-    def new_affinity(self) -> Affinity | None:
+    def new_affinity(self) -> ObjectAffinity | None:
         """Return the affinity of a new object; None if the milter has no objects."""
         required = self.manifest.affinity
         if required is SessionAffinity.NONE:
             return None
-        return Affinity(replayable=required is SessionAffinity.REPLAYABLE)
+        return ObjectAffinity(replayable=required is SessionAffinity.REPLAYABLE)
 
     def is_concerned(self, job: Job) -> bool:
         """Return True if the milter must be asked this question."""
@@ -154,7 +154,7 @@ class Milters:
                 answer.addErrback(self._fail_one, job)
                 answer.addCallback(self._finish_one, milter, job)
                 answer.addErrback(self._fail_all)
-        return settled(awaited)
+        return result_of(awaited)
 
     def _fail_one(self, failure: Failure, job: Job) -> bytes:
         return self._answer_by_policy(failure.value, job)
@@ -248,7 +248,7 @@ class Milters:
         """Pass a packet of the connection's part on to the objects."""
         for milter in self._objects:
             assert milter.affinity is not None
-            milter.affinity.learn(slot, packet)
+            milter.affinity.add_packet(slot, packet)
 
     def end_message(self) -> None:
         """End the current message: it was answered or dropped."""
@@ -256,7 +256,7 @@ class Milters:
             if milter.accepted is Scope.MESSAGE:
                 milter.accepted = Scope.NONE
             if milter.affinity is not None:
-                milter.affinity.message_over()
+                milter.affinity.end_message()
 
     def end_client(self, born: float) -> None:
         """End the client's session, which began at `born`; the next client gets new objects."""

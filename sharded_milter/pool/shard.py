@@ -65,7 +65,7 @@ class Event(Enum):
     DRAIN = auto()  # the pool wants no more of it
     LINGERED = auto()  # its objects have had their time
     STOP = auto()  # the service stops
-    EMPTIED = auto()  # draining, it has nothing in hand and no objects
+    DRAINED = auto()  # draining, it has nothing in hand and no objects
     EXIT_DUE = auto()  # it was told to exit, and has had its time for that
     KILL = auto()
     SILENT = auto()  # its socket is closed, and it lives on
@@ -117,7 +117,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Cell[State]]] = {
         LOAD_FAILED=_BROKEN,
         ANSWERED=Cell(State.DRAINING, "_take"),
         LINGERED=Cell(State.DRAINING, "_give_up_objects"),
-        EMPTIED=Cell(State.LEAVING, "_leave"),
+        DRAINED=Cell(State.LEAVING, "_leave"),
         STOP=_KILL,
         KILL=_KILL,
         LOOK=Cell(State.DRAINING, "_look"),
@@ -152,7 +152,7 @@ class Work(Protocol):
     """Who gives it jobs: the dispatcher."""
 
     def retire(self, shard: Shard) -> None: ...
-    def give_up_objects(self, shard: Shard) -> None: ...
+    def drop_objects(self, shard: Shard) -> None: ...
     def unavailable(self, shard: Shard) -> None: ...
     def answered(self, shard: Shard, number: int, answer: Answer) -> str: ...
     def lost(self, shard: Shard, loss: Loss) -> bool: ...
@@ -181,7 +181,7 @@ class Shard:
         self.sandbox = ("", False)  # what became of it, and whether that is incomplete
         self.load_error: MilterError | None = None
         self.loss: Loss | None = None  # why it was killed, then why it is gone
-        self.working_on = ""  # the queue id of what it does, or did last
+        self.current_queue_id = ""  # the queue id of what it does, or did last
         self.answers = 0  # that it has given
         self.worn_after = 0  # answers; 0: never
         self.died_at_work = False  # it is gone, and had a job in hand
@@ -231,7 +231,7 @@ class Shard:
             head = (job.letter, job.milter, 0, 0)
             self._channel.ask(number, head, job.connection, job.command or job.message)
         else:
-            news = job.affinity.tell(job.connection, job.message)
+            news = job.affinity.next_update(job.connection, job.message)
             head = (job.letter, job.milter, news.session, news.start)
             self._channel.ask(number, head, news.connection, news.message, job.command)
 
@@ -243,9 +243,9 @@ class Shard:
         """Takes the answers that have arrived."""
         self._channel.catch_up()
 
-    def emptied(self) -> None:
+    def drained(self) -> None:
         """It has nothing in hand and no objects, and is to get neither."""
-        self._happens(Event.EMPTIED)
+        self._happens(Event.DRAINED)
 
     def kill(self, loss: Loss) -> None:
         """Ends the process and all its descendants at once."""
@@ -312,8 +312,8 @@ class Shard:
     def output(self, line: bytes) -> None:
         """A line that the worker wrote."""
         about = str(self.slot)
-        if self.working_on:
-            about += f" qid={quoted(self.working_on)}"
+        if self.current_queue_id:
+            about += f" qid={quoted(self.current_queue_id)}"
         self.log.info("[{about}] {line}", about=about, line=to_text(line))
 
     def output_dropped(self, lines: int, size: int) -> None:
@@ -365,13 +365,13 @@ class Shard:
         self._work.retire(self)
 
     def _stop(self, loss: Loss) -> None:
-        """It is draining from now on; one that is not emptied by that is busy."""
-        self._work.give_up_objects(self)
+        """It is draining from now on; one that is not drained by that is busy."""
+        self._work.drop_objects(self)
         self._work.retire(self)
         self._happens(Event.STOP, loss)
 
     def _give_up_objects(self) -> None:
-        self._work.give_up_objects(self)
+        self._work.drop_objects(self)
 
     def _leave(self, *_: Any) -> None:
         self._told_to_leave = True

@@ -42,7 +42,7 @@ class Waiting:
         self.queue: Queue[Job, Shard] = Queue(max_queue, reserve)
         self.a, self.b, self.c = self.shards = [Shard(1), Shard(2), Shard(3)]
         for name in idle:
-            self.queue.shards.idle(self["ABC".index(name)])
+            self.queue.capacity.set_idle(self["ABC".index(name)])
 
     def __getitem__(self, number: int) -> Shard:
         return self.shards[number]
@@ -53,19 +53,19 @@ class Waiting:
 
     def next(self, *, has_room: bool = False) -> tuple[Job, Shard] | None:
         """The next pair, whose shard is busy then."""
-        pair = self.queue.next()
+        pair = self.queue.next_pair()
         if pair is not None:
             job, shard = pair
             shard.attempts[len(shard.attempts)] = job
             if not job.light:
-                self.queue.shards.does_heavy(shard)
-            self.queue.shards.busy(shard, has_room=has_room)
+                self.queue.capacity.set_heavy(shard)
+            self.queue.capacity.set_busy(shard, has_room=has_room)
         return pair
 
     def drained(self) -> list[Job]:
         """The waiting jobs in the order in which one shard would do them."""
         done = []
-        self.queue.shards.idle(self.a)
-        while (pair := self.queue.next()) is not None:
+        self.queue.capacity.set_idle(self.a)
+        while (pair := self.queue.next_pair()) is not None:
             done.append(pair[0])
         return done

@@ -7,7 +7,7 @@ from typing import Any
 from one_dispatcher import FakeShard, Workers
 from one_pool import MANIFEST, Result
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.protocol.stages import Stage
 
@@ -85,7 +85,7 @@ class Simulated(Workers):
         return shard
 
     def send(
-        self, name: str, takes: float = 0.0, affinity: Affinity | None = None, **options: Any
+        self, name: str, takes: float = 0.0, affinity: ObjectAffinity | None = None, **options: Any
     ) -> Result:
         self.takes[name] = takes
         result = self.submit(Stage.EOM, queue_id=name, affinity=affinity, **options)

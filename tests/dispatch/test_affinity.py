@@ -6,7 +6,7 @@ import pytest
 from objects import HEAD, REST, began, home_of, mine, shared
 from one_dispatcher import Workers
 
-from sharded_milter.dispatch.affinity import News
+from sharded_milter.dispatch.affinity import SessionUpdate
 from sharded_milter.dispatch.job import Blame
 from sharded_milter.errors import DeadlineExceeded, Overloaded, WorkerLost
 from sharded_milter.ipc.memory import Memory, packed
@@ -83,10 +83,10 @@ def test_only_what_is_new_is_told() -> None:
     workers = Workers()
     affinity = mine()
     home = began(workers, affinity)
-    affinity.learn(b"H", Helo("x").encode())
+    affinity.add_packet(b"H", Helo("x").encode())
     workers.ask(affinity, Stage.EOM, message=HEAD + REST)
     home.answer()
-    affinity.message_over()
+    affinity.end_message()
     workers.ask(affinity, Stage.MAIL, message=HEAD)
     assert [(each.connection, each.message) for each in home.asked] == [
         (b"connection", HEAD),
@@ -97,36 +97,36 @@ def test_only_what_is_new_is_told() -> None:
 
 def test_of_what_replaces_each_other_the_latest_is_told_last() -> None:
     affinity = mine()
-    affinity.learn(b"x", b"before there was an object")
-    affinity.settle("shard", 3)
-    assert affinity.tell(b"connection", b"") == News(3, 0, b"connection", b"")
-    affinity.learn(b"a", b"1")
-    affinity.learn(b"b", b"2")
-    affinity.learn(b"a", b"3")
-    assert affinity.tell(b"connection", b"") == News(3, 0, b"23", b"")
+    affinity.add_packet(b"x", b"before there was an object")
+    affinity.assign("shard", 3)
+    assert affinity.next_update(b"connection", b"") == SessionUpdate(3, 0, b"connection", b"")
+    affinity.add_packet(b"a", b"1")
+    affinity.add_packet(b"b", b"2")
+    affinity.add_packet(b"a", b"3")
+    assert affinity.next_update(b"connection", b"") == SessionUpdate(3, 0, b"23", b"")
 
 
 def test_memory_is_told_whole_with_where_the_news_begins() -> None:
     affinity = mine()
-    affinity.settle("shard", 3)
-    affinity.tell(b"connection", HEAD)
+    affinity.assign("shard", 3)
+    affinity.next_update(b"connection", HEAD)
     large = packed(b"x" * 60_000)
-    assert affinity.tell(b"connection", large) == News(3, len(HEAD), b"", large)
+    assert affinity.next_update(b"connection", large) == SessionUpdate(3, len(HEAD), b"", large)
 
 
 def test_an_object_that_was_told_of_no_message_hears_of_no_end() -> None:
     affinity = mine()
-    affinity.settle("shard", 3)
-    affinity.tell(b"connection", b"")
-    affinity.message_over()
-    assert affinity.tell(b"connection", HEAD) == News(3, 0, b"", HEAD)
+    affinity.assign("shard", 3)
+    affinity.next_update(b"connection", b"")
+    affinity.end_message()
+    assert affinity.next_update(b"connection", HEAD) == SessionUpdate(3, 0, b"", HEAD)
 
 
 def test_news_that_there_is_no_memory_for_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     workers = Workers()
     affinity = mine()
     home = began(workers, affinity, b"")
-    affinity.learn(b"H", Helo("x" * 60_000).encode())
+    affinity.add_packet(b"H", Helo("x" * 60_000).encode())
 
     def refuse(*_: object) -> int:
         raise OSError(24, "Too many open files")
@@ -162,7 +162,7 @@ def test_an_object_that_cannot_costs_the_message_in_hand_and_no_other() -> None:
     first.exit()
     assert isinstance(result.only, WorkerLost)
     assert workers.busy == []
-    affinity.message_over()
+    affinity.end_message()
     after = workers.ask(affinity, Stage.MAIL, message=HEAD)
     (second,) = workers.busy
     assert (second.asked[0].connection, second.asked[0].message) == (b"connection", HEAD)
@@ -176,7 +176,7 @@ def test_a_message_whose_object_died_between_two_commands_is_lost_to_its_end() -
     began(workers, affinity).exit()
     for stage in (Stage.RCPT, Stage.DATA, Stage.EOM):
         assert isinstance(workers.ask(affinity, stage).only, WorkerLost)
-    affinity.message_over()
+    affinity.end_message()
     assert workers.ask(affinity, Stage.MAIL, message=HEAD).values == []
 
 
@@ -270,7 +270,7 @@ def test_an_object_that_waited_when_its_idle_shard_died_is_lost_with_it() -> Non
     affinity = mine()
     home = began(workers, affinity)
     other = mine()
-    other.settle(workers.dispatcher._shards.pipelines.get(next(
+    other.assign(workers.dispatcher._shards.pipelines.get(next(
         shard for shard in workers.shards if shard is not home)), 99)  # fmt: skip
     workers.ask(other)  # the other one scans, and this one is reserved for light jobs
     result = workers.ask(affinity)

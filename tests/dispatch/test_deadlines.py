@@ -9,7 +9,7 @@ from armed import armed
 from one_dispatcher import Workers
 from twisted.logger import LogLevel, capturedLogs
 
-from sharded_milter.dispatch.timeouts import PATIENCE, SOFT_LIMIT
+from sharded_milter.dispatch.timeouts import SOFT_LIMIT, TAKEOVER_AFTER
 from sharded_milter.errors import DeadlineExceeded, Overloaded, Poisoned
 from sharded_milter.protocol.commands import Eom, Mail
 from sharded_milter.protocol.stages import Stage
@@ -127,7 +127,7 @@ def test_the_soft_limit_says_where_it_hangs_and_no_more() -> None:
 
 
 def test_a_job_that_waits_behind_another_at_the_soft_limit_dumps_nothing() -> None:
-    deadline = 0.9 * PATIENCE
+    deadline = 0.9 * TAKEOVER_AFTER
     workers = Workers(command_deadline=deadline)
     workers.warm()
     workers.submit()
@@ -137,7 +137,7 @@ def test_a_job_that_waits_behind_another_at_the_soft_limit_dumps_nothing() -> No
 
 
 def test_a_job_that_meets_its_deadline_behind_another_is_withdrawn_and_answered_busy() -> None:
-    deadline = 0.9 * PATIENCE
+    deadline = 0.9 * TAKEOVER_AFTER
     workers = Workers(command_deadline=deadline)
     workers.warm()
     first, second = workers.submit(), workers.submit(Stage.RCPT)

@@ -13,9 +13,10 @@ from twisted.logger import LogLevel, capturedLogs
 
 from sharded_milter.dispatch import job as job_module
 from sharded_milter.dispatch.job import Blame
-from sharded_milter.dispatch.poison import REMEMBERED_FOR, SLACK, Keep
+from sharded_milter.dispatch.keep_dir import KeepDir
+from sharded_milter.dispatch.poison import REMEMBERED_FOR, SIZE_TOLERANCE
 from sharded_milter.dispatch.retries import MAX_SAVING
-from sharded_milter.dispatch.timeouts import PATIENCE
+from sharded_milter.dispatch.timeouts import TAKEOVER_AFTER
 from sharded_milter.errors import Overloaded, Poisoned, WorkerLost
 from sharded_milter.ipc.memory import Memory, packed
 from sharded_milter.protocol.commands import Body, Eom, Header, Macro, Mail, Rcpt
@@ -96,7 +97,7 @@ def test_one_that_was_withdrawn_is_blamed_for_the_death_that_it_has_caused() -> 
     one, two, third = workers.submit(), workers.submit(), workers.submit()
     slow, quick = sorted(workers.shards, key=lambda shard: -len(shard.open))
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     slow.answer()  # and begins the withdrawn one before it hears of that
     slow.exit()
     assert third.job.blamed == 1
@@ -114,7 +115,7 @@ def test_one_that_was_withdrawn_and_has_not_begun_is_not_blamed() -> None:
     third = workers.submit()
     slow, quick = sorted(workers.shards, key=lambda shard: -len(shard.open))
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     slow.exit()
     assert third.job.blamed == 0
     quick.answer(b"verdict")
@@ -126,7 +127,7 @@ def test_what_was_offered_to_other_shards_waits_in_the_queue_after_a_death() -> 
     workers.warm()
     workers.submit(Stage.RCPT)
     second = workers.submit(Stage.RCPT)
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     workers.shards[0].exit()
     assert workers.dispatcher.queued == 2
     shard = workers.hire()
@@ -259,7 +260,7 @@ def test_commands_are_never_poison() -> None:
     assert workers.submit(Stage.RCPT).values == []
 
 
-@pytest.mark.parametrize("size", [0, 4 * SLACK, 100 * SLACK])
+@pytest.mark.parametrize("size", [0, 4 * SIZE_TOLERANCE, 100 * SIZE_TOLERANCE])
 def test_no_digest_is_made_of_messages_of_another_size_than_remembered_ones(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +274,7 @@ def test_no_digest_is_made_of_messages_of_another_size_than_remembered_ones(
         patch.setattr(job_module, "digest", refuse)  # where none is remembered
         workers.submit().job.answer = None
         workers.busy[0].answer()
-    poisoned(workers, message(Body(b"x" * 50 * SLACK)))
+    poisoned(workers, message(Body(b"x" * 50 * SIZE_TOLERANCE)))
     monkeypatch.setattr(job_module, "digest", refuse)
     assert workers.submit(message=other).values == []
 
@@ -282,7 +283,7 @@ def test_no_digest_is_made_of_messages_of_another_size_than_remembered_ones(
 
 
 def test_a_copy_of_poison_is_kept(tmp_path: Path) -> None:
-    workers = Workers(1, Keep(tmp_path, 1000))
+    workers = Workers(1, KeepDir(tmp_path, 1000))
     with capturedLogs() as events:
         poisoned(workers, message(Mail("<a@x>"), Header("Subject", " hi"), Body(b"text")))
     (copy,) = tmp_path.iterdir()
@@ -293,12 +294,16 @@ def test_a_copy_of_poison_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keep", "format_", "level"),
     [
-        (lambda folder: Keep(folder, 10), "copy kept: {path}", LogLevel.info),
-        (lambda folder: Keep(folder / "none", 1000), "cannot keep a copy: {why}", LogLevel.error),
+        (lambda folder: KeepDir(folder, 10), "copy kept: {path}", LogLevel.info),
+        (
+            lambda folder: KeepDir(folder / "none", 1000),
+            "cannot keep a copy: {why}",
+            LogLevel.error,
+        ),
     ],
 )
 def test_a_copy_that_cannot_be_kept_is_a_line_in_the_log(
-    tmp_path: Path, keep: Callable[[Path], Keep], format_: str, level: Any
+    tmp_path: Path, keep: Callable[[Path], KeepDir], format_: str, level: Any
 ) -> None:
     workers = Workers(1, keep(tmp_path))
     with capturedLogs() as events:
@@ -309,7 +314,7 @@ def test_a_copy_that_cannot_be_kept_is_a_line_in_the_log(
 
 def test_a_slow_disk_holds_nothing_up_and_few_messages_in_memory(tmp_path: Path) -> None:
     later: list[Callable[[], None]] = []
-    workers = Workers(1, Keep(tmp_path, 10_000, later.append))
+    workers = Workers(1, KeepDir(tmp_path, 10_000, later.append))
     with capturedLogs() as events:
         for number in range(MAX_SAVING + 1):
             poisoned(workers, message(Body(b"%d" % number)))
@@ -330,5 +335,5 @@ def test_a_shard_is_named_in_the_log_when_it_dies() -> None:
     with capturedLogs() as events:
         shard.exit()
     assert [event["log_format"].format(**event) for event in events] == [
-        f"shard {shard.slot} died with qid=4F1"
+        f"shard {shard.slot} died while scanning qid=4F1; retrying"
     ]

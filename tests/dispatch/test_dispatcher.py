@@ -8,7 +8,7 @@ from one_dispatcher import Workers
 from one_pool import MANIFEST, MESSAGE, noted
 from twisted.internet.defer import Deferred, fail, succeed
 
-from sharded_milter.dispatch.job import Job, settled
+from sharded_milter.dispatch.job import Job, result_of
 from sharded_milter.errors import CallbackFailed, Overloaded, Superseded
 from sharded_milter.ipc.messages import WITHDRAWN, Answer
 from sharded_milter.protocol.negotiation import Manifest
@@ -21,7 +21,7 @@ def test_a_job_is_asked_and_answered() -> None:
     workers = Workers()
     result = workers.submit(queue_id="4F1")
     (shard,) = workers.shards
-    assert (shard.jobs, shard.working_on) == ([result.job], "4F1")
+    assert (shard.jobs, shard.current_queue_id) == ([result.job], "4F1")
     assert (shard.asked[0].connection, shard.asked[0].message) == (b"connection", MESSAGE)
     assert result.values == []
     workers.wait(3.0)
@@ -107,11 +107,17 @@ def test_counts_of_attempts_add_up() -> None:
 
 def test_an_answer_to_what_was_not_asked_breaks_a_rule() -> None:
     workers = Workers()
-    assert workers.shards[0].say(7, Answer(b"replies")) == "it has answered what it was not asked"
+    assert (
+        workers.shards[0].say(7, Answer(b"replies"))
+        == "it has answered a question that it was not asked"
+    )
     result = workers.submit()
     workers.shards[0].answer()
     number = workers.shards[0].asked[0].number
-    assert workers.shards[0].say(number, Answer(b"x")) == "it has answered what it was not asked"
+    assert (
+        workers.shards[0].say(number, Answer(b"x"))
+        == "it has answered a question that it was not asked"
+    )
     assert result.only == b"replies"
 
 
@@ -119,14 +125,17 @@ def test_an_answer_of_a_shard_that_does_not_serve_breaks_a_rule() -> None:
     workers = Workers(0)
     stranger = Workers(1).shards[0]
     why = workers.dispatcher.answered(stranger, 1, Answer(b"replies"))
-    assert why == "it has answered what it was not asked"
+    assert why == "it has answered a question that it was not asked"
 
 
 def test_to_confirm_what_was_not_withdrawn_breaks_a_rule() -> None:
     workers = Workers()
     result = workers.submit()
     number = workers.shards[0].asked[0].number
-    assert workers.shards[0].say(number, WITHDRAWN) == "it has withdrawn what it was to answer"
+    assert (
+        workers.shards[0].say(number, WITHDRAWN)
+        == "it has withdrawn a question without being asked to"
+    )
     assert result.values == []
 
 
@@ -135,7 +144,7 @@ def test_an_answer_out_of_turn_breaks_a_rule() -> None:
     workers.warm()
     results = [workers.submit(), workers.submit()]
     (shard,) = workers.shards
-    assert shard.say(shard.open[1], Answer(b"replies")) == "it has answered out of turn"
+    assert shard.say(shard.open[1], Answer(b"replies")) == "it has answered questions out of order"
     assert [result.values for result in results] == [[], []]
 
 
@@ -271,14 +280,14 @@ def test_a_job_may_be_asked_of_another_milter_too() -> None:
 
 def test_sessions_have_ended_where_there_are_none() -> None:
     ended: list[None] = []
-    noted(Workers().dispatcher.sessions_ended(), ended)
+    noted(Workers().dispatcher.when_sessions_ended(), ended)
     assert ended == [None]
 
 
 def test_an_answer_that_is_there_already_is_returned_or_raised() -> None:
     waiting: Deferred[bytes] = Deferred()
-    assert settled(waiting) is waiting
-    assert settled(succeed(b"verdict")) == b"verdict"
+    assert result_of(waiting) is waiting
+    assert result_of(succeed(b"verdict")) == b"verdict"
     failed: Deferred[bytes] = fail(Overloaded("full"))
     with pytest.raises(Overloaded, match="full"):
-        settled(failed)
+        result_of(failed)

@@ -27,7 +27,7 @@ def test_a_retired_shard_answers_for_its_objects_only() -> None:
     home.answer()
     assert (home.open, home.told) == ([], [])
     workers.dispatcher.release(affinity)
-    assert home.told == ["emptied"]
+    assert home.told == ["drained"]
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -37,10 +37,10 @@ def test_a_retired_shard_is_emptied_when_it_has_done_what_it_has_in_hand(busy: b
     if busy:
         workers.submit()
     workers.dispatcher.retire(shard)
-    assert shard.told == ([] if busy else ["emptied"])
+    assert shard.told == ([] if busy else ["drained"])
     if busy:
         shard.answer()
-    assert shard.told == ["emptied"]
+    assert shard.told == ["drained"]
     workers.submit()
     assert shard.open == []
 
@@ -48,9 +48,9 @@ def test_a_retired_shard_is_emptied_when_it_has_done_what_it_has_in_hand(busy: b
 def test_a_shard_that_never_served_is_empty_at_once() -> None:
     workers = Workers(0)
     (shard,) = Workers().shards
-    workers.dispatcher.give_up_objects(shard)
+    workers.dispatcher.drop_objects(shard)
     workers.dispatcher.retire(shard)
-    assert shard.told == ["emptied"]
+    assert shard.told == ["drained"]
 
 
 @pytest.mark.parametrize("busy", [True, False])
@@ -61,11 +61,11 @@ def test_objects_that_have_had_their_time_go_on_elsewhere(busy: bool) -> None:
     if busy:
         workers.ask(affinity)
     workers.dispatcher.retire(home)
-    workers.dispatcher.give_up_objects(home)
+    workers.dispatcher.drop_objects(home)
     if busy:
         assert home.told == []
         home.answer()
-    assert home.told == ["emptied"]
+    assert home.told == ["drained"]
     workers.ask(affinity)
     assert workers.busy == [next(shard for shard in workers.shards if shard is not home)]
 
@@ -90,7 +90,7 @@ def test_sessions_have_ended_when_the_last_is_answered_or_lost() -> None:
     for each in objects:
         ending(workers, each)
     ended: list[Any] = []
-    noted(workers.dispatcher.sessions_ended(), ended)
+    noted(workers.dispatcher.when_sessions_ended(), ended)
     homes[0].answer()
     assert ended == []
     homes[1].exit()

@@ -8,9 +8,15 @@ import pytest
 from one_dispatcher import FakeShard, Workers
 from one_pool import MANIFEST
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Attempt, Job
-from sharded_milter.dispatch.pipeline import AHEAD, ENOUGH, MAX_AHEAD, SHORT, Pipeline
+from sharded_milter.dispatch.pipeline import (
+    MAX_PIPELINED,
+    MIN_SCANS,
+    PIPELINE_SECONDS,
+    SHORT_SCAN,
+    Pipeline,
+)
 from sharded_milter.protocol.stages import Stage
 
 
@@ -23,7 +29,7 @@ class Doing:
         self.now = 0.0
         self.numbers = iter(range(1, 10_000))
         if scan is not None:
-            for _ in range(ENOUGH):
+            for _ in range(MIN_SCANS):
                 self.scan(scan)
 
     def add(self, **options: Any) -> Attempt:
@@ -34,7 +40,7 @@ class Doing:
     def scan(self, took: float) -> None:
         attempt = self.add()
         self.now += took
-        self.pipeline.end(attempt, self.now, scanned=True)
+        self.pipeline.remove(attempt, self.now, scanned=True)
 
     def fill(self) -> int:
         """How many it has in hand when it has no room any more."""
@@ -47,13 +53,13 @@ class Doing:
 @pytest.mark.parametrize(
     ("scan", "jobs"),
     [
-        (1.01 * SHORT, 1),
+        (1.01 * SHORT_SCAN, 1),
         (1.0, 1),
-        (0.99 * SHORT, 2),
-        (1.01 * AHEAD, 2),
-        (0.99 * AHEAD / 3, 4),
-        (AHEAD / 100, 1 + MAX_AHEAD),
-        (0.0, 1 + MAX_AHEAD),
+        (0.99 * SHORT_SCAN, 2),
+        (1.01 * PIPELINE_SECONDS, 2),
+        (0.99 * PIPELINE_SECONDS / 3, 4),
+        (PIPELINE_SECONDS / 100, 1 + MAX_PIPELINED),
+        (0.0, 1 + MAX_PIPELINED),
     ],
 )
 def test_the_shorter_the_scans_the_more_jobs_a_shard_gets_ahead(scan: float, jobs: int) -> None:
@@ -62,7 +68,7 @@ def test_the_shorter_the_scans_the_more_jobs_a_shard_gets_ahead(scan: float, job
 
 def test_a_shard_that_has_done_little_gets_one_job_at_a_time() -> None:
     doing = Doing()
-    for _ in range(ENOUGH - 1):
+    for _ in range(MIN_SCANS - 1):
         doing.scan(0.0)
     assert doing.fill() == 1
 
@@ -92,13 +98,13 @@ def test_no_job_goes_behind_one_that_runs_alone() -> None:
 def test_an_attempt_begins_when_it_is_the_first() -> None:
     doing = Doing()
     first, second = doing.add(queue_id="1"), doing.add()
-    assert (doing.pipeline.first, doing.shard.working_on) == (first, "1")
+    assert (doing.pipeline.first, doing.shard.current_queue_id) == (first, "1")
     assert second.pipeline.shard is doing.shard
     doing.now = 3.0
-    assert doing.pipeline.end(first, doing.now, scanned=True) is second
+    assert doing.pipeline.remove(first, doing.now, scanned=True) is second
     assert (second.began, doing.pipeline.first) == (3.0, second)
-    assert doing.shard.working_on == ""
-    assert doing.pipeline.end(second, doing.now, scanned=True) is None
+    assert doing.shard.current_queue_id == ""
+    assert doing.pipeline.remove(second, doing.now, scanned=True) is None
     assert doing.pipeline.first is None
 
 
@@ -106,8 +112,8 @@ def test_an_attempt_that_was_withdrawn_is_no_scan() -> None:
     doing = Doing(0.0)
     first, second, third = doing.add(), doing.add(), doing.add()
     doing.now = 100.0
-    assert doing.pipeline.end(second, doing.now, scanned=False) is None
-    assert doing.pipeline.end(first, doing.now, scanned=False) is third
+    assert doing.pipeline.remove(second, doing.now, scanned=False) is None
+    assert doing.pipeline.remove(first, doing.now, scanned=False) is third
     assert doing.pipeline.has_room
 
 
@@ -120,13 +126,13 @@ def test_a_shard_is_fresh_until_it_is_given_something() -> None:
 
 def test_a_retired_shard_is_over_without_attempts_and_objects() -> None:
     doing = Doing()
-    assert not doing.pipeline.is_over
+    assert not doing.pipeline.is_drained
     doing.pipeline.retired = True
-    assert doing.pipeline.is_over
-    doing.pipeline.affinities.add(Affinity(replayable=True))
-    assert not doing.pipeline.is_over
+    assert doing.pipeline.is_drained
+    doing.pipeline.affinities.add(ObjectAffinity(replayable=True))
+    assert not doing.pipeline.is_drained
     doing.pipeline.affinities.clear()
     attempt = doing.add()
-    assert not doing.pipeline.is_over
-    doing.pipeline.end(attempt, 0.0, scanned=True)
-    assert doing.pipeline.is_over
+    assert not doing.pipeline.is_drained
+    doing.pipeline.remove(attempt, 0.0, scanned=True)
+    assert doing.pipeline.is_drained

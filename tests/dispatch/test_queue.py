@@ -8,7 +8,7 @@ import pytest
 from queueing import Job, Object, Waiting
 
 from sharded_milter.dispatch.capacity import Capacity
-from sharded_milter.dispatch.queue import LIGHT_HEAD_START, MAX_DEBRIS
+from sharded_milter.dispatch.queue import LIGHT_HEAD_START, MAX_STALE
 from sharded_milter.errors import Overloaded
 
 # Order
@@ -63,11 +63,11 @@ def test_what_waits_behind_another_job_does_not_count_as_waiting() -> None:
 
 def test_nothing_is_given_without_a_job_or_without_a_shard() -> None:
     house = Waiting()
-    assert house.queue.next() is None
+    assert house.queue.next_pair() is None
     house.add(Job())
-    assert house.queue.next() is None
+    assert house.queue.next_pair() is None
     house = Waiting("A")
-    assert house.queue.next() is None
+    assert house.queue.next_pair() is None
 
 
 # The bound
@@ -91,7 +91,7 @@ def test_idle_shards_make_room() -> None:
 def test_the_end_of_a_session_and_a_job_that_waits_again_are_never_too_many() -> None:
     house = Waiting(max_queue=0)
     house.queue.add(Job(stage=None))
-    house.queue.add(Job(), again=True)
+    house.queue.add(Job(), requeued=True)
     assert len(house.queue) == 2
 
 
@@ -109,16 +109,16 @@ def test_a_job_that_is_removed_is_not_done_and_makes_room() -> None:
 def test_jobs_that_have_left_do_not_pile_up() -> None:
     house = Waiting("A")
     home = Object(house.a)
-    house.queue.shards.busy(house.a, has_room=False)
+    house.queue.capacity.set_busy(house.a, has_room=False)
     kept = [Job(1.0), Job(2.0, solo=True), Job(3.0, affinity=home)]
     house.add(*kept)
     offered = Job(0.5)
     house.queue.offer(offered)
-    for _ in range(10 * MAX_DEBRIS):
+    for _ in range(10 * MAX_STALE):
         job = Job()
         house.add(job)
         house.queue.remove(job)
-        assert len(house.queue._common.heavy) <= MAX_DEBRIS + 5
+        assert len(house.queue._common.heavy) <= MAX_STALE + 5
     assert set(house.drained()) == {*kept, offered}
 
 
@@ -144,48 +144,48 @@ def test_of_shards_with_room_the_one_with_the_fewest_jobs_is_chosen() -> None:
     house = Waiting("ABC")
     for shard, count in ((house.a, 3), (house.b, 1), (house.c, 2)):
         shard.attempts = dict.fromkeys(range(count))
-        house.queue.shards.busy(shard, has_room=True)
+        house.queue.capacity.set_busy(shard, has_room=True)
     house.add(Job())
     assert (house.next() or "--")[1] is house.b
 
 
 def test_what_waits_behind_another_job_goes_to_an_idle_shard_only() -> None:
     house = Waiting("AB")
-    house.queue.shards.busy(house.a, has_room=True)
-    house.queue.shards.busy(house.b, has_room=True)
+    house.queue.capacity.set_busy(house.a, has_room=True)
+    house.queue.capacity.set_busy(house.b, has_room=True)
     offered = Job(key=b"key")
     house.queue.offer(offered)
-    assert house.queue.next() is None
-    house.queue.shards.idle(house.b)
-    assert house.queue.next() == (offered, house.b)
+    assert house.queue.next_pair() is None
+    house.queue.capacity.set_idle(house.b)
+    assert house.queue.next_pair() == (offered, house.b)
 
 
 def test_a_shard_that_is_gone_gets_nothing() -> None:
     house = Waiting("A")
-    house.queue.gone(house.a)
-    house.queue.gone(house.b)
+    house.queue.remove_shard(house.a)
+    house.queue.remove_shard(house.b)
     house.add(Job())
-    assert house.queue.next() is None
+    assert house.queue.next_pair() is None
 
 
 @pytest.mark.parametrize("has_room", [True, False])
 def test_a_shard_that_is_unavailable_or_retired_has_no_room(has_room: bool) -> None:
-    for leave in (Capacity.unavailable, Capacity.retired):
+    for leave in (Capacity.set_unavailable, Capacity.set_retired):
         house = Waiting("A")
-        leave(house.queue.shards, house.a)
-        house.queue.shards.busy(house.a, has_room=has_room)
+        leave(house.queue.capacity, house.a)
+        house.queue.capacity.set_busy(house.a, has_room=has_room)
         house.add(Job())
-        assert house.queue.next() is None
+        assert house.queue.next_pair() is None
 
 
 def test_a_new_job_is_placed_at_once_where_no_other_waits() -> None:
     house = Waiting("AB")
-    assert house.queue.place(Job()) is house.b
-    assert house.queue.place(Job(solo=True)) is None
-    assert house.queue.place(Job(affinity=Object(None))) is house.b
-    assert house.queue.place(Job(affinity=Object(house.a))) is house.a
-    assert house.queue.place(Job(affinity=Object(house.c))) is None
+    assert house.queue.immediate_shard(Job()) is house.b
+    assert house.queue.immediate_shard(Job(solo=True)) is None
+    assert house.queue.immediate_shard(Job(affinity=Object(None))) is house.b
+    assert house.queue.immediate_shard(Job(affinity=Object(house.a))) is house.a
+    assert house.queue.immediate_shard(Job(affinity=Object(house.c))) is None
     assert len(house.queue) == 0
     house.add(Job())
-    assert house.queue.place(Job()) is None
-    assert Waiting().queue.place(Job()) is None
+    assert house.queue.immediate_shard(Job()) is None
+    assert Waiting().queue.immediate_shard(Job()) is None

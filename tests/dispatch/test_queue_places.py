@@ -17,7 +17,7 @@ def test_a_job_that_runs_alone_gets_a_fresh_shard_and_no_other() -> None:
     house.add(alone)
     assert house.next() == (alone, house.a)
     house.a.fresh = False
-    house.queue.shards.idle(house.a)
+    house.queue.capacity.set_idle(house.a)
     house.add(Job(solo=True))
     assert house.queue.waits_for_fresh
     assert house.next() is None
@@ -56,9 +56,9 @@ def test_heavy_jobs_leave_the_reserve_to_light_ones() -> None:
     assert house.next() is None
     house.add(light)
     assert house.next() == (light, house.b)
-    house.queue.shards.idle(house.b)
+    house.queue.capacity.set_idle(house.b)
     assert house.next() is None
-    house.queue.shards.idle(house.a)
+    house.queue.capacity.set_idle(house.a)
     assert house.next() == (other, house.a)
 
 
@@ -75,9 +75,9 @@ def test_the_death_of_a_heavy_jobs_shard_makes_room_for_the_next() -> None:
     house = Waiting("CBA", reserve=1)
     house.add(Job(), Job(), Job())
     assert [(house.next() or "--")[1] for _ in range(2)] == [house.a, house.b]
-    house.queue.gone(house.a)
+    house.queue.remove_shard(house.a)
     assert house.next() is None  # two are left, and one of them is the reserve
-    house.queue.shards.idle(Shard(1))
+    house.queue.capacity.set_idle(Shard(1))
     assert house.next() is not None
 
 
@@ -92,7 +92,7 @@ def test_a_draining_shards_heavy_job_takes_nothing_of_the_others() -> None:
     house = Waiting("BA", reserve=1)
     house.add(Job(), Job())
     house.next()
-    house.queue.shards.retired(house.a)
+    house.queue.capacity.set_retired(house.a)
     assert house.next() is not None  # the last one may do one
 
 
@@ -106,13 +106,13 @@ def test_an_objects_job_runs_on_its_shard_and_nowhere_else() -> None:
     assert house.next() == (job, house.b)
     house.add(Job(affinity=Object(house.b)))
     assert house.next() is None
-    house.queue.shards.busy(house.b, has_room=True)
+    house.queue.capacity.set_busy(house.b, has_room=True)
     assert house.next() is not None
 
 
 def test_a_resting_shard_takes_its_objects_jobs_only() -> None:
     house = Waiting("A")
-    house.queue.shards.resting(house.a)
+    house.queue.capacity.set_idle_for_objects(house.a)
     job = Job(affinity=Object(house.a))
     house.add(Job())
     assert house.next() is None
@@ -127,29 +127,29 @@ def test_an_objects_heavy_job_waits_for_the_reserve() -> None:
     theirs, its_own = Job(affinity=Object(house.b)), Job(affinity=Object(house.a))
     house.add(theirs)
     assert house.next() is None
-    house.queue.shards.busy(house.a, has_room=True)
+    house.queue.capacity.set_busy(house.a, has_room=True)
     house.add(its_own)
     assert house.next() == (its_own, house.a)
 
 
 def test_the_jobs_of_the_objects_of_a_shard_that_goes_are_handed_back_in_order() -> None:
     house = Waiting("A")
-    house.queue.shards.unavailable(house.a)
+    house.queue.capacity.set_unavailable(house.a)
     home = Object(house.a)
     late, early, left = Job(2.0, affinity=home), Job(1.0, affinity=home), Job(0.0, affinity=home)
     house.add(late, early, left)
     house.queue.remove(left)
     assert house.next() is None
-    assert house.queue.gone(house.a) == [early, late]
+    assert house.queue.remove_shard(house.a) == [early, late]
     assert (len(house.queue), early.entry) == (0, 0)
 
 
 def test_a_new_object_goes_where_the_fewest_are_and_then_to_the_oldest_shard() -> None:
     house = Waiting()
-    assert house.queue.shards.fewest_objects() is None
+    assert house.queue.capacity.with_fewest_objects() is None
     house = Waiting("BAC")
     house.b.affinities = {"x"}
-    assert house.queue.shards.fewest_objects() is house.a
+    assert house.queue.capacity.with_fewest_objects() is house.a
 
 
 # Keys
@@ -164,7 +164,7 @@ def homes(house: Waiting, keys: range) -> dict[bytes, Shard]:
         pair = house.next()
         assert pair is not None
         found[job.key] = pair[1]
-        house.queue.shards.idle(pair[1])
+        house.queue.capacity.set_idle(pair[1])
     return found
 
 
@@ -178,7 +178,7 @@ def test_equal_keys_go_to_the_same_shard_and_different_ones_are_spread() -> None
 def test_only_the_keys_of_a_shard_that_goes_move() -> None:
     house = Waiting("ABC")
     before = homes(house, range(60))
-    house.queue.gone(house.c)
+    house.queue.remove_shard(house.c)
     after = homes(house, range(60))
     moved = {key for key in before if before[key] is not after[key]}
     assert moved == {key for key in before if before[key] is house.c}
@@ -187,8 +187,8 @@ def test_only_the_keys_of_a_shard_that_goes_move() -> None:
 def test_a_successor_in_the_same_slot_inherits_the_keys() -> None:
     house = Waiting("ABC")
     before = {key: shard.slot for key, shard in homes(house, range(30)).items()}
-    house.queue.gone(house.a)
-    house.queue.shards.idle(Shard(1))
+    house.queue.remove_shard(house.a)
+    house.queue.capacity.set_idle(Shard(1))
     assert {key: shard.slot for key, shard in homes(house, range(30)).items()} == before
 
 
@@ -221,8 +221,8 @@ def test_a_key_goes_behind_what_its_shard_does_where_that_has_room() -> None:
 def test_a_light_job_does_not_care_for_its_key() -> None:
     house = Waiting("ABC")
     home = homes(house, range(1))[b"0"]
-    house.queue.shards.idle(next(shard for shard in house.shards if shard is not home))
-    house.queue.shards.busy(home, has_room=True)
+    house.queue.capacity.set_idle(next(shard for shard in house.shards if shard is not home))
+    house.queue.capacity.set_busy(home, has_room=True)
     house.add(Job(light=True, key=b"0"))
     assert (house.next() or "--")[1] is not home
 
@@ -232,7 +232,7 @@ def test_a_key_waits_like_any_other_where_there_is_no_shard() -> None:
     job = Job(key=b"0")
     house.add(job)
     assert house.next() is None
-    house.queue.shards.idle(house.a)
+    house.queue.capacity.set_idle(house.a)
     assert house.next() == (job, house.a)
 
 
@@ -242,5 +242,5 @@ def test_the_shards_of_some_keys_are_remembered_and_no_more(
     monkeypatch.setattr(module, "MAX_KEYS", 4)
     house = Waiting("ABC")
     first = homes(house, range(10))
-    assert len(house.queue.shards._preferred) <= 4
+    assert len(house.queue.capacity._preferred) <= 4
     assert homes(house, range(10)) == first

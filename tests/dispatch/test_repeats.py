@@ -9,7 +9,7 @@ from armed import armed
 from one_dispatcher import Workers
 from one_pool import Result
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.retries import JOIN_AFTER
 from sharded_milter.errors import CallbackFailed, DeadlineExceeded, Overloaded
 from sharded_milter.protocol.commands import Body, Eom
@@ -185,7 +185,7 @@ def test_a_repeat_has_its_own_deadline_too() -> None:
         (JOIN_AFTER, {"message": Body(b"tex2\r\n").encode() + Eom().encode()}),
         (JOIN_AFTER, {"stage": Stage.RCPT}),
         (JOIN_AFTER, {"milter": 1}),
-        (JOIN_AFTER, {"affinity": Affinity(replayable=True)}),
+        (JOIN_AFTER, {"affinity": ObjectAffinity(replayable=True)}),
     ],
     ids=["too early", "client", "text", "size", "words", "stage", "milter", "object"],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from objects import HEAD, REST, began, mine
 from one_dispatcher import Workers
 
-from sharded_milter.dispatch.affinity import News
+from sharded_milter.dispatch.affinity import SessionUpdate
 from sharded_milter.errors import Overloaded
 from sharded_milter.ipc.memory import MAX_INLINE, Memory, view_of
 from sharded_milter.ipc.messages import Answer
@@ -59,17 +59,17 @@ def test_what_is_lost_of_an_object_is_its_object() -> None:
 
 def test_a_message_that_still_grows_is_told_as_a_copy_of_what_is_new() -> None:
     affinity = mine()
-    affinity.settle("shard", 3)
+    affinity.assign("shard", 3)
     memory = Memory()
     memory.append(HEAD)
-    affinity.tell(b"connection", memory)
+    affinity.next_update(b"connection", memory)
     memory.append(REST)
-    assert affinity.tell(b"connection", memory) == News(3, 0, b"", REST)
+    assert affinity.next_update(b"connection", memory) == SessionUpdate(3, 0, b"", REST)
     memory.append(bytes(MAX_INLINE + 1))
-    news = affinity.tell(b"connection", memory)
+    news = affinity.next_update(b"connection", memory)
     assert isinstance(news.message, Memory)
     assert news.message.is_sealed
     assert (news.start, bytes(view_of(news.message))) == (0, bytes(MAX_INLINE + 1))
     memory.seal()
-    whole = affinity.tell(b"connection", memory)
+    whole = affinity.next_update(b"connection", memory)
     assert (whole.start, whole.message) == (len(memory), memory)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from simulated import STEP, Simulated
 
-from sharded_milter.dispatch.affinity import Affinity
-from sharded_milter.dispatch.timeouts import PATIENCE
+from sharded_milter.dispatch.affinity import ObjectAffinity
+from sharded_milter.dispatch.timeouts import TAKEOVER_AFTER
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -26,7 +26,7 @@ def test_each_message_is_scanned_once_and_none_is_later_than_the_slow_ones_take(
         if shape == "keys":
             options["key"] = b"%d" % (number % 2)
         if shape == "objects":
-            options["affinity"] = Affinity(replayable=True)
+            options["affinity"] = ObjectAffinity(replayable=True)
         house.send(name, 1.0 if name.startswith("slow") else 0.0, **options)
         if shape == "ahead":
             house.run(STEP)
@@ -46,7 +46,7 @@ def test_each_message_is_scanned_once_and_none_is_later_than_the_slow_ones_take(
     if deaths:
         assert scans.pop(lost) == 2
     assert set(scans.values()) == {1}
-    assert max(house.ended.values()) - start <= slowest + 2 * PATIENCE
+    assert max(house.ended.values()) - start <= slowest + 2 * TAKEOVER_AFTER
 
 
 def test_a_message_behind_a_slow_one_waits_no_longer_than_50_ms_for_an_idle_shard() -> None:
@@ -56,5 +56,5 @@ def test_a_message_behind_a_slow_one_waits_no_longer_than_50_ms_for_an_idle_shar
     house.send("other", 0.01)
     house.send("behind", 0.0)
     house.run(2.0)
-    assert house.ended["behind"] - start <= PATIENCE + 0.01
+    assert house.ended["behind"] - start <= TAKEOVER_AFTER + 0.01
     assert sorted(house.scans) == ["behind", "other", "slow"]

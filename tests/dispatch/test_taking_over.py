@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from one_dispatcher import FakeShard, Workers
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Blame
-from sharded_milter.dispatch.timeouts import PATIENCE
+from sharded_milter.dispatch.timeouts import TAKEOVER_AFTER
 from sharded_milter.errors import WorkerLost
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
-REST = 0.01  # before PATIENCE is over
+REST = 0.01  # before TAKEOVER_AFTER is over
 
 
 def behind(workers: Workers) -> tuple[FakeShard, FakeShard, Any, Any]:
@@ -53,7 +53,7 @@ def test_a_shard_that_becomes_idle_takes_over_nothing_before_50_ms() -> None:
     workers = Workers(2)
     slow, quick, _, _ = behind(workers)
     quick.answer()
-    workers.clock.advance(PATIENCE - REST)
+    workers.clock.advance(TAKEOVER_AFTER - REST)
     assert (slow.withdrawals, quick.open) == ([], [])
 
 
@@ -61,7 +61,7 @@ def test_after_50_ms_an_idle_shard_takes_it_over() -> None:
     workers = Workers(2)
     slow, quick, first, third = behind(workers)
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     assert quick.jobs == [third.job]
     assert slow.withdrawals == slow.open[1:]
     assert workers.counters["taken_over"] == 1
@@ -74,7 +74,7 @@ def test_after_50_ms_an_idle_shard_takes_it_over() -> None:
 def test_where_none_is_idle_the_next_that_becomes_idle_takes_it_over() -> None:
     workers = Workers(2)
     slow, quick, _, third = behind(workers)
-    workers.clock.advance(10 * PATIENCE)
+    workers.clock.advance(10 * TAKEOVER_AFTER)
     assert (slow.withdrawals, len(quick.open)) == ([], 1)
     quick.answer()
     assert quick.jobs == [third.job]
@@ -86,7 +86,7 @@ def test_it_is_taken_over_in_its_turn_by_age(born: float, sooner: bool) -> None:
     workers = Workers(2)
     _, quick, _, third = behind(workers)
     queued = workers.submit(born=5.0)  # behind the quick one
-    workers.clock.advance(10 * PATIENCE)
+    workers.clock.advance(10 * TAKEOVER_AFTER)
     quick.answer()
     assert quick.jobs == [queued.job]  # it has begun
     waiting = workers.submit(born=born)
@@ -99,7 +99,7 @@ def test_it_stays_where_no_other_shard_becomes_idle() -> None:
     workers.warm()
     first, second = workers.submit(), workers.submit()
     (shard,) = workers.shards
-    workers.clock.advance(10 * PATIENCE)
+    workers.clock.advance(10 * TAKEOVER_AFTER)
     shard.answer(b"1")
     shard.answer(b"2")
     assert (first.only, second.only) == (b"1", b"2")
@@ -109,7 +109,7 @@ def test_it_stays_where_no_other_shard_becomes_idle() -> None:
 def test_one_that_has_begun_meanwhile_is_not_taken_over() -> None:
     workers = Workers(2)
     slow, quick, _, third = behind(workers)
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     slow.answer()
     quick.answer()
     assert quick.open == []
@@ -123,7 +123,7 @@ def test_what_a_shard_has_answered_is_read_before_anything_is_taken_over(answers
     slow, quick, first, third = behind(workers)
     slow.arrived = [slow.answer] * answers
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     assert (slow.withdrawals, quick.open) == ([], [])
     assert len(first.values) == 1
     assert len(third.values) == answers - 1
@@ -135,7 +135,7 @@ def test_a_shard_that_is_given_a_job_meanwhile_takes_nothing_over() -> None:
     another = Workers.submit
     slow.arrived = [lambda: another(workers)]  # who submits while answers are read
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     assert len(quick.open) == 1
     assert quick.jobs != [third.job]
     assert slow.withdrawals == []
@@ -151,7 +151,7 @@ def test_a_shard_that_leaves_meanwhile_takes_nothing_over(leave: str) -> None:
     slow, quick, _, third = behind(workers)
     slow.arrived = [lambda: getattr(workers.dispatcher, leave)(quick)]
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     assert (slow.withdrawals, quick.open) == ([], [])
     assert workers.hire().jobs == [third.job]
 
@@ -163,7 +163,7 @@ def test_a_shard_of_another_milter_takes_nothing_over() -> None:
     results = [workers.submit(manifest=slow._manifest) for _ in range(2)]
     workers.dispatcher.retire(slow)
     new = workers.hire(Manifest("reloaded"))
-    workers.clock.advance(10 * PATIENCE)
+    workers.clock.advance(10 * TAKEOVER_AFTER)
     assert (slow.withdrawals, new.asked) == ([], [])
     slow.answer()
     slow.answer()
@@ -174,7 +174,7 @@ def test_a_shard_of_another_milter_takes_nothing_over() -> None:
 def test_an_objects_job_is_never_taken_over() -> None:
     workers = Workers(2)
     workers.warm()
-    mine = Affinity(replayable=True)
+    mine = ObjectAffinity(replayable=True)
     workers.ask(mine, Stage.MAIL)
     home: FakeShard = mine.holder.shard
     home.answer()
@@ -184,7 +184,7 @@ def test_an_objects_job_is_never_taken_over() -> None:
     assert home.jobs[1] is theirs.job
     other = next(shard for shard in workers.shards if shard is not home)
     other.answer()
-    workers.clock.advance(10 * PATIENCE)
+    workers.clock.advance(10 * TAKEOVER_AFTER)
     assert (home.withdrawals, other.open) == ([], [])
 
 
@@ -196,7 +196,7 @@ def test_several_behind_a_slow_one_are_taken_over_one_by_one() -> None:
     assert [len(slow.open), len(quick.open)] == [4, 4]
     while quick.open:
         quick.answer(b"quick")
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     while quick.open:
         quick.answer(b"quick")
     assert sum(result.values == [b"quick"] for result in results) == 7
@@ -214,7 +214,7 @@ def both_begun(workers: Workers) -> tuple[FakeShard, FakeShard, Any]:
     """The job is withdrawn from the slow shard, which began it before it heard of that."""
     slow, quick, _, third = behind(workers)
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     slow.answer()
     assert slow.jobs == quick.jobs == [third.job]
     return slow, quick, third
@@ -244,7 +244,7 @@ def test_an_attempt_that_was_withdrawn_and_superseded_has_its_deadline_when_it_b
     workers = Workers(2, eom_deadline=100.0)
     slow, quick, _, _ = behind(workers)
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     quick.answer()
     workers.wait(50.0)
     slow.answer()  # the withdrawn one is the first now
@@ -268,7 +268,7 @@ def test_what_was_withdrawn_and_then_lost_elsewhere_is_queued_again_when_it_is_c
     workers = Workers(2)
     slow, quick, _, third = behind(workers)
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     quick.exit("its host is lost", Blame.PLACE)
     assert (third.values, workers.dispatcher.queued) == ([], 0)
     slow.confirm()
@@ -279,7 +279,7 @@ def test_what_is_confirmed_after_it_has_killed_too_often_is_not_done_again() -> 
     workers = Workers(2, retries=0)
     slow, quick, _, third = behind(workers)
     quick.answer()
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     quick.exit()
     assert isinstance(third.only, WorkerLost)
     slow.confirm()
@@ -293,7 +293,7 @@ def test_a_cancelled_job_behind_another_is_withdrawn() -> None:
     workers.dispatcher.cancel(third.job)
     assert slow.withdrawals == slow.open[1:]
     quick.answer()
-    workers.clock.advance(10 * PATIENCE)
+    workers.clock.advance(10 * TAKEOVER_AFTER)
     assert quick.open == []
     slow.confirm()
     slow.answer()
@@ -303,7 +303,7 @@ def test_a_cancelled_job_behind_another_is_withdrawn() -> None:
 def test_a_cancelled_job_that_was_offered_is_not_taken_over() -> None:
     workers = Workers(2)
     slow, quick, _, third = behind(workers)
-    workers.clock.advance(PATIENCE)
+    workers.clock.advance(TAKEOVER_AFTER)
     workers.dispatcher.cancel(third.job)
     quick.answer()
     assert quick.open == []

@@ -13,7 +13,7 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel
 from zope.interface import implementer
 
 from sharded_milter.context import ServerContext
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.errors import JobFailed
@@ -76,7 +76,7 @@ class RandomPool:
         self.late.append(job)
         self._cancelled(job)
 
-    def release(self, affinity: Affinity) -> None:
+    def release(self, affinity: ObjectAffinity) -> None:
         raise AssertionError("functions are no objects")
 
     def answer(self, answer: bytes | JobFailed) -> None:

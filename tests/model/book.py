@@ -13,7 +13,7 @@ from collections.abc import Callable
 from twisted.internet.task import Clock
 
 from sharded_milter.dispatch.job import Blame, Job, Loss
-from sharded_milter.dispatch.poison import DEADLY
+from sharded_milter.dispatch.poison import POISON_DEATHS
 from sharded_milter.errors import JobFailed
 from sharded_milter.ipc.messages import Answer
 from sharded_milter.limits import Limits
@@ -257,4 +257,4 @@ class Book:
         """Whether another death would make its message poison."""
         if asked.job.stage is not Stage.EOM or asked.job.affinity is not None:
             return False
-        return self.deaths[asked.message] + asked.blamed + 1 >= DEADLY
+        return self.deaths[asked.message] + asked.blamed + 1 >= POISON_DEATHS

@@ -28,7 +28,7 @@ def hands_back_to_the_queue(patch: pytest.MonkeyPatch) -> None:
     def behind_too_long(self: Assignment, attempt: Attempt) -> None:
         attempt.job.attempts.remove(attempt)
         self.shards.withdraw(attempt)
-        self.queue.add(attempt.job, again=True)
+        self.queue.add(attempt.job, requeued=True)
         self.match()
 
     patch.setattr(Assignment, "_behind_too_long", behind_too_long)
@@ -48,7 +48,7 @@ def looks_at_the_queue_only(patch: pytest.MonkeyPatch) -> None:
     """A shard that becomes idle takes nothing over."""
 
     def offer(self: Assignment, job: Job) -> None:
-        if self.queue.shards._idle:
+        if self.queue.capacity._idle:
             self.queue.offer(job)
             self.match()
 
@@ -82,7 +82,7 @@ def withdraws_from_objects(patch: pytest.MonkeyPatch) -> None:
 
     def supersede(self: Shards, attempt: Attempt) -> None:
         if attempt.pipeline.first is attempt:
-            self._clocks.limit(attempt)
+            self._timeouts.start_deadline(attempt)
         elif attempt.pipeline.available and not attempt.withdrawn:
             self.withdraw(attempt)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Blame, Job
 from sharded_milter.errors import JobFailed
 from sharded_milter.pool.shard import Shard
@@ -41,7 +41,7 @@ class Conversation:
     number: int
     born: float
     key: bytes
-    affinity: Affinity | None
+    affinity: ObjectAffinity | None
     replayable: bool
     transcript: bytes = b""  # of the message in hand
     out: Asked | None = None  # the job that it waits for

@@ -9,7 +9,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Blame, Job, Loss
 from sharded_milter.errors import JobFailed
 from sharded_milter.ipc.memory import Memory
@@ -82,7 +82,7 @@ class World:
 
     def converse(self, *, pinned: bool, replayable: bool, key: bytes = b"") -> Conversation:
         """An MTA connects."""
-        affinity = Affinity(replayable=replayable) if pinned else None
+        affinity = ObjectAffinity(replayable=replayable) if pinned else None
         self._numbers += 1
         conversation = Conversation(self._numbers, self.book.now, key, affinity, replayable)
         self.book.conversations.append(conversation)
@@ -194,7 +194,7 @@ class World:
         conversation.told_to = None
         conversation.born = self.book.now
         if conversation.affinity is not None:
-            conversation.affinity.message_over()
+            conversation.affinity.end_message()
 
     def _part(self, conversation: Conversation) -> None:
         self.book.conversations.remove(conversation)

@@ -88,7 +88,7 @@ class SlowMta(Mta):
 
     def answer(self, *packets: Packet) -> None:
         job = self.pool.jobs.pop()
-        job.let_go()
+        job.free()
         self.pool.answer(job, packed(*packets))
 
     def __init__(
@@ -382,7 +382,7 @@ class Account(RuleBasedStateMachine):
     @rule(large=st.booleans())
     def an_answer(self, large: bool) -> None:
         job = self.mta.pool.jobs.pop()
-        job.let_go()
+        job.free()
         large = large and job.stage is not None and job.stage.word == "eom"
         self.mta.pool.answer(job, packed(*LARGE_ANSWER) if large else packed(CONTINUE))
 

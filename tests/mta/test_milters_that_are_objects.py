@@ -38,7 +38,7 @@ def with_object(name: str, *stages: Stage) -> Manifest:
 def told(job: Job) -> bytes:
     """Return the packets that the object would get."""
     assert job.affinity is not None
-    news = job.affinity.tell(job.connection, job.message)
+    news = job.affinity.next_update(job.connection, job.message)
     return content(news.connection) + content(news.message)[news.start :]
 
 
@@ -46,7 +46,7 @@ def settled(job: Job) -> Job:
     """As the dispatcher does when it gives a job to a shard for the first time."""
     assert job.affinity is not None
     if job.affinity.holder is None:
-        job.affinity.settle("shard", 7)
+        job.affinity.assign("shard", 7)
     return job
 
 

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from sharded_milter.context import ServerContext
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.policy import Policy
 from sharded_milter.limits import Limits
@@ -65,7 +65,7 @@ class SlowPool:
         self.jobs.remove(job)
         self.cancelled.append(job)
 
-    def release(self, affinity: Affinity) -> None: ...
+    def release(self, affinity: ObjectAffinity) -> None: ...
 
 
 class Slow(ServerContext):

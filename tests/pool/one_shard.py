@@ -58,7 +58,7 @@ class Room:
         if state in (State.DRAINING, State.LEAVING):
             self.shard.drain(30.0)
         if state is State.LEAVING:
-            self.shard.emptied()
+            self.shard.drained()
         if state is State.KILLED:
             self.shard.kill(LOSS)
         if state is State.GONE:
@@ -70,9 +70,9 @@ class Room:
     def retire(self, shard: Shard) -> None:
         self.log.append("retire")
         if not self.has_work:
-            shard.emptied()
+            shard.drained()
 
-    def give_up_objects(self, shard: Shard) -> None:
+    def drop_objects(self, shard: Shard) -> None:
         self.log.append("give up objects")
 
     def unavailable(self, shard: Shard) -> None:

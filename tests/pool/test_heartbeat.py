@@ -195,7 +195,7 @@ def test_the_job_of_a_deaf_worker_goes_on_elsewhere_unblamed() -> None:
     bench.places[0].listens = bench.places[1].listens = False
     bench.clock.advance(TICK)
     result = bench.submit()
-    given = next(n for n in (0, 1) if bench.shards[n].working_on)
+    given = next(n for n in (0, 1) if bench.shards[n].current_queue_id)
     bench.places[1 - given].listens = True
     bench.clock.pump([TICK] * (DEAF + 1))
     assert bench.killed(given)

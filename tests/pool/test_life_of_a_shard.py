@@ -9,7 +9,7 @@ from one_pool import FakePlace, texts
 from one_shard import ANSWER, FIELDS, LOSS, Room
 from twisted.logger import capturedLogs
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Blame, Job, Loss
 from sharded_milter.errors import MilterLoadError
 from sharded_milter.ipc.messages import WITHDRAWN, Answer, LoadFailed, Ready, read_question
@@ -96,9 +96,9 @@ def test_a_job_is_asked_with_all_there_is() -> None:
 
 def test_an_objects_job_is_asked_with_what_is_new() -> None:
     room = Room(State.SERVING)
-    affinity = Affinity(replayable=True)
-    affinity.settle(None, 9)
-    affinity.tell(b"connection", b"mes")
+    affinity = ObjectAffinity(replayable=True)
+    affinity.assign(None, 9)
+    affinity.next_update(b"connection", b"mes")
     job = Job(Stage.EOM, b"connection", b"message", b"command", affinity=affinity)
     room.shard.give(5, job)
     assert question(room, 0) == ((b"E", 0, 9, 0), b"", b"sage", b"command")
@@ -173,7 +173,7 @@ def test_milters_that_cannot_be_are_a_broken_rule(field: dict[str, bytes]) -> No
 
 def test_nothing_more_is_taken_from_a_worker_that_has_broken_a_rule() -> None:
     room = Room(State.SERVING)
-    room.broken = "it has answered out of turn"
+    room.broken = "it has answered questions out of order"
     room.place.answer(1)
     room.place.answer(2)
     room.place.read()
@@ -182,7 +182,7 @@ def test_nothing_more_is_taken_from_a_worker_that_has_broken_a_rule() -> None:
     room.place.exit()
     assert "answer 2" not in room.log
     assert "answer 3" not in room.log
-    assert room.shard.loss == Loss("it has answered out of turn", Blame.MESSAGE)
+    assert room.shard.loss == Loss("it has answered questions out of order", Blame.MESSAGE)
 
 
 def test_what_had_arrived_before_a_kill_is_taken() -> None:
@@ -251,7 +251,7 @@ def test_a_leaving_worker_has_its_time_to_exit_though_its_socket_is_closed(
     room = Room(State.DRAINING)
     if closed_before:
         room.place.hang_up()
-    room.shard.emptied()
+    room.shard.drained()
     if not closed_before:
         room.place.hang_up()
     room.clock.advance(EXIT_GRACE - 0.1)
@@ -297,7 +297,7 @@ def test_output_is_logged_with_slot_and_message() -> None:
     room = Room(State.SERVING)
     with capturedLogs() as events:
         room.shard.output(b"one")
-        room.shard.working_on = "1"
+        room.shard.current_queue_id = "1"
         room.shard.output(b"caf\xe9")
     assert texts(events) == ["[3] one", "[3 qid=1] caf\udce9"]
 

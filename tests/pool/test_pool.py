@@ -154,7 +154,7 @@ def test_a_worker_that_dies_of_its_first_job_is_replaced_within_a_second() -> No
 def test_a_worker_that_breaks_a_rule_is_replaced_and_its_job_goes_on() -> None:
     bench = Bench(2)
     result = bench.submit()
-    guilty = next(n for n in (0, 1) if bench.shards[n].working_on)
+    guilty = next(n for n in (0, 1) if bench.shards[n].current_queue_id)
     bench.places[guilty].answer(99)
     bench.places[guilty].deliver()
     assert bench.killed(guilty)
@@ -278,7 +278,7 @@ def test_the_start_of_a_pool_that_is_stopped_before_it_is_ready_ends_too() -> No
 def test_a_job_that_is_lost_at_the_end_goes_to_no_other_worker() -> None:
     bench = Bench(2)
     lost = bench.submit()
-    busy = next(n for n in (0, 1) if bench.shards[n].working_on)
+    busy = next(n for n in (0, 1) if bench.shards[n].current_queue_id)
     bench.pool.stop()
     bench.places[busy].exit()
     bench.places[1 - busy].deliver()

@@ -8,7 +8,7 @@ import pytest
 from one_pool import MANIFEST, Bench, states, texts
 from twisted.logger import capturedLogs
 
-from sharded_milter.dispatch.affinity import Affinity
+from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.pool.pool import TICK
 from sharded_milter.pool.shard import State
 from sharded_milter.protocol.negotiation import Manifest
@@ -122,7 +122,7 @@ def test_all_workers_dead_before_a_reload_are_no_trouble() -> None:
 
 def test_an_object_of_an_old_worker_is_answered_for_while_that_drains() -> None:
     bench = Bench(graceful_timeout=30.0)
-    affinity = Affinity(replayable=True)
+    affinity = ObjectAffinity(replayable=True)
     bench.submit(Stage.CONNECT, affinity=affinity)
     bench.answer_all(0)
     bench.pool.reload()

@@ -62,7 +62,7 @@ LAW: dict[State, dict[Event, tuple[State, list[str]]]] = {
         Event.ANSWERED: (State.DRAINING, ANSWERED),
         Event.LINGERED: (State.DRAINING, ["give up objects"]),
         Event.STOP: KILLED,
-        Event.EMPTIED: (State.LEAVING, ["exit"]),
+        Event.DRAINED: (State.LEAVING, ["exit"]),
         Event.KILL: KILLED,
         Event.SILENT: KILLED,
         Event.CLOSED: (State.DRAINING, ["unavailable"]),
