@@ -68,7 +68,7 @@ class Worker:
 
     def read_output(self) -> None: ...
 
-    def stacks(self) -> None: ...
+    def dump_stacks(self) -> None: ...
 
     def is_stopped(self) -> bool:
         """It is not."""
@@ -81,7 +81,7 @@ class Worker:
     def memory(self) -> int:
         return 0
 
-    def end_family(self) -> None: ...
+    def kill_descendants(self) -> None: ...
 
     # As the other end of the channel
 
@@ -186,7 +186,7 @@ class Line(MasterChannel):
     def shut_down(self) -> None:
         self._worker.leave()
 
-    def stop_listening(self) -> None: ...
+    def stop_reading(self) -> None: ...
 
     def abort(self) -> None: ...
 

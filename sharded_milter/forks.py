@@ -62,12 +62,12 @@ def _exit_code(code: object) -> int:
     return 1
 
 
-def in_children(call: Callable[[], object]) -> None:
+def run_in_children(call: Callable[[], object]) -> None:
     """Has `call` called in each child that Python forks from now on, before anything else."""
     os.register_at_fork(after_in_child=call)
 
 
-def handle_here(numbers: Collection[int], handler: Handler) -> None:
+def handle_in_parent_only(numbers: Collection[int], handler: Handler) -> None:
     """Sets the handler of signals; what is forked or executed has their default action.
 
     System calls of C code are not interrupted by them.
@@ -111,7 +111,7 @@ def install_asyncio_reactor() -> None:
     def stop_loop() -> None:
         selector.select = lambda timeout=None: end()  # type: ignore[method-assign]
 
-    in_children(stop_loop)
+    run_in_children(stop_loop)
 
 
 def guard_loop_of(reactor: Any) -> None:
@@ -120,4 +120,4 @@ def guard_loop_of(reactor: Any) -> None:
     def stop_loop() -> None:
         reactor.doIteration = lambda delay: end()
 
-    in_children(stop_loop)
+    run_in_children(stop_loop)

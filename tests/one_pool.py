@@ -25,7 +25,7 @@ from sharded_milter.ipc.memory import Received
 from sharded_milter.ipc.messages import Answer, Ready, Withdraw, answer_box
 from sharded_milter.limits import Limits
 from sharded_milter.pool.pool import Pool
-from sharded_milter.pool.shard import Shard, State
+from sharded_milter.pool.shard import Shard, ShardState
 from sharded_milter.protocol.commands import Body, Eom
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
@@ -104,7 +104,7 @@ class FakePlace:
     def kill(self) -> None:
         self.did.append("kill")
 
-    def stacks(self) -> None:
+    def dump_stacks(self) -> None:
         self.did.append("stacks")
 
     def is_stopped(self) -> bool:
@@ -116,7 +116,7 @@ class FakePlace:
     def memory(self) -> int:
         return self.rss
 
-    def end_family(self) -> None:
+    def kill_descendants(self) -> None:
         self.did.append("end family")
 
     # What the test makes happen
@@ -143,7 +143,9 @@ class FakePlace:
     def answer(self, number: int, answer: Answer = REPLIES) -> None:
         """The worker answers a question; nothing arrives until it is read or delivered."""
         tag = b"q%x" % number
-        self.channel._asked.setdefault(tag, number)  # whether it was or not, is for dispatch to say
+        self.channel._unanswered.setdefault(
+            tag, number
+        )  # whether it was or not, is for dispatch to say
         self.theirs.sent.append(answer_box(tag, answer, self.worker))
 
     def hang_up(self) -> None:
@@ -264,6 +266,6 @@ def texts(events: Any) -> list[str]:
     return [event["log_format"].format(**event) for event in events]
 
 
-def states(bench: Bench) -> list[State]:
+def states(bench: Bench) -> list[ShardState]:
     """Those of all shards, by birth."""
     return [shard.state for shard in bench.shards]

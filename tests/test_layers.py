@@ -180,8 +180,12 @@ def test_only_milters_in_the_master_make_it_load_tls_and_asyncio(asyncio: bool) 
     assert ("twisted.internet.asyncioreactor" in loaded) is asyncio
 
 
-#: The modules of the machines: what a state is and means is said in the table there.
-MACHINES = (".protocol.session", ".pool.shard", ".pool.generation")
+#: The modules with state machines, each with the enumeration of its states.
+MACHINES = {
+    ".protocol.session": "State",
+    ".pool.shard": "ShardState",
+    ".pool.generation": "GenerationState",
+}
 STATES = {"state", "_state"}
 
 
@@ -235,13 +239,13 @@ def test_a_state_is_assigned_where_its_table_is_read_and_nowhere_else(name: str)
         for node in ast.walk(function)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.state"
     }
-    assert {each.lstrip("_") for each in where} == {"init__", "happens"}
+    assert {each.lstrip("_") for each in where} == {"init__", "handle_event"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in MACHINES])
 def test_states_are_imported_by_their_own_module_and_tests_only(name: str) -> None:
-    states = {f"sharded_milter{machine}.State" for machine in MACHINES}
+    states = {f"sharded_milter{module}.{states}" for module, states in MACHINES.items()}
     assert states.isdisjoint(imported(name, MODULES[name]))
     tree = ast.parse(MODULES[name].read_text())
     through = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    assert [ast.unparse(node) for node in through if node.attr == "State"] == []
+    assert [ast.unparse(node) for node in through if node.attr in MACHINES.values()] == []

@@ -24,7 +24,7 @@ CHANNEL = 3
 
 # The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to the
 # whole group. They are not ignored, because what a milter executes would ignore them too.
-_OF_THE_MASTER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_MASTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(
@@ -48,11 +48,11 @@ def main(
     what descends from it.
     """
     gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
-    _die_with(master)
+    _exit_with_master(master)
     hide_memory()  # from other workers: it is going to hold mail
     os.setsid()  # a process group of its own, which the master ends with the worker
     _restrict(nice, memory_limit, cpus, open_files, mark)
-    forks.handle_here(_OF_THE_MASTER, _leave_to_the_master)
+    forks.handle_in_parent_only(_MASTER_SIGNALS, _ignore_signal)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
@@ -71,14 +71,14 @@ def main(
     from .child import Child
     from .sandbox import Sandbox
 
-    shut_in = Sandbox(**(sandbox or {}))
+    sandboxed_by = Sandbox(**(sandbox or {}))
     gc.freeze()
     gc.enable()  # before the author's code
     os.set_inheritable(CHANNEL, False)  # not for the milter's own children
     os.set_blocking(CHANNEL, False)
 
     def serve(child: Child) -> None:
-        forks.in_children(child.forked)  # the milters, which this loads, may fork at once
+        forks.run_in_children(child.after_fork)  # the milters, which this loads, may fork at once
         channel = socket.fromfd(CHANNEL, socket.AF_UNIX, socket.SOCK_STREAM)
         os.close(CHANNEL)
         PassingTransport.connect(channel, child, reactor)
@@ -90,17 +90,17 @@ def main(
         reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
 
     if not script:
-        serve(Child(specs, sandbox=shut_in))
+        serve(Child(specs, sandbox=sandboxed_by))
         return
     from .pymilter_script import Script
 
     def halt(child: Child) -> None:
         reactor.callFromThread(child.stop)  # type: ignore[attr-defined]
 
-    Script(specs[0], specs[1:], serve, halt, shut_in).run()
+    Script(specs[0], specs[1:], serve, halt, sandboxed_by).run()
 
 
-def _leave_to_the_master(number: int, frame: object) -> None:
+def _ignore_signal(number: int, frame: object) -> None:
     """Nothing is done about the signal."""
 
 
@@ -136,7 +136,7 @@ def _restrict(
         os.sched_setaffinity(0, cpus)
 
 
-def _die_with(master: int) -> None:
+def _exit_with_master(master: int) -> None:
     """No worker outlives its master, however that ends; Linux only, elsewhere EOF must do."""
     set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != master:  # it died before the line above

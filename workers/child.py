@@ -44,7 +44,7 @@ from ..ipc.messages import (
     drop_question,
     read_question,
 )
-from ..ipc.sockets import is_still, read_now, send_now
+from ..ipc.sockets import has_sent_all, read_now, send_now
 from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
@@ -58,7 +58,7 @@ MAX_CATCH_UP = 16
 
 # Questions that are begun in one turn of the reactor: a master that always has one more must not
 # keep the milter's own timers and threads from theirs.
-MAX_IN_A_TURN = 16
+MAX_PER_ITERATION = 16
 
 
 class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
@@ -80,7 +80,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._loading = loading
         self._socket = socket
         self._sandbox = sandbox
-        self._is_shut_in = False
+        self._is_sandboxed = False
         self._dialects: list[Dialect] = []
         self._questions: deque[amp.AmpBox] = deque()
         self._at_work = False
@@ -98,14 +98,14 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         except (MilterError, MemoryError) as error:
             details = error.details if isinstance(error, MilterLoadError) else ""
             reason = _log_text(str(error))[:MAX_TEXT]
-            self._tell(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
+            self._send_command(LoadFailed, reason=reason, details=_log_text(details)[-MAX_TEXT:])
             return
-        milters = [_introduced(dialect.manifest) for dialect in self._dialects]
-        self._is_shut_in = report.entered
+        milters = [_manifest_fields(dialect.manifest) for dialect in self._dialects]
+        self._is_sandboxed = report.entered
         if report.text:
             text = _log_text(report.text)[:MAX_TEXT]
-            self._tell(Sandboxed, text=text, incomplete=b"yes" * report.incomplete)
-        self._tell(Ready, milters=milters, code=code, socket=to_wire(self._socket))
+            self._send_command(Sandboxed, text=text, incomplete=b"yes" * report.incomplete)
+        self._send_command(Ready, milters=milters, code=code, socket=to_wire(self._socket))
 
     def stop(self) -> None:
         """The milter itself ends this worker's loop; what it has answered is still sent."""
@@ -117,20 +117,20 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._questions.clear()
         super().connectionLost(reason)
 
-    def forked(self) -> None:
+    def after_fork(self) -> None:
         """This is a child that the milter has forked: the master is not its own."""
         self._questions.clear()
         if self.transport is not None:
             self.transport.socket.close()
 
-    def _tell(self, command: Any, **arguments: Any) -> None:
+    def _send_command(self, command: Any, **arguments: Any) -> None:
         self.callRemote(command, **arguments)
 
     def dataReceived(self, data: bytes) -> None:
         """Takes all that has arrived, then works on it."""
         super().dataReceived(data)
         if not self._at_work:
-            self._go_on()
+            self._answer_questions()
 
     def ampBoxReceived(self, box: amp.AmpBox) -> None:
         """Questions are answered without AMP's own machinery, which takes longer than reading."""
@@ -143,7 +143,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             super().ampBoxReceived(box)
 
     @Ping.responder
-    def _listens(self) -> dict[str, Any]:
+    def _pong(self) -> dict[str, Any]:
         return {}
 
     def _withdraw(self, tag: bytes) -> None:
@@ -155,13 +155,13 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
                 self._send(tag, WITHDRAWN)
                 return
 
-    def _go_on(self, *, waited: bool = False) -> None:
+    def _answer_questions(self, *, waited: bool = False) -> None:
         """Answers one question after the other: the master blames the first for a death.
 
         One that has `waited` may have been withdrawn meanwhile, so it begins once all is read.
         """
         self._at_work = True
-        for _ in range(MAX_IN_A_TURN):
+        for _ in range(MAX_PER_ITERATION):
             if waited and self._questions and self._arrived_more.poll(0):
                 read_now([self.transport], MAX_CATCH_UP)
             if not self._questions:
@@ -170,7 +170,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             if not self._ask(self._questions.popleft()):
                 return  # it goes on when the coroutine has ended
             waited = True
-        _next_turn(lambda: self._go_on(waited=True))
+        _next_iteration(lambda: self._answer_questions(waited=True))
 
     def claim(self, inode: int, size: int) -> memoryview:
         """The memory of a question, mapped; raises OSError where it was lost on the way."""
@@ -185,7 +185,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         try:
             question = read_question(box, self)
         except (OSError, MemoryError) as error:
-            self._send(tag, _short("cannot take a question", error))
+            self._send(tag, _shortage("cannot take a question", error))
             return True
         except BrokenRule as rule:
             self._send(tag, Answer(error=f"the question cannot be read: {rule}".encode()))
@@ -197,7 +197,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
                 later: defer.Deferred[Any] = drive(replies, guarded)
                 later.addCallback(Answer).addErrback(self._failed)
                 later.addCallback(self._answer, tag, views).addErrback(self.unhandledError)
-                later.addCallback(lambda _: self._go_on(waited=True))
+                later.addCallback(lambda _: self._answer_questions(waited=True))
                 return False
             answer = Answer(replies)
         except BaseException:  # also an exit: no job ends the worker
@@ -225,12 +225,12 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             self._send(tag, Answer(error=f"the answer is too large: {rule}".encode()))
             return
         except (OSError, MemoryError) as error:
-            self._send(tag, _short("cannot pass its answer on", error))
+            self._send(tag, _shortage("cannot pass its answer on", error))
             return
         if isinstance(replies, Memory):
             self._replies.append(replies)
         self._send(tag, (replies, *answer[1:]))
-        if self._replies and is_still(self.transport):
+        if self._replies and has_sent_all(self.transport):
             self._replies.clear()
 
     def _send(self, tag: bytes, answer: tuple[Any, ...]) -> None:
@@ -239,26 +239,26 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
     def _failed(self, failure: Any) -> Answer:
         error = failure.value
         traceback.print_exception(type(error), error, failure.getTracebackObject())
-        cure = self._sandbox.cure(error) if self._is_shut_in else ""
-        if cure:
-            print(cure, file=sys.stderr)
+        hint = self._sandbox.hint(error) if self._is_sandboxed else ""
+        if hint:
+            print(hint, file=sys.stderr)
         sys.stderr.flush()
         summary = " ".join("".join(traceback.format_exception_only(error)).split())
         return Answer(error=_log_text(summary)[:MAX_LINE] or b"?")
 
 
-def _next_turn(call: Callable[[], None]) -> None:
+def _next_iteration(call: Callable[[], None]) -> None:
     from twisted.internet import reactor  # it is chosen after this module's import, if need be
 
     reactor.callLater(0, call)
 
 
-def _short(what: str, error: OSError | MemoryError) -> Answer:
+def _shortage(what: str, error: OSError | MemoryError) -> Answer:
     why = "there is no memory left" if isinstance(error, MemoryError) else error.strerror
     return Answer(short=f"it {what}: {why}".encode())
 
 
-def _introduced(manifest: Manifest) -> dict[str, bytes]:
+def _manifest_fields(manifest: Manifest) -> dict[str, bytes]:
     return {
         "name": to_wire(manifest.name),
         "negotiation": manifest.to_packet()[PAYLOAD:],

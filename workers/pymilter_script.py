@@ -23,8 +23,8 @@ from ..dialects.pymilter.dialect import PymilterDialect
 from ..dialects.pymilter.module import Registration
 from ..errors import MilterLoadError
 from .child import Child
+from .daemon_calls import DaemonCalls
 from .sandbox import NO_SANDBOX, Sandbox
-from .takeover import Takeover
 
 # Where Debian's python3-milter is; a virtual environment does not look there.
 DEBIANS = "/usr/lib/python3/dist-packages"
@@ -57,7 +57,7 @@ class Script:
         self._child: Child | None = None  # that answers jobs
         self._failure: MilterLoadError | None = None
         self._factories: list[Any] = []  # every one that the script has set
-        self._takeover = Takeover(self._say)
+        self._daemon_calls = DaemonCalls(self._say)
         self._registration = Registration()
         self._registration.loop = self._loop
         self._registration.halt = self._stop
@@ -66,7 +66,7 @@ class Script:
         """Runs it to its end; raises what it raises after it has served."""
         try:
             self._prepare()
-            with self._takeover.active():
+            with self._daemon_calls.active():
                 self._play()
         except MilterLoadError as error:
             self._failure = self._failure or error
@@ -145,7 +145,7 @@ class Script:
         self._child = Child(
             [self._file], lambda _: dialect, self._registration.socket, self._sandbox
         )
-        with self._takeover.suspended():
+        with self._daemon_calls.suspended():
             self._serve(self._child)
             dialect.close()
 

@@ -29,7 +29,7 @@ _WORDS = {"subprocess": _PROGRAMS, "network": _SOCKETS}
 _NEVER = re.compile(r"chmod|chown|utime|copystat|copy2|copymode|link|mkfifo|mknod|setxattr")
 
 
-def cure(error: BaseException, allowed: Collection[str]) -> str:
+def hint(error: BaseException, allowed: Collection[str]) -> str:
     """A line for the log that says which option would allow what was refused; else empty.
 
     `allowed` are the operator's words of --sandbox-allow.

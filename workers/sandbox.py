@@ -27,7 +27,7 @@ from ..prctl import set_no_new_privileges
 from . import landlock, seccomp
 from .landlock import Right
 from .readable import NETWORK, readable
-from .refusals import cure
+from .refusals import hint
 
 # What is often enough for one process (ulimit -n of a user); the master's own limit is far higher.
 MAX_DESCRIPTORS = 1024
@@ -117,12 +117,12 @@ class Sandbox:
             return f"seccomp ({error})"
         return ""
 
-    def cure(self, error: BaseException) -> str:
+    def hint(self, error: BaseException) -> str:
         """Which option would allow what was refused to a process that is shut in.
 
         Empty where the sandbox is not to blame.
         """
-        return cure(error, self.allow)
+        return hint(error, self.allow)
 
     def _may(self, what: str) -> bool:
         return what in self.allow

@@ -144,10 +144,10 @@ def shard_maker(
 ) -> Any:
     """What the pool calls for a new shard; `open_files` is the limit that the operator has set."""
     from sharded_milter.pool.shard import Shard
-    from sharded_milter.pool.spawned import Spawned, Workplace, worker_environment
+    from sharded_milter.pool.spawned import Spawned, WorkerConfig, worker_environment
 
     extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
-    workplace = Workplace(
+    workplace = WorkerConfig(
         specs,
         worker_environment(os.environ, extra),
         settings.nice,

@@ -1,8 +1,8 @@
 """Descriptors that have arrived and that no box has claimed yet.
 
-The kernel drops a descriptor on its way where the receiver has no number left for it, and what is
-counted on both sides differs from then on: one answer's memory would be taken for another's. So a
-box does not say which in the row its descriptor is, but which file it leads to.
+The kernel drops a descriptor if the receiver has no free number for it, and from then on the two
+sides count differently: one answer's memory would be taken for another's. So a box identifies its
+descriptor by the inode of its file, not by its position.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from threading import Thread
 from sharded_milter.errors import BrokenRule
 from sharded_milter.ipc.memory import is_sealed
 
-# A worker has at most 8 questions in hand, and 3 parts of an answer may be memory; its socket may
-# send the descriptors of all before the first byte that speaks of them.
+# A worker has at most 8 questions, and 3 parts of an answer may be memory; all the descriptors may
+# arrive before the first box that claims one.
 MAX_UNCLAIMED = 32
 
 
-class Arrivals:
-    """Keeps descriptors by the inodes of their files."""
+class ReceivedDescriptors:
+    """Received descriptors, by the inodes of their files."""
 
     __slots__ = ("_by_inode", "_count")
 
@@ -28,21 +28,21 @@ class Arrivals:
         self._count = 0
 
     def add(self, fd: int) -> None:
-        """One has arrived. Raises BrokenRule, and lets go of it, where it is not to be kept."""
+        """Add a descriptor; close it and raise BrokenRule if it is not acceptable."""
         if not is_sealed(fd):
-            dismiss(fd)
-            raise BrokenRule("it has sent a descriptor of something else than sealed memory")
+            close_in_background(fd)
+            raise BrokenRule("it has sent a descriptor that is not sealed memory")
         if self._count == MAX_UNCLAIMED:
-            dismiss(fd)
+            close_in_background(fd)
             raise BrokenRule(
-                f"it has sent {MAX_UNCLAIMED + 1} descriptors that no box speaks of"
+                f"it has sent {MAX_UNCLAIMED + 1} descriptors that no message claims"
                 f" (the limit is {MAX_UNCLAIMED})"
             )
         self._by_inode.setdefault(os.fstat(fd).st_ino, []).append(fd)
         self._count += 1
 
     def claim(self, inode: int) -> int | None:
-        """One that leads to the file, which is the caller's from now on; None if there is none."""
+        """Remove and return a descriptor of the file, or None. The caller must close it."""
         found = self._by_inode.get(inode)
         if found is None:
             return None
@@ -53,7 +53,7 @@ class Arrivals:
         return fd
 
     def close(self) -> None:
-        """Nothing will claim them any more."""
+        """Close all descriptors."""
         for found in self._by_inode.values():
             for fd in found:
                 os.close(fd)
@@ -61,11 +61,11 @@ class Arrivals:
         self._count = 0
 
 
-def dismiss(fd: int) -> None:
-    """Closes a descriptor of whatever it may be.
+def close_in_background(fd: int) -> None:
+    """Close a descriptor of any kind without blocking.
 
-    To close a file of a file system in user space, or a socket that lingers, may take for ever: a
-    thread waits for that, which holds up nothing, not even the end of this process.
+    To close a file on a FUSE file system, or a lingering socket, may block for ever; a daemon
+    thread does it, which does not even delay the end of this process.
     """
     if is_sealed(fd):
         os.close(fd)

@@ -1,7 +1,7 @@
-"""AMP's boxes on a socket, sent at once and read without a call a string.
+"""AMP boxes on a socket: written at once, and parsed without one call for each string.
 
-The format is AMP's: keys and values, each behind its length in two bytes, then two NULs. What is
-read is looked at once, in whatever pieces it comes, and no more is kept than a box may hold.
+The format is AMP's: keys and values, each preceded by its length in two bytes, then two NULs. Each
+byte is parsed once, in pieces of any size, and no more is buffered than one box may have.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from twisted.protocols import amp
 from twisted.protocols.amp import AmpBox
 
 from sharded_milter.errors import BrokenRule
-from sharded_milter.ipc.arrivals import Arrivals
+from sharded_milter.ipc.arrivals import ReceivedDescriptors
 from sharded_milter.ipc.sockets import send_now
 
-# No message of ours has more values, and AMP bounds each: so no box is longer than 526 KB.
+# No message of ours has more values, and AMP limits each: so no box is longer than 526 KB.
 MAX_VALUES = 8
 
 # AMP's own limit on the length of a key; a longer one is no AMP.
@@ -23,51 +23,51 @@ MAX_KEY = amp.MAX_KEY_LENGTH
 
 _LENGTH = 2
 
-# Without AmpBox's own constructor, which looks at keys that are not there.
+# Skips AmpBox's constructor, which would process keys that a new box does not have.
 _new_box = AmpBox.__new__
 
 
 class Boxes:
-    """Mixed into an AMP protocol, which handles each box in `ampBoxReceived`."""
+    """A mix-in for AMP protocols, which handle each box in `ampBoxReceived`."""
 
     transport: Any
     ampBoxReceived: Any
-    _unread = b""  # the beginning of a value, or what has come while a box was handled
+    _unread = b""  # an incomplete value, or data that came while a box was handled
     _reading = False
-    _held = False
+    _paused = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._box = _new_box(AmpBox)  # the one that is being read
-        self._arrived = Arrivals()
+        self._box = _new_box(AmpBox)  # the one that is being parsed
+        self._arrived = ReceivedDescriptors()
 
     def sendBox(self, box: Any) -> None:
-        """Sends one box."""
+        """Send one box."""
         send_now(self.transport, box.serialize())
 
     def broke_rule(self, rule: str) -> None:
-        """The other end has sent what it may not: nothing more is read from it."""
-        self.hold()
+        """Stop reading and close the connection: the other end has broken a rule."""
+        self.pause()
         self.transport.loseConnection()
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
-        """Keeps one that a box will speak of."""
+        """Keep a descriptor until a box claims it."""
         try:
             self._arrived.add(descriptor)
         except BrokenRule as rule:
             self.broke_rule(str(rule))
 
     def dataReceived(self, data: bytes) -> None:
-        """Takes all boxes that are complete now.
+        """Handle all boxes that are complete now.
 
-        What a box leads to may read from the same socket: those boxes come behind it.
+        The handling of a box may read from the same socket; those boxes are handled after it.
         """
         self._unread += data
         if self._reading:
             return
         self._reading, start, complete = True, 0, True
         try:
-            while complete and start < len(self._unread) and not self._held:
+            while complete and start < len(self._unread) and not self._paused:
                 complete, start = _read_on(self._box, self._unread, start)
                 if complete:
                     box, self._box = self._box, _new_box(AmpBox)
@@ -79,24 +79,24 @@ class Boxes:
             self._reading = False
             self._unread = self._unread[start:]
 
-    def hold(self) -> None:
-        """Reads nothing more for now."""
-        self._held = True
+    def pause(self) -> None:
+        """Stop reading until `resume`."""
+        self._paused = True
         if self.transport is not None:  # else the connection is lost
             self.transport.pauseProducing()
 
-    def go_on(self) -> None:
-        """Reads on."""
-        self._held = False
+    def resume(self) -> None:
+        """Continue reading."""
+        self._paused = False
         if self.transport is not None:
             self.transport.resumeProducing()
         self.dataReceived(b"")
 
 
 def _read_on(box: AmpBox, data: bytes, at: int) -> tuple[bool, int]:
-    """Puts into the box what is there of it; whether that is all, and where the rest begins.
+    """Parse `data` from `at` into the box; return whether it is complete, and the rest's offset.
 
-    Raises BrokenRule for what is no box of ours.
+    Raise BrokenRule for data that is not a box of ours.
     """
     size = len(data)
     while at + _LENGTH <= size:
@@ -105,7 +105,7 @@ def _read_on(box: AmpBox, data: bytes, at: int) -> tuple[bool, int]:
             return True, at + _LENGTH
         if length > MAX_KEY:
             raise BrokenRule(
-                f"it has sent no box: a key of {length} bytes (the limit is {MAX_KEY})"
+                f"it has sent a box with a key of {length} bytes (the limit is {MAX_KEY})"
             )
         start = at + _LENGTH
         middle = start + length

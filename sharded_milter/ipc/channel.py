@@ -25,9 +25,9 @@ from twisted.protocols.amp import AmpBox
 from twisted.python.failure import Failure
 
 from sharded_milter.errors import BrokenRule
-from sharded_milter.ipc.arrivals import dismiss
+from sharded_milter.ipc.arrivals import close_in_background
 from sharded_milter.ipc.boxes import Boxes
-from sharded_milter.ipc.memory import PIECE, Memory, Received, passable
+from sharded_milter.ipc.memory import CHUNK, Memory, Received, passable
 from sharded_milter.ipc.messages import (
     ANSWER,
     Answer,
@@ -36,10 +36,10 @@ from sharded_milter.ipc.messages import (
     Ready,
     Sandboxed,
     Withdraw,
-    counted,
+    count_packets,
     question_box,
 )
-from sharded_milter.ipc.sockets import is_still, read_now, send_now, unsent
+from sharded_milter.ipc.sockets import has_sent_all, read_now, send_now, unsent_bytes
 
 # Reads of 64 KB from a worker's socket before other work goes on: it holds a few of them.
 MAX_CATCH_UP = 16
@@ -49,7 +49,7 @@ MAX_CATCH_UP = 16
 MAX_UNSENT = 4 * 1024 * 1024
 
 # Up to here memory is read at once, which takes the master less than a millisecond.
-AT_ONCE = PIECE // 4
+MAX_READ_AT_ONCE = CHUNK // 4
 
 # The tag of a question's box. AMP's own tags are bare numbers.
 _OURS = b"q"
@@ -62,10 +62,10 @@ _INTRODUCTIONS: dict[bytes, tuple[type[amp.Command], str]] = {
     Sandboxed.commandName: (Sandboxed, "sandboxed"),
 }
 # After these it says nothing more.
-_LAST = frozenset((Ready.commandName, LoadFailed.commandName))
+_FINAL = frozenset((Ready.commandName, LoadFailed.commandName))
 
 
-class Owner(Protocol):
+class ChannelOwner(Protocol):
     """Who hears what a worker says: its shard."""
 
     def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
@@ -84,17 +84,19 @@ class MasterChannel(Boxes, amp.AMP):
 
     log = Logger()
 
-    def __init__(self, owner: Owner, reactor: Any) -> None:
+    def __init__(self, owner: ChannelOwner, reactor: Any) -> None:
         super().__init__()
         self._owner = owner
         self._reactor = reactor
-        self._asked: dict[bytes, int] = {}  # numbers of questions without an answer, by their tags
+        self._unanswered: dict[
+            bytes, int
+        ] = {}  # numbers of questions without an answer, by their tags
         self._to_send: list[bytes] = []  # boxes for a worker that has something to do
         # Memory whose descriptor waits in the socket: a number that is closed and given to another
         # file would give the worker that.
         self._sending: list[Memory] = []
-        self._said: set[bytes] = set()  # the introductions that have come
-        self._ignores_all = False
+        self._introductions: set[bytes] = set()  # the introductions that have come
+        self._stopped_reading = False
         self._lost = 0  # descriptors that the kernel has dropped, and that were missed already
         self._large: CooperativeTask[Iterator[None]] | None = None  # an answer that is being read
 
@@ -119,11 +121,11 @@ class MasterChannel(Boxes, amp.AMP):
             memory = [part for part in parts if isinstance(part, Memory)]
         tag = _TAG % number
         self._to_send.append(question_box(tag, head, *parts, self))
-        self._asked[tag] = number
+        self._unanswered[tag] = number
         self._sending += memory
         # A descriptor waits in the transport already, which breaks if no data is behind it when
         # the socket is writable.
-        if len(self._asked) == 1 or memory:
+        if len(self._unanswered) == 1 or memory:
             self._send_all()
         elif len(self._to_send) == 1:
             self._reactor.callLater(0, self._send_all)
@@ -131,7 +133,7 @@ class MasterChannel(Boxes, amp.AMP):
     @property
     def is_idle(self) -> bool:
         """Whether the worker has answered all that it was asked."""
-        return not self._asked
+        return not self._unanswered
 
     def withdraw(self, number: int) -> None:
         """Asks the worker not to begin a question; it answers that it has not, or answers it."""
@@ -149,16 +151,16 @@ class MasterChannel(Boxes, amp.AMP):
         if boxes:
             has_left = send_now(self.transport, b"".join(boxes))
             if self._sending:
-                self._let_go()
+                self._release_sent()
             if not has_left:
                 self._reactor.callLater(0, self._check_unsent)  # whoever asks is not to be killed
 
-    def _let_go(self) -> None:
-        if is_still(self.transport):
+    def _release_sent(self) -> None:
+        if has_sent_all(self.transport):
             self._sending.clear()
 
     def _check_unsent(self) -> None:
-        waiting = unsent(self.transport) if self.transport is not None else 0
+        waiting = unsent_bytes(self.transport) if self.transport is not None else 0
         if waiting > MAX_UNSENT:
             self.broke_rule(f"it has not read {waiting} bytes (the limit is {MAX_UNSENT})")
 
@@ -166,27 +168,27 @@ class MasterChannel(Boxes, amp.AMP):
 
     def ampBoxReceived(self, box: AmpBox) -> None:
         """Takes an answer to a question or to a command of AMP's, or what a worker says first."""
-        if self._ignores_all:
+        if self._stopped_reading:
             return
         tag = box.get(amp.ANSWER)
         if tag is None:
-            self._introduce(box)
-        elif tag in self._asked:
+            self._receive_command(box)
+        elif tag in self._unanswered:
             self._answer(tag, box)
         elif tag in (self._outstandingRequests or ()):
             super().ampBoxReceived(box)
         else:
             raise BrokenRule(f"it has answered {tag[:40]!r}, which it was not asked")
 
-    def _introduce(self, box: AmpBox) -> None:
+    def _receive_command(self, box: AmpBox) -> None:
         command = box.get(amp.COMMAND, b"")
         known = _INTRODUCTIONS.get(command)
         if known is None:
             said = {key[:40]: value[:40] for key, value in box.items()}
             raise BrokenRule(f"it has said what no worker says: {said!r:.200}")
-        if command in self._said or not self._said.isdisjoint(_LAST):
+        if command in self._introductions or not self._introductions.isdisjoint(_FINAL):
             raise BrokenRule("it has introduced itself twice")
-        self._said.add(command)
+        self._introductions.add(command)
         kind, method = known
         try:
             arguments = kind.parseArguments(box, self)
@@ -195,15 +197,15 @@ class MasterChannel(Boxes, amp.AMP):
         getattr(self._owner, method)(**arguments)
 
     def _answer(self, tag: bytes, box: AmpBox) -> None:
-        number = self._asked.pop(tag)
+        number = self._unanswered.pop(tag)
         if self._sending:
-            self._let_go()
+            self._release_sent()
         try:
             values = ANSWER.read(box, self)
         except BrokenRule as rule:
             raise BrokenRule(f"its answer cannot be read: {rule}") from None
         except (OSError, MemoryError) as error:
-            self._owner.answered(number, Answer(lost=_lack(error)))
+            self._owner.answered(number, Answer(lost=_shortage(error)))
             return
         if Received in map(type, values):
             self._read_large(number, values)
@@ -215,7 +217,7 @@ class MasterChannel(Boxes, amp.AMP):
         fd = self._arrived.claim(inode)
         if fd is not None:
             memory = Received(fd, size)
-            return memory if size > AT_ONCE else b"".join(memory.pieces())
+            return memory if size > MAX_READ_AT_ONCE else b"".join(memory.chunks())
         if getattr(self.transport, "descriptors_lost", 0) == self._lost:
             raise BrokenRule("it has not sent the memory")
         self._lost += 1
@@ -224,7 +226,7 @@ class MasterChannel(Boxes, amp.AMP):
     # Large answers, which are read piece by piece between other work
 
     def _read_large(self, number: int, values: list[Any]) -> None:
-        self.hold()
+        self.pause()
         cooperator = Cooperator(scheduler=partial(self._reactor.callLater, 0))
         self._large = cooperator.cooperate(self._slices(number, values))
         self._large.whenDone().addErrback(self._large_failed)
@@ -234,22 +236,22 @@ class MasterChannel(Boxes, amp.AMP):
             for place, value in enumerate(values):
                 if isinstance(value, Received):
                     whole = BytesIO()  # which hands its bytes on without a copy
-                    for piece in value.pieces():
+                    for piece in value.chunks():
                         whole.write(piece)
                         yield
                     values[place] = whole.getvalue()
-            yield from counted(values[0])
+            yield from count_packets(values[0])
             answer = Answer._make((*values, b""))
         except BrokenRule as rule:
             self._large = None
             self.broke_rule(f"its answer cannot be read: {rule}")
             return
         except (OSError, MemoryError) as error:
-            answer = Answer(lost=_lack(error))
+            answer = Answer(lost=_shortage(error))
         self._large = None
         self._owner.answered(number, answer)
-        if not self._ignores_all:
-            self.go_on()
+        if not self._stopped_reading:
+            self.resume()
 
     def _large_failed(self, failure: Failure) -> None:
         """A defect of ours, unless it was given up."""
@@ -257,7 +259,7 @@ class MasterChannel(Boxes, amp.AMP):
             self.log.failure("an answer got lost", failure)
             self.abort()
 
-    def _give_up_large(self) -> None:
+    def _cancel_large(self) -> None:
         if self._large is not None:
             large, self._large = self._large, None
             large.stop()
@@ -266,7 +268,7 @@ class MasterChannel(Boxes, amp.AMP):
 
     def broke_rule(self, rule: str) -> None:
         """The worker has said what no worker says, or it does not read: its shard hears of it."""
-        if not self._ignores_all:
+        if not self._stopped_reading:
             self._owner.broke_rule(rule)
 
     def unhandledError(self, failure: Failure) -> None:
@@ -275,8 +277,8 @@ class MasterChannel(Boxes, amp.AMP):
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
         """Keeps one that an answer will speak of."""
-        if self._ignores_all:
-            dismiss(descriptor)
+        if self._stopped_reading:
+            close_in_background(descriptor)
         else:
             super().fileDescriptorReceived(descriptor)
 
@@ -285,7 +287,7 @@ class MasterChannel(Boxes, amp.AMP):
 
         An answer that is not read whole by the end of its worker is lost with it.
         """
-        if getattr(self.transport, "connected", False) and not self._held:
+        if getattr(self.transport, "connected", False) and not self._paused:
             read_now([self.transport], MAX_CATCH_UP)
 
     def shut_down(self) -> None:
@@ -293,12 +295,12 @@ class MasterChannel(Boxes, amp.AMP):
         done = self.callRemote(Shutdown)
         done.addCallbacks(lambda _: self.transport.loseConnection(), lambda _: None)
 
-    def stop_listening(self) -> None:
+    def stop_reading(self) -> None:
         """Takes nothing more from a worker that has broken a rule."""
-        self._ignores_all = True
-        self._give_up_large()
+        self._stopped_reading = True
+        self._cancel_large()
         self._arrived.close()
-        self.hold()
+        self.pause()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The socket is closed; the exit that follows says why."""
@@ -310,12 +312,12 @@ class MasterChannel(Boxes, amp.AMP):
 
     def abort(self) -> None:
         """Closes the socket at once."""
-        self._give_up_large()
+        self._cancel_large()
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()
 
 
-def _lack(error: OSError | MemoryError) -> bytes:
+def _shortage(error: OSError | MemoryError) -> bytes:
     why = "there is no memory left" if isinstance(error, MemoryError) else error.strerror
     return f"the master cannot take the answer: {why}".encode()

@@ -1,9 +1,9 @@
-"""Anonymous memory that processes share: how a large transcript reaches a worker without a copy.
+"""Anonymous shared memory, which passes large transcripts to workers without a copy.
 
-The law: memory leaves this process only when no process can change it any more. A worker could
-write to it, or cut it off, and what the master and other workers see would be what it likes; that
-its descriptor were read-only would not help, for it can be opened anew. So what still grows is
-never passed on, but a sealed copy of it.
+The law: memory is passed to another process only after it is sealed, when no process can change it
+any more. A worker could otherwise write to it or truncate it under the master and other workers; a
+read-only descriptor would not help, because it can be reopened for writing. Of memory that still
+grows, a sealed copy is passed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from contextlib import suppress
 
 from sharded_milter.errors import BrokenRule
 
-# Up to here bytes go into the AMP box: copying them twice costs less than a descriptor and a
-# mapping. AMP's own limit is 65,535.
+# Up to so many bytes go into the AMP box itself: copying them twice costs less than a descriptor
+# and a mapping. AMP's own limit is 65,535.
 MAX_INLINE = 48 * 1024
 
-# With all of them nothing about the memory can change, not even its seals.
+# With all of these seals nothing about the memory can change, not even its seals.
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-# Bytes that are read of another process's memory at a time: about 2 ms of the reactor.
-PIECE = 4 * 1024 * 1024
+# Bytes that are read from another process's memory at a time: this blocks the reactor for 2 ms.
+CHUNK = 4 * 1024 * 1024
 
 
 class Memory:
-    """Anonymous memory that grows at its end until it is sealed, and is then passed on.
+    """Anonymous memory that can be appended to until it is sealed, and passed on after that.
 
-    This process's descriptor is closed with the object; the memory is freed when every process
-    that got a descriptor has closed it, however it ends.
+    This process's descriptor is closed with the object. The kernel frees the memory when every
+    process that has a descriptor has closed it or exited.
     """
 
     __slots__ = ("fd", "is_sealed", "size")
@@ -43,24 +43,26 @@ class Memory:
         self.is_sealed = False
 
     def __len__(self) -> int:
-        """The bytes that are in it."""
+        """Return its size in bytes."""
         return self.size
 
     @property
     def inode(self) -> int:
-        """What tells it from all other memory that there is."""
+        """The inode, which identifies the memory."""
         return os.fstat(self.fd).st_ino
 
     def append(self, data: bytes | bytearray | memoryview) -> None:
-        """Writes all of `data` behind what is there; raises OSError where the system refuses."""
+        """Append all of `data`; raise OSError where the system refuses."""
         end = self.size + len(data)
-        with memoryview(data) as view:  # which an error must not keep: `data` could not change
+        with memoryview(
+            data
+        ) as view:  # released also after an error: else `data` could not be resized
             while self.size < end:
                 with view[self.size - end :] as rest:
                     self.size += os.write(self.fd, rest)
 
     def view(self) -> memoryview:
-        """What is in it now, read-only. It is a copy where no descriptor is left to map it."""
+        """Return a read-only view of its bytes, or of a copy if no descriptor is left to map it."""
         try:
             return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
         except OSError as error:
@@ -69,21 +71,21 @@ class Memory:
             return memoryview(os.pread(self.fd, self.size, 0))
 
     def seal(self) -> None:
-        """From now on no process can change it, so no process needs to copy it."""
+        """Make it immutable for all processes."""
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
         self.is_sealed = True
 
     def __del__(self) -> None:
-        # The channel keeps the object until the socket has taken the descriptor, whose number
-        # must not be closed and reused meanwhile.
+        # The channel keeps the object until the descriptor is sent: until then its number must not
+        # be closed and reused.
         if hasattr(self, "fd"):
             os.close(self.fd)
 
 
 def packed(data: bytes | memoryview) -> bytes | Memory:
-    """What carries `data` to another process: the data itself while small, else sealed memory.
+    """Return `data` in a form that can be sent: as bytes while small, else in sealed memory.
 
-    Raises OSError where the system has no memory or no descriptor left.
+    Raise OSError where the system has no memory or no descriptor left.
     """
     if len(data) <= MAX_INLINE:
         return bytes(data)
@@ -94,9 +96,10 @@ def packed(data: bytes | memoryview) -> bytes | Memory:
 
 
 def passable(part: bytes | Memory, start: int = 0) -> bytes | Memory:
-    """What another process may be given of a part, from `start` on: a copy of it if it still grows.
+    """Return a part, from byte `start` on, in a form that can be sent to another process.
 
-    Sealed memory is passed on whole, from whatever `start`. Raises OSError as `packed` does.
+    Memory that still grows is copied. Sealed memory is returned whole, for any `start`. Raise
+    OSError as `packed` does.
     """
     if isinstance(part, bytes):
         return part[start:]
@@ -107,9 +110,9 @@ def passable(part: bytes | Memory, start: int = 0) -> bytes | Memory:
 
 
 class Received:
-    """Memory that another process has passed on, sealed, in a descriptor that closes with this.
+    """Sealed memory that another process has sent; the descriptor is closed with this object.
 
-    Raises BrokenRule where it is not of the size that it is said to be.
+    Raise BrokenRule if its size is not `size`.
     """
 
     __slots__ = ("fd", "size")
@@ -119,38 +122,38 @@ class Received:
         self.size = size
         there = os.fstat(fd).st_size
         if there != size:
-            raise BrokenRule(f"it calls memory of {there} bytes {size} bytes long")
+            raise BrokenRule(f"it has sent memory of {there} bytes and says that it has {size}")
 
     def mapped(self) -> memoryview:
-        """A read-only view of it; raises OSError where it cannot be mapped."""
+        """Return a read-only view of it; raise OSError where it cannot be mapped."""
         return memoryview(mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ))
 
-    def pieces(self) -> Iterator[bytes]:
-        """What is in it, PIECE by PIECE. It is read, for what is read cannot fault as maps can."""
-        for start in range(0, self.size, PIECE):
-            yield os.pread(self.fd, min(PIECE, self.size - start), start)
+    def chunks(self) -> Iterator[bytes]:
+        """Yield its bytes in chunks of CHUNK. They are read, because access to a map can fault."""
+        for start in range(0, self.size, CHUNK):
+            yield os.pread(self.fd, min(CHUNK, self.size - start), start)
 
     def __del__(self) -> None:
         os.close(self.fd)
 
 
 def is_sealed(fd: int) -> bool:
-    """Whether it is memory that nothing can change; says so without waiting for any file system."""
+    """Return whether it is memory with all seals; this never blocks on a file system."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
-    except OSError:  # no memory at all
+    except OSError:  # it is not anonymous memory
         return False
 
 
 def view_of(part: bytes | Memory) -> memoryview:
-    """The bytes of a part, wherever they are."""
+    """Return a view of a part's bytes."""
     return memoryview(part) if isinstance(part, bytes) else part.view()
 
 
 def release(value: bytes | memoryview) -> None:
-    """Unmaps what was mapped, unless a view of it is kept somewhere."""
+    """Unmap a view of mapped memory, unless another view of it exists."""
     if isinstance(value, memoryview):
         mapping = value.obj
         value.release()
-        with suppress(BufferError):  # the milter keeps a piece: it lives as long as that
+        with suppress(BufferError):  # the milter keeps a view, which keeps the map
             mapping.close()  # type: ignore[attr-defined]  # it is the mmap of `mapped`

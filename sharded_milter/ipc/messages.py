@@ -115,7 +115,7 @@ ANSWER = Schema(
 )
 
 
-def counted(replies: bytes) -> Iterator[None]:
+def count_packets(replies: bytes) -> Iterator[None]:
     """Counts the packets of an answer, some in each step; raises BrokenRule above MAX_PACKETS.
 
     What is no packet is for others to find: it ends the count.
@@ -132,7 +132,7 @@ def check_answer(replies: bytes) -> None:
     """Raises BrokenRule for reply packets that are more than an answer may have."""
     if len(replies) > PAYLOAD * MAX_PACKETS:
         ANSWER.check(b"replies", len(replies))
-        deque(counted(replies), 0)
+        deque(count_packets(replies), 0)
 
 
 def _optional(schema: Schema) -> list[tuple[bytes, amp.Argument]]:

@@ -1,7 +1,7 @@
-"""The sockets between master and workers: sending and reading at once.
+"""The sockets between master and workers: write and read immediately.
 
-A Twisted transport writes in the reactor's next turn, which costs two calls of epoll_ctl and that
-turn; what can leave now leaves now.
+A Twisted transport writes in the next reactor iteration, which costs two calls of epoll_ctl and
+that iteration. These functions write at once what the socket accepts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def send_now(transport: Any, data: bytes) -> bool:
-    """Writes all of `data`; what the socket does not take now leaves as it always would.
+    """Write `data` at once; leave what the socket does not accept now to the reactor.
 
-    Returns whether all of it has left.
+    Return whether the socket has accepted all of it.
     """
     sent = sent_now(transport, data)
     if sent < len(data):
@@ -24,22 +24,22 @@ def send_now(transport: Any, data: bytes) -> bool:
 
 
 def sent_now(transport: Any, data: bytes) -> int:
-    """Writes what the socket takes now of `data`; returns how many bytes that were."""
-    if not is_still(transport):
+    """Write as much of `data` as the socket accepts now; return the number of bytes."""
+    if not has_sent_all(transport):
         return 0
     sent = transport.writeSomeData(data)
-    # Else the connection is lost, which the reactor finds out too.
+    # Else the connection is lost, which the reactor will report.
     return sent if isinstance(sent, int) else 0
 
 
-def unsent(transport: Any) -> int:
-    """The bytes that the other end has not made room for."""
+def unsent_bytes(transport: Any) -> int:
+    """Return the number of bytes that wait in the transport's buffers."""
     waiting = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
     return int(waiting)
 
 
-def is_still(transport: Any) -> bool:
-    """Whether nothing waits to be written: nothing would be overtaken, descriptors included."""
+def has_sent_all(transport: Any) -> bool:
+    """Return whether the transport is connected and its buffers are empty, descriptors included."""
     return (
         bool(getattr(transport, "connected", False))
         and not transport.disconnecting
@@ -49,15 +49,15 @@ def is_still(transport: Any) -> bool:
 
 
 def read_now(readers: Iterable[Any], most: int) -> None:
-    """Has Twisted's readers take what has arrived for them, in so many reads of each at most."""
+    """Call `doRead` on ready readers, at most `most` times each."""
     by_descriptor = {reader.fileno(): reader for reader in readers}
-    poll = select.poll()  # one call says that there is nothing, as there is most of the time
+    poll = select.poll()  # mostly nothing is ready, which costs one call
     for descriptor in by_descriptor:
         poll.register(descriptor, select.POLLIN)
     for _ in range(most):
-        said = poll.poll(0)
-        if not said:
+        ready = poll.poll(0)
+        if not ready:
             break
-        for descriptor, _ in said:
-            if by_descriptor[descriptor].doRead() is not None:  # that was its end
+        for descriptor, _ in ready:
+            if by_descriptor[descriptor].doRead() is not None:  # the connection is lost
                 poll.unregister(descriptor)

@@ -3,13 +3,13 @@
     loading ──▶ serving ──▶ draining
        └───────────┴────────────┴──▶ ended
 
-The law: what an event means in a state is one constant table, TRANSITIONS. The state is assigned
-in `happens` and nowhere else; so the table and what acts on it stay in this one file.
+The law: one constant table, TRANSITIONS, has a cell for each event in each state. The state is
+assigned in `handle_event` and nowhere else; so the table and its actions stay in this one file.
 
-Each slot has at most one shard that serves and one that starts. Whatever the reason for a new
-process (a death, recycling, more workers), it is started as the slot's successor; once READY it
-takes the slot over and the old one drains. A generation never mixes: a successor that has loaded
-other code than the generation does not serve.
+Each slot has at most one shard that serves and one that starts. Every new process (after a death,
+for recycling, for more workers) is started as the slot's successor; once READY it takes the slot
+over and the old one drains. A generation never mixes code: a successor that has loaded other code
+than the generation does not serve.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Any, Protocol
 
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from sharded_milter.dispatch.job import Blame, Loss
@@ -28,13 +29,13 @@ from sharded_milter.pool.slot import Slot
 from sharded_milter.pool.table import Cell, row
 from sharded_milter.protocol.negotiation import Manifest
 
-# Shards that have loaded other code than the latest are started anew, all together, so often. Where
-# each worker sees other files, that would have no end.
+# How often a loading generation restarts the shards that have loaded other code than the latest.
+# Without a limit it would never end if the files differ from worker to worker.
 MAX_RESTARTS = 5
 
 
-class State(Enum):
-    """Where a generation is in its life."""
+class GenerationState(Enum):
+    """The state of a generation."""
 
     LOADING = auto()
     SERVING = auto()
@@ -42,51 +43,53 @@ class State(Enum):
     ENDED = auto()
 
 
-class Event(Enum):
+class GenerationEvent(Enum):
     """What can happen to a generation."""
 
     READY = auto()  # a shard has loaded the milters
     NOT_STARTED = auto()  # a shard has ended before that
     DIED = auto()  # a shard that was ready has died
-    RESIZED = auto()  # the number of shards is to be another
+    RESIZED = auto()  # the number of shards changes
     COMPLETE = auto()  # every slot has a shard that is ready
     SUCCEEDED = auto()  # another generation serves from now on
     STOPPED = auto()  # the service stops
 
 
-TRANSITIONS: Mapping[State, Mapping[Event, Cell[State]]] = {
-    State.LOADING: row(
-        Event,
-        State.LOADING,
-        READY=Cell(State.LOADING, "_check_loaded"),
-        NOT_STARTED=Cell(State.ENDED, "_fail"),
-        DIED=Cell(State.ENDED, "_fail"),
-        RESIZED=Cell(State.LOADING, "_resize_loading"),
-        COMPLETE=Cell(State.SERVING, "_take_over"),
-        STOPPED=Cell(State.ENDED, "_end_all"),
+TRANSITIONS: Mapping[GenerationState, Mapping[GenerationEvent, Cell[GenerationState]]] = {
+    GenerationState.LOADING: row(
+        GenerationEvent,
+        GenerationState.LOADING,
+        READY=Cell(GenerationState.LOADING, "_check_loaded"),
+        NOT_STARTED=Cell(GenerationState.ENDED, "_fail"),
+        DIED=Cell(GenerationState.ENDED, "_fail"),
+        RESIZED=Cell(GenerationState.LOADING, "_resize_loading"),
+        COMPLETE=Cell(GenerationState.SERVING, "_take_over"),
+        STOPPED=Cell(GenerationState.ENDED, "_end_all"),
     ),
-    State.SERVING: row(
-        Event,
-        State.SERVING,
-        READY=Cell(State.SERVING, "_admit"),
-        NOT_STARTED=Cell(State.SERVING, "_start_later"),
-        DIED=Cell(State.SERVING, "_replace"),
-        RESIZED=Cell(State.SERVING, "_resize_serving"),
-        SUCCEEDED=Cell(State.DRAINING, "_retire_all"),
-        STOPPED=Cell(State.ENDED, "_end_all"),
+    GenerationState.SERVING: row(
+        GenerationEvent,
+        GenerationState.SERVING,
+        READY=Cell(GenerationState.SERVING, "_admit"),
+        NOT_STARTED=Cell(GenerationState.SERVING, "_start_later"),
+        DIED=Cell(GenerationState.SERVING, "_replace"),
+        RESIZED=Cell(GenerationState.SERVING, "_resize_serving"),
+        SUCCEEDED=Cell(GenerationState.DRAINING, "_retire_all"),
+        STOPPED=Cell(GenerationState.ENDED, "_end_all"),
     ),
-    State.DRAINING: row(
-        Event,
-        State.DRAINING,
-        READY=Cell(State.DRAINING, "_kill_late"),
-        STOPPED=Cell(State.ENDED, "_end_all"),
+    GenerationState.DRAINING: row(
+        GenerationEvent,
+        GenerationState.DRAINING,
+        READY=Cell(GenerationState.DRAINING, "_kill_late"),
+        STOPPED=Cell(GenerationState.ENDED, "_end_all"),
     ),
-    State.ENDED: row(Event, State.ENDED, READY=Cell(State.ENDED, "_kill_late")),
+    GenerationState.ENDED: row(
+        GenerationEvent, GenerationState.ENDED, READY=Cell(GenerationState.ENDED, "_kill_late")
+    ),
 }
 
 
-class Owner(Protocol):
-    """The pool, which has the generations."""
+class GenerationOwner(Protocol):
+    """The pool, as a generation needs it."""
 
     def new_shard(self, slot: int) -> Shard: ...
     def serve(self, shard: Shard) -> None: ...
@@ -97,12 +100,14 @@ class Owner(Protocol):
 
 
 class Generation:
-    """The shards of one load of code. `shards` has all that are not gone, whatever they do."""
+    """The shards of one load of code; `shards` has all of them that are not gone."""
 
     log = Logger()
 
-    def __init__(self, size: int, limits: Limits, owner: Owner, reactor: Any) -> None:
-        self.state = State.LOADING
+    def __init__(
+        self, size: int, limits: Limits, owner: GenerationOwner, reactor: IReactorTime
+    ) -> None:
+        self.state = GenerationState.LOADING
         self.slots = [Slot(number) for number in range(1, size + 1)]
         self.shards: set[Shard] = set()
         self.code: tuple[bytes, tuple[Manifest, ...]] | None = None  # digest and manifests
@@ -113,55 +118,59 @@ class Generation:
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
-        """Those of its milters; none before the first shard is ready."""
+        """The manifests of its milters; empty before the first shard is ready."""
         return self.code[1] if self.code is not None else ()
 
     @property
-    def starts_some(self) -> bool:
-        """Whether a shard is being started, or soon will be."""
+    def is_starting_shards(self) -> bool:
+        """Whether a shard is being started, or is scheduled to be."""
         return any(slot.successor or slot.pending for slot in self.slots)
 
-    def happens(self, event: Event, *details: Any) -> None:
-        """What has happened to it, or to one of its shards."""
+    def handle_event(self, event: GenerationEvent, *details: Any) -> None:
+        """Change the state as TRANSITIONS says, and call the action."""
         cell = TRANSITIONS[self.state][event]
         self.state = cell.after
         if cell.act:
             getattr(self, cell.act)(*details)
 
     def load(self) -> None:
-        """Starts a shard for each slot."""
+        """Start a shard for each slot."""
         for slot in self.slots:
-            if self.state is State.LOADING:  # one may have failed
+            if self.state is GenerationState.LOADING:  # one may have failed
                 self._start(slot)
 
-    def gone(self, shard: Shard, ending: Ending) -> None:
-        """One of its shards is gone."""
+    def shard_gone(self, shard: Shard, ending: Ending) -> None:
+        """Remove a shard that is gone, and replace it if it served."""
         self.shards.discard(shard)
         slot = self._slot_of(shard)
         if slot is None:
             return
         if slot.current is shard:
             slot.current = None
-            self.happens(Event.DIED, slot, shard)
+            self.handle_event(GenerationEvent.DIED, slot, shard)
         else:
             slot.successor = None
-            self.happens(Event.NOT_STARTED, slot, shard)  # it has never served
+            self.handle_event(GenerationEvent.NOT_STARTED, slot, shard)  # it has never served
 
-    def worn(self, shard: Shard, why: str) -> None:
-        """A shard has given as many answers as it should, or as it can."""
+    def recycle_shard(self, shard: Shard, why: str) -> None:
+        """Recycle the shard's slot, unless another shard serves it already."""
         slot = self._slot_of(shard)
         if slot is not None and slot.current is shard:
             self.recycle(slot, why)
 
     def recycle(self, slot: Slot, reason: str) -> None:
-        """Another shard is started for the slot, which takes over from the present one."""
-        if self.state is State.SERVING and slot.successor is None and slot.pending is None:
+        """Start a shard that replaces the slot's current one."""
+        if (
+            self.state is GenerationState.SERVING
+            and slot.successor is None
+            and slot.pending is None
+        ):
             self._owner.count("recycled")
             self.log.info("shard {n} is replaced: {why}", n=slot.number, why=reason)
             self._start_after(slot, 0.0)
 
     def _slot_of(self, shard: Shard) -> Slot | None:
-        """The slot that the shard serves or starts for; None when it is on its way out."""
+        """Return the slot that the shard serves or starts for; None when it drains."""
         for slot in self.slots[shard.slot - 1 : shard.slot]:  # numbers are from 1, without gaps
             if shard in (slot.current, slot.successor):
                 return slot
@@ -176,7 +185,7 @@ class Generation:
             shard.start(self._limits.worker_start_timeout)
         except OSError as error:
             shard.load_error = SystemRefused(f"cannot start a worker: {error.strerror}")
-            self.happens(Event.NOT_STARTED, slot, shard)
+            self.handle_event(GenerationEvent.NOT_STARTED, slot, shard)
             return
         slot.successor = shard
         self.shards.add(shard)
@@ -190,32 +199,32 @@ class Generation:
     # Loading
 
     def _check_loaded(self, shard: Shard) -> None:
-        """A shard is ready; it has the latest code that is known."""
+        """Record the code of a shard that is ready: it is the latest."""
         self.code = shard.code, shard.manifests
         self._check_complete()
 
     def _check_complete(self) -> None:
-        """All must be ready, and have loaded the same code."""
+        """Serve if all shards are ready with the same code; restart those with older code."""
         ready = [(slot, slot.successor) for slot in self.slots if slot.successor]
         if len(ready) < len(self.slots) or not all(shard.can_serve for _, shard in ready):
             return
         others = [pair for pair in ready if self.code != (pair[1].code, pair[1].manifests)]
         if not others:
-            self.happens(Event.COMPLETE)
+            self.handle_event(GenerationEvent.COMPLETE)
         elif self._restarts == MAX_RESTARTS:
             slot, shard = others[0]
             shard.load_error = ConfigError("the milter's files differ from worker to worker")
-            self.happens(Event.NOT_STARTED, slot, shard)
+            self.handle_event(GenerationEvent.NOT_STARTED, slot, shard)
         else:
             self._restarts += 1
-            self.log.warn("the milter's files have changed meanwhile: it is loaded anew")
+            self.log.warn("the milter's files have changed while it was loaded; loading it again")
             self._load_anew([slot for slot, _ in others])
 
     def _load_anew(self, slots: list[Slot]) -> None:
         for slot in slots:
             slot.kill_successor("the milter's files have changed")
         for slot in slots:
-            if self.state is State.LOADING:  # one may have failed
+            if self.state is GenerationState.LOADING:  # one may have failed
                 self._start(slot)
 
     def _take_over(self) -> None:
@@ -229,7 +238,7 @@ class Generation:
 
     def _kill_all(self) -> None:
         for slot in self.slots:
-            slot.kill_successor("its generation is given up")
+            slot.kill_successor("another shard of its generation has failed to load")
 
     def _resize_loading(self, change: int) -> None:
         if change > 0:
@@ -242,7 +251,7 @@ class Generation:
     # Serving
 
     def _admit(self, shard: Shard) -> None:
-        """A successor is ready: it serves, unless it has loaded other code."""
+        """Let a successor that is ready serve, unless it has loaded other code."""
         slot = self._slot_of(shard)
         if slot is None or slot.successor is not shard:
             self._kill_late(shard)
@@ -258,7 +267,7 @@ class Generation:
             self._owner.reload()
 
     def _start_later(self, slot: Slot, shard: Shard) -> None:
-        reason = described(_why_not_started(shard))
+        reason = description(_why_not_started(shard))
         self.log.error(
             "shard {n} has not started: {why}", n=slot.number, why=reason, has_details=True
         )
@@ -293,7 +302,7 @@ class Generation:
 
     def _end_all(self) -> None:
         for slot in self.slots:
-            slot.forget_pending()
+            slot.cancel_pending()
         for shard in list(self.shards):
             shard.stop()
 
@@ -303,6 +312,6 @@ def _why_not_started(shard: Shard) -> MilterError:
     return shard.load_error or ConfigError(f"its worker ended: {reason}")
 
 
-def described(error: MilterError) -> str:
-    """An error with the author's traceback, if it has one."""
+def description(error: MilterError) -> str:
+    """Return an error's text with the author's traceback, if it has one."""
     return f"{error}\n{getattr(error, 'details', '')}".rstrip()

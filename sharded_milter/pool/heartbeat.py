@@ -1,64 +1,65 @@
-"""The heartbeat of one worker: whether it still runs, and listens while it has nothing to do. Pure.
+"""The heartbeat of one worker: an idle worker must answer pings, and none may be stopped. Pure.
 
-It is looked at once a second. Looks are counted, not seconds: a master that has slept looks once
-when it wakes, and reads what its workers have said meanwhile before that. A busy worker is asked
-nothing: how long it may take is for deadlines to say.
+The pool checks it once a second. Checks are counted, not seconds: a master that has slept checks
+once when it wakes, after it has read what its workers have sent. A busy worker is not pinged,
+because deadlines limit its time.
 """
 
 from __future__ import annotations
 
 from enum import Enum, auto
 
-# Looks at an idle worker that says nothing until it is pinged, and from then on without an answer:
-# seconds in which a milter's own timers and threads may keep the loop of the worker busy.
-SILENT = 5
-DEAF = 5
+# Checks, one a second, of a silent idle worker before it is pinged, and checks without an answer to
+# the ping: the time that a milter's timers and threads may block the worker's reactor.
+PING_AFTER = 5
+PING_TIMEOUT = 5
 
-# Looks that find a process stopped: whoever stops one for a moment has continued it by then.
-STOPPED = 2
+# Checks that find a process stopped before it is killed: one that was stopped for a moment only has
+# been continued by then.
+STOPPED_TIMEOUT = 2
 
 
 class Pulse(Enum):
-    """What a look finds."""
+    """The result of a check."""
 
     FINE = auto()
-    SILENT = auto()  # it is to be pinged
+    PING_DUE = auto()
     STOPPED = auto()  # it was stopped by a signal
-    DEAF = auto()  # it has not answered the ping
+    UNRESPONSIVE = auto()  # it has not answered the ping
 
 
 class Heartbeat:
-    """Counts looks at a worker."""
+    """Counts the checks of a worker since it last sent something."""
 
-    __slots__ = ("_looks", "_stopped", "is_asked", "is_quiet")
+    __slots__ = ("_checks", "_stopped", "awaits_pong", "is_quiet")
 
     def __init__(self) -> None:
-        self.is_asked = False  # a ping is not answered yet; there is one at most
-        self.is_quiet = False  # it has said nothing since the last look, and is not asked
-        self._looks = 0  # since it was asked, or has said something
+        self.awaits_pong = False  # a ping is not answered yet; there is one at most
+        self.is_quiet = False  # nothing received since the last check, and no ping is open
+        self._checks = 0  # since it was pinged, or has sent something
         self._stopped = 0
 
-    def heard(self) -> None:
-        """It has answered a question."""
-        self._looks, self.is_quiet = 0, False
+    def reset(self) -> None:
+        """Count from zero: the worker has answered a question."""
+        self._checks, self.is_quiet = 0, False
 
-    def asked(self) -> None:
-        """It is pinged."""
-        self.is_asked = True
-        self.heard()
+    def ping_sent(self) -> None:
+        """Record that a ping was sent."""
+        self.awaits_pong = True
+        self.reset()
 
-    def answered(self) -> None:
-        """It has answered the ping."""
-        self.is_asked = False
-        self.heard()
+    def pong_received(self) -> None:
+        """Record that the ping was answered."""
+        self.awaits_pong = False
+        self.reset()
 
-    def look(self, *, idle: bool, stopped: bool) -> Pulse:
-        """What is to be done about it now."""
+    def check(self, *, idle: bool, stopped: bool) -> Pulse:
+        """Count one check and return its result."""
         self._stopped = self._stopped + 1 if stopped else 0
-        if self._stopped >= STOPPED:
+        if self._stopped >= STOPPED_TIMEOUT:
             return Pulse.STOPPED
-        self._looks += 1
-        self.is_quiet = not self.is_asked
-        if self.is_asked:
-            return Pulse.DEAF if self._looks > DEAF else Pulse.FINE
-        return Pulse.SILENT if idle and self._looks >= SILENT else Pulse.FINE
+        self._checks += 1
+        self.is_quiet = not self.awaits_pong
+        if self.awaits_pong:
+            return Pulse.UNRESPONSIVE if self._checks > PING_TIMEOUT else Pulse.FINE
+        return Pulse.PING_DUE if idle and self._checks >= PING_AFTER else Pulse.FINE

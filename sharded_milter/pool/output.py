@@ -1,51 +1,56 @@
-"""What a worker writes to its standard output and error: lines, within limits.
+"""A worker's standard output and error: lines for the log, within limits.
 
-A worker that has read hostile mail may write without end. What is beyond the limits of a second is
-dropped, and counted in one line when the second is over. It is read all the same, because a milter
-that prints must not wait for us; only one that writes more than MAX_READ does.
+A worker that has read hostile mail may write without end. Output beyond the limits of a second is
+dropped, and one line says how much when the second is over. It is read all the same, because a
+milter that prints must not be blocked; only one that writes more than MAX_READ is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from sharded_milter.pool.places import Owner
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-# Bytes of a line that are shown: a long line of a traceback has some hundreds.
+from sharded_milter.pool.places import PlaceOwner
+
+# Bytes of a line that are logged: a long line of a traceback has some hundreds.
 MAX_LOG_LINE = 8192
 
-# Lines and bytes of one worker that are shown in a second. The stacks of a worker with dozens of
-# threads are some hundred lines; each line costs the master about 70 us, so that a worker that
-# writes without end takes less than a tenth of a core.
+# Lines and bytes of one worker that are logged in a second. The stacks of a worker with dozens of
+# threads are some hundred lines. Each line costs the master about 70 us, so a worker that writes
+# without end uses less than a tenth of a core.
 MAX_LINES = 1000
 MAX_BYTES = 256 * 1024
 
-# Bytes that are read in a second, shown or not: some hundred reads, a hundredth of a core.
+# Bytes that are read in a second, logged or not: some hundred reads, a hundredth of a core.
 MAX_READ = 4 * 1024 * 1024
 
 SECOND = 1.0
 
 
 class Output:
-    """Makes lines of what one worker writes to its streams.
+    """Splits the output of one worker into lines for its owner.
 
-    `hold` is called with True when the worker has written so much that nothing more should be
-    read of it, and with False when the second is over.
+    `hold` is called with True when nothing more should be read in this second, and with False
+    when the second is over.
     """
 
-    def __init__(self, owner: Owner, hold: Callable[[bool], None], reactor: Any) -> None:
+    def __init__(
+        self, owner: PlaceOwner, hold: Callable[[bool], None], reactor: IReactorTime
+    ) -> None:
         self.held = False
         self._owner = owner
         self._hold = hold
         self._reactor = reactor
-        self._began: dict[int, bytes] = {}  # lines without their end, by stream
-        self._cut: set[int] = set()  # streams in the middle of a line that is shown no further
-        self._over_call: Any = None  # while there is something to say at the second's end
+        self._began: dict[int, bytes] = {}  # incomplete lines, by stream
+        self._cut: set[int] = set()  # streams that are inside a line which was too long
+        self._over_call: IDelayedCall | None = (
+            None  # while there is something to say at the second's end
+        )
         self._new_second(reactor.seconds())
 
     def feed(self, stream: int, data: bytes) -> None:
-        """Takes what was written to a stream."""
+        """Take data that was written to a stream."""
         now = self._reactor.seconds()
         if self._over_call is None and now - self._second >= SECOND:
             self._new_second(now)
@@ -64,7 +69,7 @@ class Output:
             self._over_call = self._reactor.callLater(rest, self._over)
 
     def end(self) -> None:
-        """The worker has ended: its last words need no line end."""
+        """Log the incomplete lines: the worker has exited."""
         for line in self._began.values():
             self._take(line)
         self._began.clear()
@@ -73,7 +78,7 @@ class Output:
             self._over()
 
     def _take_lines(self, stream: int, data: bytes) -> None:
-        *lines, rest = data.split(b"\n", self._lines)  # no more than may be shown
+        *lines, rest = data.split(b"\n", self._lines)  # no more than may be logged
         for line in lines:
             self._take(line)
         unseen, end, rest = rest.rpartition(b"\n")
@@ -100,7 +105,7 @@ class Output:
         self._dropped_bytes += size
 
     def _over(self) -> None:
-        """The second is over."""
+        """Report what was dropped in the second that is over, and begin a new one."""
         self._over_call = None
         if self._dropped_bytes:
             self._owner.output_dropped(self._dropped_lines, self._dropped_bytes)

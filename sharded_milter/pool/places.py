@@ -1,7 +1,7 @@
-"""Where a shard lives: what a shard needs of its place, and the place of its shard.
+"""The interfaces between a shard and its place.
 
-`spawned` is the first place there is: a process that was started for the shard. A shard's machine
-(`shard`) is the same in all places.
+A place is where the process of a shard runs. `spawned` has the only one so far: a process that was
+started for the shard. The state machine in `shard` is the same for all places.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 
-class Owner(Protocol):
-    """Who hears of a process: its shard."""
+class PlaceOwner(Protocol):
+    """The shard, as its place needs it."""
 
     def output(self, line: bytes) -> None: ...
     def output_dropped(self, lines: int, size: int) -> None: ...
@@ -18,30 +18,30 @@ class Owner(Protocol):
 
 
 class Place(Protocol):
-    """A process, wherever it is."""
+    """The process of a shard."""
 
     pid: int
 
-    def start(self, owner: Owner, channel: Any) -> None:
-        """Starts it, with the other end of the channel; raises OSError when it is refused."""
+    def start(self, owner: PlaceOwner, channel: Any) -> None:
+        """Start the process and connect `channel` to it; raise OSError when that is refused."""
 
     def read_output(self) -> None:
-        """Takes what it has written until now."""
+        """Read the output that it has written until now."""
 
     def kill(self) -> None:
-        """Ends it and its descendants at once; its exit follows."""
+        """Kill it and its descendants at once; `exited` follows."""
 
-    def stacks(self) -> None:
-        """Has it write the Python stacks of all its threads, once it is ready."""
+    def dump_stacks(self) -> None:
+        """Make it log the Python stacks of all its threads, once it is ready."""
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it; a debugger does not count."""
+        """Return whether a signal has stopped it; a debugger does not count."""
 
     def is_traced(self) -> bool:
-        """Whether a debugger holds it."""
+        """Return whether a debugger is attached to it."""
 
     def memory(self) -> int:
-        """The bytes of memory that it uses."""
+        """Return its resident memory, bytes."""
 
-    def end_family(self) -> None:
-        """It has exited: ends what it has left running."""
+    def kill_descendants(self) -> None:
+        """Kill what it has left running; it has exited."""

@@ -1,6 +1,4 @@
-"""A place of shards: a process of its own, which is started for it.
-
-It says how the process is started, what it writes, and that it has ended.
+"""A place of shards: a process that is started for the shard.
 
 Built on ampoule's starter and connector. The AMP connection runs over one inherited UNIX socket
 pair instead of two pipes, so that descriptors can be passed.
@@ -25,10 +23,10 @@ from twisted.python.failure import Failure
 from sharded_milter.ipc.sockets import read_now
 from sharded_milter.pool.descendants import Descendants
 from sharded_milter.pool.output import Output
-from sharded_milter.pool.places import Owner
+from sharded_milter.pool.places import PlaceOwner
 from sharded_milter.transports import PassingTransport
 
-# The worker must not find the operator's secrets in its environment, nor be steered by it.
+# The worker gets only these variables: others may hold secrets or change its behaviour.
 PASSED_ENVIRONMENT = (
     "HOME",
     "LANG",
@@ -46,15 +44,15 @@ PASSED_ENVIRONMENT = (
     "VIRTUAL_ENV",
 )
 
-# How many threads numerical libraries start, by the variable that says so. Each would start one for
-# every CPU in every worker, of which there is one for every CPU already: scikit-learn answered 31.7
-# messages a second so, and 2,113 with one thread.
+# Variables that set the number of threads of numerical libraries. By default each library starts
+# one thread a CPU in every worker, and there is one worker a CPU already: scikit-learn answered
+# 31.7 messages a second that way, and 2,113 with one thread.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
-# Output of a dead worker that its descendants still hold open is read for this long.
+# Seconds for which a dead worker's output is read on if its descendants hold the pipes open.
 OUTPUT_GRACE = 2.0
 
-# Reads of 8 KB from a pipe before other work goes on: it holds 64 KB.
+# Reads of 8 KB from a pipe in one go: it holds 64 KB.
 MAX_CATCH_UP = 8
 
 _OUTPUTS = (1, 2)
@@ -65,13 +63,13 @@ _BOOTSTRAP = (
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """How every worker is started: the milters that it serves and what it may use.
+class WorkerConfig:
+    """The options with which every worker is started.
 
-    With `script` they are a pymilter script and its arguments. `cpus` are dealt out, one for each
-    slot in turn; none leaves the workers where they like. `open_files` is their soft limit of
-    descriptors, 0 leaves it as the master's is. `sandbox` are the arguments of their `Sandbox`.
-    `descendants` ends what workers leave.
+    `specs` are the milters to serve; with `script`, a pymilter script and its arguments. `cpus`
+    are assigned to the slots in turn; empty: no affinity. `memory_limit` is in bytes; 0: none.
+    `open_files` is the soft limit of descriptors; 0: the master's. `sandbox` has the arguments of
+    `Sandbox`. `descendants` kills processes that workers leave running.
     """
 
     specs: tuple[str, ...]
@@ -85,7 +83,7 @@ class Workplace:
     descendants: Descendants | None = None
 
     def bootstrap(self, slot: int, mark: int = 0) -> str:
-        """The program that Python runs in the worker of a slot."""
+        """Return the Python code that the worker of a slot runs."""
         cpus = (self.cpus[(slot - 1) % len(self.cpus)],) if self.cpus else ()
         options = {
             "nice": self.nice,
@@ -102,22 +100,19 @@ class Workplace:
 class Spawned:
     """A process that was started for the shard of one slot."""
 
-    def __init__(self, workplace: Workplace, slot: int, reactor: Any) -> None:
+    def __init__(self, config: WorkerConfig, slot: int, reactor: Any) -> None:
         self.pid = 0
-        self._descendants = workplace.descendants or Descendants(reactor)
-        self._mark = 0  # of the process and all that descends from it
-        self._workplace = workplace
+        self._descendants = config.descendants or Descendants(reactor)
+        self._mark = 0  # of the process and its descendants
+        self._config = config
         self._slot = slot
         self._reactor = reactor
         self._process: Any = None
         self._connector: Any = None
 
-    def start(self, owner: Owner, channel: Any) -> None:
-        """Starts the process, to which the master speaks `channel`.
-
-        Raises OSError when the system refuses.
-        """
-        place = self._workplace
+    def start(self, owner: PlaceOwner, channel: Any) -> None:
+        """Start the process and connect `channel` to it; raise OSError when the system refuses."""
+        place = self._config
         self._mark = self._descendants.mark()
         starter = Starter(
             bootstrap=place.bootstrap(self._slot, self._mark),
@@ -131,7 +126,7 @@ class Spawned:
             self._descendants.end(self._mark)
             raise
 
-    def _connect(self, channel: Any, owner: Owner) -> Connector:
+    def _connect(self, channel: Any, owner: PlaceOwner) -> Connector:
         connector = self._connector = Connector(channel, self._slot, owner, self._reactor)
         return connector
 
@@ -139,7 +134,7 @@ class Spawned:
         self._process, self.pid = process, process.pid
 
     def read_output(self) -> None:
-        """Takes what was written until now: it belongs to the job that was answered just now."""
+        """Read the output until now: it belongs to the job that was just answered."""
         self._connector.catch_up()
 
     def kill(self) -> None:
@@ -150,8 +145,8 @@ class Spawned:
         self._signal(signal.SIGKILL)
         self._end_group()
 
-    def stacks(self) -> None:
-        """Has the process write the Python stacks of all its threads."""
+    def dump_stacks(self) -> None:
+        """Make the process write the Python stacks of all its threads."""
         self._signal(signal.SIGUSR1)
 
     def _signal(self, number: int) -> None:
@@ -159,10 +154,7 @@ class Spawned:
             self._process.signalProcess(number)
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it (SIGSTOP); needs no descriptor.
-
-        One that a debugger has stopped is none that this is true of.
-        """
+        """Return whether a signal (SIGSTOP) has stopped it, not a debugger; needs no descriptor."""
         try:
             options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self.pid, options) is not None
@@ -170,7 +162,7 @@ class Spawned:
             return False
 
     def is_traced(self) -> bool:
-        """Whether a debugger or strace is attached to it; False where that cannot be known."""
+        """Return whether a debugger or strace is attached to it; False if /proc cannot be read."""
         try:
             with open(f"/proc/{self.pid}/status", "rb") as status:
                 tracers = [line.split()[1] for line in status if line.startswith(b"TracerPid:")]
@@ -179,7 +171,7 @@ class Spawned:
         return tracers not in ([], [b"0"])
 
     def memory(self) -> int:
-        """The bytes of memory that the process has resident; 0 when that cannot be known."""
+        """Return the resident memory of the process, bytes; 0 if it cannot be read."""
         import psutil  # here, because workers are started sooner without it
 
         try:
@@ -187,25 +179,25 @@ class Spawned:
         except (psutil.Error, OSError):  # it is gone, or no descriptor is left to look
             return 0
 
-    def end_family(self) -> None:
-        """Ends what the dead process has left running."""
+    def kill_descendants(self) -> None:
+        """Kill what the dead process has left running."""
         self._end_group()
         self._descendants.end(self._mark)
 
     def _end_group(self) -> None:
-        """Ends the process group, which bears the process id."""
+        """Kill the process group, which has the process's id."""
         if self.pid:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
 
 class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
-    """Spawns with a socket pair, a clean environment, and no module search in the cwd."""
+    """Spawns a process with a socket pair, a clean environment, and no module search in the cwd."""
 
     def start(self, protocol: Any, started: Callable[[Any], None], reactor: Any) -> None:
-        """Starts a process, to which the master speaks `protocol`; `started` gets its transport.
+        """Start a process and connect `protocol` to it; call `started` with its transport.
 
-        Raises OSError when the system refuses.
+        Raise OSError when the system refuses.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -225,9 +217,9 @@ class Starter(ProcessStarter):  # type: ignore[misc]  # ampoule is not typed
 
 
 class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
-    """The process's own side: its output and its exit. AMP rides on the socket."""
+    """Handles the process's output and its exit; AMP uses the socket."""
 
-    def __init__(self, protocol: Any, slot: int, owner: Owner, reactor: Any) -> None:
+    def __init__(self, protocol: Any, slot: int, owner: PlaceOwner, reactor: Any) -> None:
         super().__init__(protocol, slot)
         self._owner = owner
         self._reactor = reactor
@@ -242,13 +234,13 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         self._watch_pipes()
 
     def _watch_pipes(self) -> None:
-        """Prepare the question whether anything is written: it is asked for every answer."""
+        """Prepare the poll of the pipes, which is made for every answer."""
         self._written = select.poll()
         for reader in self._readers():
             self._written.register(reader.fileno(), select.POLLIN)
 
     def catch_up(self) -> None:
-        """Takes what was written so far: it belongs to the job that was answered just now."""
+        """Read the output until now, in at most MAX_CATCH_UP reads a pipe."""
         if self._written.poll(0) and not self._output.held:
             read_now(self._readers(), MAX_CATCH_UP)
 
@@ -269,13 +261,13 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
         self._owner.exited(_exit_reason(reason))
 
     def processEnded(self, reason: Failure) -> None:
-        """Comes when the pipes are closed too; nobody waits for that."""
+        """Do nothing when the pipes are closed too."""
 
 
 def worker_environment(environ: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
-    """What a worker finds in its environment: an allow-list of the master's, and `extra`.
+    """Return a worker's environment: the passed variables of the master's, and `extra`.
 
-    Numerical libraries start one thread, unless the master's environment has another number.
+    Numerical libraries start one thread, unless the master's environment sets another number.
     """
     kept = {name: environ[name] for name in (*PASSED_ENVIRONMENT, *THREADS) if name in environ}
     return {**dict.fromkeys(THREADS, "1"), **kept, "PYTHONUNBUFFERED": "1", **extra}

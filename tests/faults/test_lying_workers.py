@@ -124,7 +124,7 @@ LIES = {
     ),
     "descriptors": (
         "fd = memory(b'x'); send(b'\\0', *[fd] * 250); time.sleep(600)",
-        "33 descriptors that no box speaks of (the limit is 32)",
+        "33 descriptors that no message claims (the limit is 32)",
     ),
     "garbage": ("send(b'GET / HTTP/1.1\\r\\n')", "no box: a key of 18245 bytes (the limit is 255)"),
     "empty answer": ("send(box(_answer=tag()))", "replies: it is missing"),

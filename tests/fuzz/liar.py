@@ -111,7 +111,7 @@ class Liar:
         """The process says nothing more; its exit follows."""
         self.killed = True
 
-    def stacks(self) -> None:
+    def dump_stacks(self) -> None:
         """It has none."""
 
     def is_stopped(self) -> bool:
@@ -126,7 +126,7 @@ class Liar:
         """It needs none."""
         return 0
 
-    def end_family(self) -> None:
+    def kill_descendants(self) -> None:
         """It has none."""
 
     # What the worker does

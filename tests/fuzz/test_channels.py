@@ -37,7 +37,7 @@ from sharded_milter.ipc.arrivals import MAX_UNCLAIMED
 from sharded_milter.ipc.channel import MAX_UNSENT
 from sharded_milter.ipc.memory import MAX_INLINE, SEALS, packed
 from sharded_milter.ipc.messages import MAX_ANSWER
-from sharded_milter.ipc.sockets import unsent
+from sharded_milter.ipc.sockets import unsent_bytes
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.protocol.wire import frame
 
@@ -304,7 +304,7 @@ class Channels(RuleBasedStateMachine):
             assert len(channel._unread) <= MOST_UNREAD
             assert channel._arrived._count <= MAX_UNCLAIMED
             if channel.transport is not None:
-                assert unsent(channel.transport) <= MAX_UNSENT
+                assert unsent_bytes(channel.transport) <= MAX_UNSENT
 
     @invariant()
     def a_job_ends_once_and_honest_workers_answer_their_own(self) -> None:

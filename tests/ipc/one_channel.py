@@ -96,7 +96,7 @@ class Room:
     def __init__(self) -> None:
         self.clock, self.owner = Clock(), Owner()
         self.master, self.worker = MasterChannel(self.owner, self.clock), Worker()
-        self.owner.then_stop = self.master.stop_listening  # as its shard does
+        self.owner.then_stop = self.master.stop_reading  # as its shard does
         self.ours, self.theirs = Link(), Link()
         self.master.makeConnection(self.ours)  # type: ignore[no-untyped-call]
         self.worker.makeConnection(self.theirs)  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ class Room:
         """The worker answers by our own codec, all at once; it has been asked that."""
         for number, _ in answers:
             if not unasked:
-                self.master._asked.setdefault(b"q%x" % number, number)
+                self.master._unanswered.setdefault(b"q%x" % number, number)
         boxes = [answer_box(b"q%x" % number, answer, self.worker) for number, answer in answers]
         self.theirs.write(b"".join(boxes))
 

@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from sharded_milter.errors import BrokenRule
 from sharded_milter.ipc.arrivals import MAX_UNCLAIMED
 from sharded_milter.ipc.boxes import MAX_VALUES
-from sharded_milter.ipc.channel import AT_ONCE, MAX_UNSENT
+from sharded_milter.ipc.channel import MAX_READ_AT_ONCE, MAX_UNSENT
 from sharded_milter.ipc.memory import SEALS, Memory, packed
 from sharded_milter.ipc.messages import (
     MAX_ANSWER,
@@ -65,8 +65,8 @@ def broken(*sent: bytes | int) -> str:
 @pytest.mark.parametrize(
     ("sent", "rule"),
     [
-        (b"GET / HTTP/1.1\r\n", "no box: a key of 18245 bytes (the limit is 255)"),
-        (b"\1\0" + b"k" * 256, "no box: a key of 256 bytes (the limit is 255)"),
+        (b"GET / HTTP/1.1\r\n", "a box with a key of 18245 bytes (the limit is 255)"),
+        (b"\1\0" + b"k" * 256, "a box with a key of 256 bytes (the limit is 255)"),
         (data({b"%d" % n: b"x" for n in range(MAX_VALUES + 1)}), "a box of more than 8 values"),
         (data({b"%d" % n: b"x" * 65_535 for n in range(9)})[:-2], "a box of more than 8 values"),
         (data({b"k": b"1"})[:-2] + data({b"k": b"2"}), "a box with two values for b'k'"),
@@ -312,7 +312,7 @@ def test_a_descriptor_that_is_not_of_sealed_memory_is_a_broken_rule(
     monkeypatch.setattr("sharded_milter.ipc.arrivals.Thread", AtOnce)
     fd = NO_MEMORY[kind](tmp_path)
     rule = broken(fd, said(fd, 99))
-    assert rule == "it has sent a descriptor of something else than sealed memory"
+    assert rule == "it has sent a descriptor that is not sealed memory"
 
 
 def test_what_may_take_for_ever_to_be_closed_is_closed_elsewhere() -> None:
@@ -337,7 +337,7 @@ def test_what_may_take_for_ever_to_be_closed_is_closed_elsewhere() -> None:
 @pytest.mark.parametrize("size", [0, 1, 98, 100, 4_000_000])
 def test_memory_of_another_size_than_it_says_is_a_broken_rule(size: int) -> None:
     fd = memory_of(b"x" * 99)
-    rule = f"replies: it calls memory of 99 bytes {size} bytes long"
+    rule = f"replies: it has sent memory of 99 bytes and says that it has {size}"
     assert broken(fd, said(fd, size)) == f"its answer cannot be read: {rule}"
 
 
@@ -378,7 +378,7 @@ def test_no_more_descriptors_wait_than_a_worker_needs(over: int) -> None:
     for _ in range(MAX_UNCLAIMED + over):
         room.master.fileDescriptorReceived(memory_of(b"x"))
     if over:
-        assert room.rule.startswith("it has sent 33 descriptors that no box speaks of (the limit ")
+        assert room.rule.startswith("it has sent 33 descriptors that no message claims (the limit ")
         assert descriptors() == before
     else:
         assert room.owner.heard == []
@@ -437,20 +437,20 @@ def large(content: bytes) -> Memory:
 
 def test_more_packets_than_an_answer_may_have_are_a_broken_rule_and_not_counted_further() -> None:
     room = Room()
-    room.say((1, Answer(large(frame(b"b") * (AT_ONCE // 4)))))  # type: ignore[arg-type]
+    room.say((1, Answer(large(frame(b"b") * (MAX_READ_AT_ONCE // 4)))))  # type: ignore[arg-type]
     room.pump()
     assert room.owner.heard == []
     room.work()
     assert room.rule == f"its answer cannot be read: replies: more than {MAX_PACKETS} packets"
-    assert MAX_PACKETS * 5 < AT_ONCE  # so smaller ones need no count
+    assert MAX_PACKETS * 5 < MAX_READ_AT_ONCE  # so smaller ones need no count
 
 
 def test_what_is_not_listened_to_any_more_is_not_read_on() -> None:
     before = descriptors()
     room = Room()
-    room.say((1, Answer(large(bytes(AT_ONCE + 1)))))  # type: ignore[arg-type]
+    room.say((1, Answer(large(bytes(MAX_READ_AT_ONCE + 1)))))  # type: ignore[arg-type]
     room.pump()
-    room.master.stop_listening()
+    room.master.stop_reading()
     room.work()
     assert room.owner.heard == []
     assert descriptors() == before
@@ -479,7 +479,7 @@ def test_a_worker_that_does_not_read_is_given_up_at_the_limit_and_in_a_later_tur
 def test_who_is_not_listened_to_any_more_is_not_heard() -> None:
     before = descriptors()
     room = Room()
-    room.owner.then = lambda number: room.master.stop_listening()
+    room.owner.then = lambda number: room.master.stop_reading()
     room.say((1, Answer(b"one")), (2, Answer(b"two")))
     room.worker.callRemote(LoadFailed, reason=b"why", details=b"")  # type: ignore[no-untyped-call]
     room.pump()

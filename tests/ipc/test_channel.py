@@ -16,8 +16,8 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 from twisted.protocols import amp
 
-from sharded_milter.ipc.channel import AT_ONCE, MAX_CATCH_UP, MasterChannel
-from sharded_milter.ipc.memory import PIECE, Memory, packed
+from sharded_milter.ipc.channel import MAX_CATCH_UP, MAX_READ_AT_ONCE, MasterChannel
+from sharded_milter.ipc.memory import CHUNK, Memory, packed
 from sharded_milter.ipc.messages import WITHDRAWN, Answer, LoadFailed, Ready, answer_box
 from sharded_milter.protocol.wire import frame
 
@@ -219,7 +219,7 @@ def test_a_large_answer_is_read_in_later_turns_and_what_is_behind_it_waits() -> 
     before = descriptors()
     room = Room()
     body = frame(b"b", os.urandom(60_000)) * 100  # of more than one piece
-    assert len(body) > PIECE
+    assert len(body) > CHUNK
     room.say((1, Answer(in_memory(body), reason=b"why")), (2, Answer(b"two")))
     room.pump()
     assert (room.owner.heard, room.ours.paused) == ([], True)
@@ -234,7 +234,7 @@ def test_a_large_answer_is_read_in_later_turns_and_what_is_behind_it_waits() -> 
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("content", [bytes(AT_ONCE + 1), b"\xff" * (AT_ONCE + 1)])
+@pytest.mark.parametrize("content", [bytes(MAX_READ_AT_ONCE + 1), b"\xff" * (MAX_READ_AT_ONCE + 1)])
 def test_what_is_no_packet_is_for_the_session_to_find(content: bytes) -> None:
     room = Room()
     room.say((1, Answer(in_memory(content))))
@@ -243,7 +243,7 @@ def test_what_is_no_packet_is_for_the_session_to_find(content: bytes) -> None:
     assert room.owner.heard == [("answered", 1, Answer(content))]
 
 
-@pytest.mark.parametrize("size", [AT_ONCE, LARGE])
+@pytest.mark.parametrize("size", [MAX_READ_AT_ONCE, LARGE])
 def test_an_answer_that_is_not_so_large_is_there_at_once(size: int) -> None:
     room = Room()
     room.say((1, Answer(in_memory(bytes(size)))))
@@ -253,7 +253,7 @@ def test_an_answer_that_is_not_so_large_is_there_at_once(size: int) -> None:
 
 def test_a_large_answer_that_came_before_the_socket_was_lost_counts() -> None:
     room = Room()
-    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))), (2, Answer()))
+    room.say((1, Answer(in_memory(bytes(MAX_READ_AT_ONCE + 1)))), (2, Answer()))
     room.pump()
     room.lose()
     room.work()
@@ -267,7 +267,7 @@ def test_a_large_answer_that_came_before_the_socket_was_lost_counts() -> None:
 def test_a_large_answer_that_is_not_read_whole_is_given_up_with_its_worker() -> None:
     before = descriptors()
     room = Room()
-    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))))
+    room.say((1, Answer(in_memory(bytes(MAX_READ_AT_ONCE + 1)))))
     room.pump()
     room.master.abort()
     room.work()
@@ -275,7 +275,7 @@ def test_a_large_answer_that_is_not_read_whole_is_given_up_with_its_worker() -> 
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("size", [LARGE, AT_ONCE + 1])
+@pytest.mark.parametrize("size", [LARGE, MAX_READ_AT_ONCE + 1])
 @pytest.mark.parametrize(
     ("error", "why"),
     [
@@ -305,7 +305,7 @@ def test_where_the_memory_of_an_answer_cannot_be_read_the_answer_is_lost(
 def test_a_defect_of_ours_at_a_large_answer_is_logged_and_ends_the_connection() -> None:
     room = Room()
     room.owner.then = lambda number: 1 // 0
-    room.say((1, Answer(in_memory(bytes(AT_ONCE + 1)))))
+    room.say((1, Answer(in_memory(bytes(MAX_READ_AT_ONCE + 1)))))
     room.pump()
     with capturedLogs() as events:
         room.work()
@@ -387,7 +387,7 @@ def remains(count: int) -> tuple[Owner, MasterChannel, Remains]:
     owner = Owner()
     master = MasterChannel(owner, Clock())
     boxes = [answer_box(b"q%x" % number, Answer(), master) for number in range(count)]
-    master._asked = {b"q%x" % number: number for number in range(count)}
+    master._unanswered = {b"q%x" % number: number for number in range(count)}
     left = Remains(master, boxes)
     master.makeConnection(left)  # type: ignore[no-untyped-call]
     return owner, master, left

@@ -9,7 +9,7 @@ from twisted.internet.abstract import FileDescriptor
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.testing import StringTransport
 
-from sharded_milter.ipc.sockets import is_still, read_now, send_now
+from sharded_milter.ipc.sockets import has_sent_all, read_now, send_now
 
 
 class Reactor:
@@ -77,12 +77,12 @@ def test_what_the_socket_does_not_take_leaves_later_and_nothing_overtakes_it() -
 def test_a_transport_is_still_while_nothing_waits_in_it() -> None:
     _, transport, peer = pair()
     with transport.sock, peer:
-        assert is_still(transport)
+        assert has_sent_all(transport)
         transport.write(b"in the next turn")
-        assert not is_still(transport)
+        assert not has_sent_all(transport)
         transport.doWrite()  # type: ignore[no-untyped-call]
-        assert is_still(transport)
-    assert not is_still(None)
+        assert has_sent_all(transport)
+    assert not has_sent_all(None)
 
 
 def test_a_lost_connection_is_the_reactors_to_find() -> None:

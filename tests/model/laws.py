@@ -15,7 +15,7 @@ from sharded_milter.errors import (
     Superseded,
     WorkerLost,
 )
-from sharded_milter.pool.shard import EXIT_GRACE, SILENCE_GRACE
+from sharded_milter.pool.shard import EXIT_GRACE, LINGER_GRACE
 
 from .book import Book
 from .records import EPSILON, Asked, Process, Try, check
@@ -203,7 +203,7 @@ def _check_process(book: Book, process: Process) -> None:
         late = now - worker.wire.shut_down_at > EXIT_GRACE + EPSILON
         check(not late, "5 one that leaves is gone within its grace", process)
     elif worker.wire.lost_at is not None:
-        late = now - worker.wire.lost_at > SILENCE_GRACE + EPSILON
+        late = now - worker.wire.lost_at > LINGER_GRACE + EPSILON
         check(not late, "one that has closed its socket is killed", process)
     elif not worker.ready:
         late = now - process.started > book.limits.worker_start_timeout + EPSILON

@@ -103,18 +103,18 @@ def closes_descriptors_early(patch: pytest.MonkeyPatch) -> None:
 def does_not_hear_of_failures(patch: pytest.MonkeyPatch) -> None:
     """A generation does not hear that one of its shards cannot load."""
     table = dict(generation.TRANSITIONS)
-    row = dict(table[generation.State.LOADING])
-    row[generation.Event.NOT_STARTED] = Cell(generation.State.LOADING)
-    table[generation.State.LOADING] = row
+    row = dict(table[generation.GenerationState.LOADING])
+    row[generation.GenerationEvent.NOT_STARTED] = Cell(generation.GenerationState.LOADING)
+    table[generation.GenerationState.LOADING] = row
     patch.setattr(generation, "TRANSITIONS", table)
 
 
 def forgets_the_reason(patch: pytest.MonkeyPatch) -> None:
     """A shard does not say why it cannot load."""
     table = dict(shard.TRANSITIONS)
-    row = dict(table[shard.State.STARTING])
-    row[shard.Event.LOAD_FAILED] = Cell(shard.State.LEAVING, "_leave")
-    table[shard.State.STARTING] = row
+    row = dict(table[shard.ShardState.STARTING])
+    row[shard.ShardEvent.LOAD_FAILED] = Cell(shard.ShardState.EXITING, "_shut_down")
+    table[shard.ShardState.STARTING] = row
     patch.setattr(shard, "TRANSITIONS", table)
 
 

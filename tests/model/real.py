@@ -23,8 +23,8 @@ from sharded_milter.dispatch.job import Blame, Job, Loss
 from sharded_milter.errors import JobFailed
 from sharded_milter.limits import Limits
 from sharded_milter.pool.pool import Pool
-from sharded_milter.pool.shard import Shard, State
-from sharded_milter.pool.spawned import Spawned, Workplace, worker_environment
+from sharded_milter.pool.shard import Shard, ShardState
+from sharded_milter.pool.spawned import Spawned, WorkerConfig, worker_environment
 from sharded_milter.protocol import commands
 from sharded_milter.protocol.stages import Protocol, Stage
 
@@ -72,7 +72,7 @@ class Runs:
         here = str(Path(__file__).parent)
         env = worker_environment(os.environ, {"MODEL_SCANS": scans})
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (here, env.get("PYTHONPATH"))))
-        workplace = Workplace(("told:milter",), env)
+        workplace = WorkerConfig(("told:milter",), env)
 
         def make_shard(slot: int, pool: Pool) -> Shard:
             place = Spawned(workplace, slot, reactor)
@@ -148,7 +148,7 @@ class Runs:
             ended.callback(None)
 
     def _kill(self) -> None:
-        serving = [shard for shard in self.pool.shards if shard.state is State.SERVING]
+        serving = [shard for shard in self.pool.shards if shard.state is ShardState.SERVING]
         if serving:
             self.kills += 1
             self._random.choice(serving).kill(Loss("the test kills it", Blame.PLACE))

@@ -10,7 +10,7 @@ from .book import Book
 from .records import EPSILON, Process, check
 
 # The rules for who is replaced when, seconds.
-FIRST, LONGEST, LONGEST_AT_WORK = 0.1, 30.0, 1.0
+FIRST, LONGEST, MAX_DELAY_AT_WORK = 0.1, 30.0, 1.0
 HEALTHY_AFTER = 10.0
 
 # Whose turn it is, is replaced within this.
@@ -83,7 +83,7 @@ class Spares:
         if process.answers or now - process.served_since >= HEALTHY_AFTER:
             self._delay[slot], self._due[slot] = 0.0, now
         else:
-            self._back_off(slot, LONGEST_AT_WORK if process.died_at_work else LONGEST)
+            self._back_off(slot, MAX_DELAY_AT_WORK if process.died_at_work else LONGEST)
 
     def _is_superfluous(self, process: Process) -> bool:
         """Whether the pool itself has ended it: the slot was given up, or it had other code."""

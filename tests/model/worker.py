@@ -84,7 +84,7 @@ class Worker:
         if not self.hangs_in_kernel:
             self.die("killed by SIGKILL")
 
-    def stacks(self) -> None:
+    def dump_stacks(self) -> None:
         """It writes nothing."""
 
     def is_stopped(self) -> bool:
@@ -99,7 +99,7 @@ class Worker:
         """It needs none."""
         return 0
 
-    def end_family(self) -> None:
+    def kill_descendants(self) -> None:
         """It has none."""
 
     # What the test makes happen

@@ -11,9 +11,9 @@ from sharded_milter.dispatch.job import Blame, Loss
 from sharded_milter.errors import MilterError
 from sharded_milter.limits import Limits
 from sharded_milter.pool.generation import (
-    Event,
     Generation,
-    State,
+    GenerationEvent,
+    GenerationState,
 )
 from sharded_milter.pool.shard import Ending, Shard
 
@@ -51,7 +51,9 @@ class FakeShard(Shard):
 class Owner:
     """A generation with its clock, and one list of what became of everything."""
 
-    def __init__(self, size: int = 1, state: State = State.LOADING, **limits: Any) -> None:
+    def __init__(
+        self, size: int = 1, state: GenerationState = GenerationState.LOADING, **limits: Any
+    ) -> None:
         self.clock = Clock()
         self.log: list[str] = []
         self.errors: list[MilterError] = []
@@ -59,13 +61,13 @@ class Owner:
         self.refusals: list[OSError | None] = []
         self.generation = Generation(size, Limits(**limits), self, self.clock)
         self.generation.load()
-        if state in (State.SERVING, State.DRAINING):
+        if state in (GenerationState.SERVING, GenerationState.DRAINING):
             for number in range(size):
                 self.ready(number)
-        if state is State.DRAINING:
-            self.generation.happens(Event.SUCCEEDED)
-        if state is State.ENDED:
-            self.generation.happens(Event.STOPPED)
+        if state is GenerationState.DRAINING:
+            self.generation.handle_event(GenerationEvent.SUCCEEDED)
+        if state is GenerationState.ENDED:
+            self.generation.handle_event(GenerationEvent.STOPPED)
         assert self.generation.state is state
         self.log.clear()
 
@@ -74,14 +76,14 @@ class Owner:
     def ready(self, number: int, code: bytes = b"code") -> None:
         shard = self.made[number]
         shard.manifests, shard.code = (MANIFEST,), code
-        self.generation.happens(Event.READY, shard)
+        self.generation.handle_event(GenerationEvent.READY, shard)
 
     def gone(self, number: int, reason: str = "killed by SIGSEGV", answers: int = 0) -> None:
         shard = self.made[number]
         shard.loss = shard.loss or Loss(reason, Blame.MESSAGE)
         shard.answers = answers
         ending = Ending.DIED if shard.manifests else Ending.NOT_STARTED
-        self.generation.gone(shard, ending)
+        self.generation.shard_gone(shard, ending)
 
     # The pool
 

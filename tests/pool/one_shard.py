@@ -12,7 +12,7 @@ from sharded_milter.ipc.messages import Answer
 from sharded_milter.pool.shard import (
     Ending,
     Shard,
-    State,
+    ShardState,
 )
 
 LOSS = Loss("for a reason", Blame.PLACE)
@@ -29,7 +29,7 @@ FIELDS = {
 class Room:
     """A shard with its place, and one list of what became of everything."""
 
-    def __init__(self, state: State = State.STARTING) -> None:
+    def __init__(self, state: ShardState = ShardState.STARTING) -> None:
         self.clock = Clock()
         self.log: list[str] = []
         self.broken = ""  # what the dispatcher says of the next answers
@@ -38,7 +38,7 @@ class Room:
         self.place.did = self.log
         self.shard = Shard(3, self.place, self, self, self.clock)
         self.shard.start(60.0)
-        for name, word in (("shut_down", "exit"), ("stop_listening", "deaf")):
+        for name, word in (("shut_down", "exit"), ("stop_reading", "deaf")):
             setattr(self.place.channel, name, self._noting(word, name))
         self.bring(state)
         self.log.clear()
@@ -52,16 +52,16 @@ class Room:
 
         return call
 
-    def bring(self, state: State) -> None:
-        if state in (State.SERVING, State.DRAINING, State.LEAVING):
+    def bring(self, state: ShardState) -> None:
+        if state in (ShardState.SERVING, ShardState.DRAINING, ShardState.EXITING):
             self.place.be_ready()
-        if state in (State.DRAINING, State.LEAVING):
+        if state in (ShardState.DRAINING, ShardState.EXITING):
             self.shard.drain(30.0)
-        if state is State.LEAVING:
+        if state is ShardState.EXITING:
             self.shard.drained()
-        if state is State.KILLED:
+        if state is ShardState.KILLED:
             self.shard.kill(LOSS)
-        if state is State.GONE:
+        if state is ShardState.GONE:
             self.place.exit()
         assert self.shard.state is state
 
@@ -91,7 +91,7 @@ class Room:
     def shard_ready(self, shard: Shard) -> None:
         self.log.append("ready")
 
-    def shard_worn(self, shard: Shard, why: str) -> None:
+    def recycle_shard(self, shard: Shard, why: str) -> None:
         self.log.append(f"worn: {why}")
 
     def shard_gone(self, shard: Shard, ending: Ending) -> None:

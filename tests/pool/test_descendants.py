@@ -14,7 +14,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from sharded_milter.forks import MARKED_LIMIT
-from sharded_milter.pool.descendants import UNASKED, Descendants
+from sharded_milter.pool.descendants import REAP_AFTER_SWEEPS, Descendants
 
 PATIENCE = 60.0
 
@@ -22,7 +22,9 @@ PATIENCE = 60.0
 PRELUDE = """
 import os, resource, signal, subprocess, sys, time
 from twisted.internet.task import Clock
-from sharded_milter.pool.descendants import Descendants, AGAIN, LOOK, UNASKED
+from sharded_milter.pool.descendants import (
+    REAP_AFTER_SWEEPS, SWEEP_AGAIN_AFTER, SWEEP_INTERVAL, Descendants
+)
 clock = Clock()
 
 def start(mark, script):
@@ -53,7 +55,7 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-        clock.advance(AGAIN)
+        clock.advance(SWEEP_AGAIN_AFTER)
 
 # A program that leaves a daemon in a session of its own, twice forked, and says its pid.
 DAEMON = '''
@@ -108,13 +110,13 @@ def test_a_daemon_ends_with_its_worker_and_so_does_what_it_has_started(
         mark = descendants.mark()
         worker = start(mark, HANG)
         [daemon] = pids(worker)
-        until(lambda: len(descendants._listed()) > 1)
+        until(lambda: len(descendants._list_children()) > 1)
         for _ in range(5):
-            clock.advance(LOOK)
+            clock.advance(SWEEP_INTERVAL)
         assert lives(daemon)  # its worker lives
         worker.kill(); worker.wait()
         descendants.end(mark)
-        until(lambda: not descendants._listed())
+        until(lambda: not descendants._list_children())
         assert not state(daemon)
         assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and sleeps(pid, daemon)]
         """,
@@ -135,11 +137,11 @@ def test_the_daemons_of_others_are_spared(wrapper: tuple[str, ...]) -> None:
         daemons = {mark: pids(worker)[0] for mark, worker in workers.items()}
         for worker in workers.values():
             worker.wait()
-        until(lambda: set(daemons.values()) <= set(descendants._listed()))
+        until(lambda: set(daemons.values()) <= set(descendants._list_children()))
         descendants.end(dead)
         until(lambda: not state(daemons[dead]))
         for _ in range(10):
-            clock.advance(LOOK)
+            clock.advance(SWEEP_INTERVAL)
         assert all(lives(daemons[mark]) for mark in (alive, other, 0))
         descendants.finish()
         assert not state(daemons[alive])
@@ -163,7 +165,7 @@ def test_no_descriptor_is_needed_to_find_and_end_them() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         worker.kill(); worker.wait()
         descendants.end(mark)
-        until(lambda: not descendants._listed())
+        until(lambda: not descendants._list_children())
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert not state(daemon)
         """
@@ -194,8 +196,8 @@ def test_nobody_who_waits_for_a_child_in_the_master_loses_its_exit_code() -> Non
         descendants.begin()
         child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
         until(lambda: state(child.pid) == "Z")
-        for _ in range(UNASKED // 2):
-            clock.advance(LOOK)
+        for _ in range(REAP_AFTER_SWEEPS // 2):
+            clock.advance(SWEEP_INTERVAL)
         assert child.wait() == 7
         # An orphan, for whom nobody waits, is reaped later.
         worker = start(0, DAEMON)
@@ -203,11 +205,11 @@ def test_nobody_who_waits_for_a_child_in_the_master_loses_its_exit_code() -> Non
         worker.wait()
         os.killpg(os.getsid(daemon), signal.SIGKILL)
         until(lambda: state(daemon) == "Z")
-        for _ in range(UNASKED + 1):
-            clock.advance(LOOK)
+        for _ in range(REAP_AFTER_SWEEPS + 1):
+            clock.advance(SWEEP_INTERVAL)
         assert not state(daemon)
-        clock.advance(LOOK)
-        assert not descendants._ended
+        clock.advance(SWEEP_INTERVAL)
+        assert not descendants._zombies
         """
     )
 
@@ -219,11 +221,11 @@ def test_children_that_are_asked_about_are_forgotten() -> None:
         descendants.begin()
         child = subprocess.Popen(["true"])
         until(lambda: state(child.pid) == "Z")
-        clock.advance(LOOK)
-        assert descendants._ended
+        clock.advance(SWEEP_INTERVAL)
+        assert descendants._zombies
         child.wait()
-        clock.advance(LOOK)
-        assert not descendants._ended
+        clock.advance(SWEEP_INTERVAL)
+        assert not descendants._zombies
         """
     )
 
@@ -283,8 +285,8 @@ def test_without_a_start_nothing_is_looked_at() -> None:
     descendants = Descendants(Clock())
     descendants.end(descendants.mark())
     descendants.finish()
-    assert descendants._listed() == ()
-    assert UNASKED > 0
+    assert descendants._list_children() == ()
+    assert REAP_AFTER_SWEEPS > 0
 
 
 def test_the_limit_that_bears_the_mark_limits_nothing(tmp_path: Path) -> None:

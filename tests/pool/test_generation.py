@@ -16,9 +16,9 @@ from sharded_milter.limits import Limits
 from sharded_milter.pool.generation import (
     MAX_RESTARTS,
     TRANSITIONS,
-    Event,
     Generation,
-    State,
+    GenerationEvent,
+    GenerationState,
 )
 
 # Every event in every state
@@ -36,65 +36,67 @@ def a_stranger(owner: Owner) -> FakeShard:
     return shard
 
 
-def details(event: Event, owner: Owner) -> tuple[Any, ...]:
-    if event is Event.READY:
+def details(event: GenerationEvent, owner: Owner) -> tuple[Any, ...]:
+    if event is GenerationEvent.READY:
         return (a_stranger(owner),)
-    if event in (Event.NOT_STARTED, Event.DIED):
+    if event in (GenerationEvent.NOT_STARTED, GenerationEvent.DIED):
         return slot_of(owner), a_stranger(owner)
-    return (1,) if event is Event.RESIZED else ()
+    return (1,) if event is GenerationEvent.RESIZED else ()
 
 
 LATE = ["kill 9"]
 
 #: What is not said changes nothing. There is one slot: its shard starts, or serves.
-LAW: dict[State, dict[Event, tuple[State, list[str]]]] = {
-    State.LOADING: {
-        Event.READY: (State.LOADING, []),  # it is not all
-        Event.NOT_STARTED: (State.ENDED, ["kill 0", "failed"]),
-        Event.DIED: (State.ENDED, ["kill 0", "failed"]),
-        Event.RESIZED: (State.LOADING, ["start 1"]),
-        Event.COMPLETE: (State.SERVING, ["serve 0", "took over"]),
-        Event.STOPPED: (State.ENDED, ["stop 0"]),
+LAW: dict[GenerationState, dict[GenerationEvent, tuple[GenerationState, list[str]]]] = {
+    GenerationState.LOADING: {
+        GenerationEvent.READY: (GenerationState.LOADING, []),  # it is not all
+        GenerationEvent.NOT_STARTED: (GenerationState.ENDED, ["kill 0", "failed"]),
+        GenerationEvent.DIED: (GenerationState.ENDED, ["kill 0", "failed"]),
+        GenerationEvent.RESIZED: (GenerationState.LOADING, ["start 1"]),
+        GenerationEvent.COMPLETE: (GenerationState.SERVING, ["serve 0", "took over"]),
+        GenerationEvent.STOPPED: (GenerationState.ENDED, ["stop 0"]),
     },
-    State.SERVING: {
-        Event.READY: (State.SERVING, LATE),
-        Event.NOT_STARTED: (State.SERVING, ["start 1"]),
-        Event.DIED: (State.SERVING, ["worker_restarts", "start 1"]),
-        Event.RESIZED: (State.SERVING, ["start 1"]),
-        Event.SUCCEEDED: (State.DRAINING, ["drain 0"]),
-        Event.STOPPED: (State.ENDED, ["stop 0"]),
+    GenerationState.SERVING: {
+        GenerationEvent.READY: (GenerationState.SERVING, LATE),
+        GenerationEvent.NOT_STARTED: (GenerationState.SERVING, ["start 1"]),
+        GenerationEvent.DIED: (GenerationState.SERVING, ["worker_restarts", "start 1"]),
+        GenerationEvent.RESIZED: (GenerationState.SERVING, ["start 1"]),
+        GenerationEvent.SUCCEEDED: (GenerationState.DRAINING, ["drain 0"]),
+        GenerationEvent.STOPPED: (GenerationState.ENDED, ["stop 0"]),
     },
-    State.DRAINING: {
-        Event.READY: (State.DRAINING, LATE),
-        Event.STOPPED: (State.ENDED, ["stop 0"]),
+    GenerationState.DRAINING: {
+        GenerationEvent.READY: (GenerationState.DRAINING, LATE),
+        GenerationEvent.STOPPED: (GenerationState.ENDED, ["stop 0"]),
     },
-    State.ENDED: {Event.READY: (State.ENDED, LATE)},
+    GenerationState.ENDED: {GenerationEvent.READY: (GenerationState.ENDED, LATE)},
 }
 
 
 def test_the_table_has_a_cell_for_every_event_in_every_state() -> None:
-    assert set(TRANSITIONS) == set(State)
-    assert all(set(row) == set(Event) for row in TRANSITIONS.values())
+    assert set(TRANSITIONS) == set(GenerationState)
+    assert all(set(row) == set(GenerationEvent) for row in TRANSITIONS.values())
 
 
 @pytest.mark.parametrize(
-    ("state", "event"), list(product(State, Event)), ids=lambda each: each.name
+    ("state", "event"), list(product(GenerationState, GenerationEvent)), ids=lambda each: each.name
 )
-def test_every_event_does_in_every_state_what_the_rules_say(state: State, event: Event) -> None:
+def test_every_event_does_in_every_state_what_the_rules_say(
+    state: GenerationState, event: GenerationEvent
+) -> None:
     owner = Owner(state=state)
-    owner.generation.happens(event, *details(event, owner))
+    owner.generation.handle_event(event, *details(event, owner))
     owner.clock.advance(0.1)  # the shortest back-off
     assert (owner.generation.state, owner.log) == LAW[state].get(event, (state, []))
     assert TRANSITIONS[state][event].after is owner.generation.state
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_a_generation_that_is_stopped_starts_nothing_more(state: State) -> None:
+@pytest.mark.parametrize("state", list(GenerationState))
+def test_a_generation_that_is_stopped_starts_nothing_more(state: GenerationState) -> None:
     owner = Owner(2, state)
-    if state is State.SERVING:
+    if state is GenerationState.SERVING:
         owner.gone(0)  # whose successor is to start
         owner.log.clear()
-    owner.generation.happens(Event.STOPPED)
+    owner.generation.handle_event(GenerationEvent.STOPPED)
     for number, shard in enumerate(list(owner.made)):
         if shard in owner.generation.shards:
             owner.gone(number)
@@ -145,13 +147,13 @@ def test_a_system_that_refuses_a_process_ends_it(before: int) -> None:
     assert isinstance(error, SystemRefused)
     assert str(error) == "cannot start a worker: Resource temporarily unavailable"
     assert len(generation.shards) == before
-    assert generation.state is State.ENDED
+    assert generation.state is GenerationState.ENDED
 
 
 def test_when_it_shrinks_while_the_last_shard_starts_it_serves() -> None:
     owner = Owner(2)
     owner.ready(0)
-    owner.generation.happens(Event.RESIZED, -1)
+    owner.generation.handle_event(GenerationEvent.RESIZED, -1)
     assert owner.log == ["kill 1", "serve 0", "took over"]
     owner.gone(1)
     owner.clock.advance(100.0)
@@ -160,7 +162,7 @@ def test_when_it_shrinks_while_the_last_shard_starts_it_serves() -> None:
 
 def test_when_it_shrinks_before_any_is_ready_it_still_loads() -> None:
     owner = Owner(2)
-    owner.generation.happens(Event.RESIZED, -1)
+    owner.generation.handle_event(GenerationEvent.RESIZED, -1)
     assert owner.log == ["kill 1"]
     owner.ready(0)
     assert owner.log[-1] == "took over"
@@ -168,7 +170,7 @@ def test_when_it_shrinks_before_any_is_ready_it_still_loads() -> None:
 
 def test_when_it_grows_while_it_loads_it_waits_for_the_new_shard() -> None:
     owner = Owner(1)
-    owner.generation.happens(Event.RESIZED, 1)
+    owner.generation.handle_event(GenerationEvent.RESIZED, 1)
     owner.ready(0)
     assert owner.log == ["start 1"]
     owner.ready(1)
@@ -182,7 +184,9 @@ def test_files_that_change_while_it_loads_make_those_with_other_code_load_anew()
     assert owner.log == []
     with capturedLogs() as events:
         owner.ready(2, b"new")
-    assert texts(events) == ["the milter's files have changed meanwhile: it is loaded anew"]
+    assert texts(events) == [
+        "the milter's files have changed while it was loaded; loading it again"
+    ]
     assert owner.log == ["kill 0", "start 3"]
     owner.gone(0)
     owner.ready(3, b"new")
@@ -211,10 +215,10 @@ def test_a_generation_never_mixes_however_often_files_change() -> None:
     """Where each worker sees other files, loading ends with a reason."""
     owner = Owner(2)
     rounds = 0
-    while owner.generation.state is State.LOADING:
+    while owner.generation.state is GenerationState.LOADING:
         rounds += 1
         for number, shard in enumerate(list(owner.made)):
-            if not shard.manifests and owner.generation.state is State.LOADING:
+            if not shard.manifests and owner.generation.state is GenerationState.LOADING:
                 owner.ready(number, b"%d" % number)
     assert rounds == 1 + MAX_RESTARTS
     assert [str(error) for error in owner.errors] == [

@@ -15,9 +15,9 @@ from sharded_milter.errors import MilterLoadError
 from sharded_milter.ipc.messages import WITHDRAWN, Answer, LoadFailed, Ready, read_question
 from sharded_milter.pool.shard import (
     EXIT_GRACE,
-    SILENCE_GRACE,
+    LINGER_GRACE,
     Shard,
-    State,
+    ShardState,
 )
 from sharded_milter.protocol.negotiation import Manifest, SessionAffinity
 from sharded_milter.protocol.stages import Stage
@@ -37,7 +37,7 @@ def test_ready_brings_the_manifests() -> None:
     assert not room.shard.serves(0, second)
     assert not room.shard.serves(2, second)
     room.clock.advance(60.0)
-    assert room.shard.state is State.SERVING
+    assert room.shard.state is ShardState.SERVING
 
 
 def test_a_milter_that_cannot_be_loaded_is_told_and_the_worker_ends() -> None:
@@ -86,7 +86,7 @@ def question(room: Room, number: int) -> Any:
 
 
 def test_a_job_is_asked_with_all_there_is() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.shard.give(5, Job(Stage.EOM, b"connection", b"message", milter=2))
     assert question(room, 0) == ((b"E", 2, 0, 0), b"connection", b"message", b"")
     room.shard.give(6, Job(Stage.UNKNOWN, b"connection", b"message", b"command"))
@@ -95,7 +95,7 @@ def test_a_job_is_asked_with_all_there_is() -> None:
 
 
 def test_an_objects_job_is_asked_with_what_is_new() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     affinity = ObjectAffinity(replayable=True)
     affinity.assign(None, 9)
     affinity.next_update(b"connection", b"mes")
@@ -105,7 +105,7 @@ def test_an_objects_job_is_asked_with_what_is_new() -> None:
 
 
 def test_a_question_is_withdrawn_by_its_number() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.shard.give(17, Job(Stage.EOM, b"", b"message"))
     room.shard.withdraw(17)
     room.place.deliver()
@@ -113,7 +113,7 @@ def test_a_question_is_withdrawn_by_its_number() -> None:
 
 
 def test_answers_that_have_arrived_are_taken_when_dispatch_asks() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.place.answer(1)
     assert room.log == []
     room.shard.catch_up()
@@ -121,8 +121,8 @@ def test_answers_that_have_arrived_are_taken_when_dispatch_asks() -> None:
 
 
 def test_a_shard_is_worn_after_so_many_answers_and_says_so_once() -> None:
-    room = Room(State.SERVING)
-    room.shard.worn_after = 2
+    room = Room(ShardState.SERVING)
+    room.shard.recycle_after = 2
     for number in range(4):
         room.shard.answered(number, ANSWER)
     said = [word for word in room.log if word.startswith("worn")]
@@ -134,15 +134,15 @@ WORN = "worn: it has given 1 answers"
 
 
 def test_a_shard_that_is_short_of_something_is_replaced() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.place.answer(1, Answer(short=b"it cannot take a question: Too many open files"))
     room.place.deliver()
     assert room.log[-1] == "worn: it cannot take a question: Too many open files"
 
 
 def test_to_confirm_a_withdrawal_is_no_answer() -> None:
-    room = Room(State.SERVING)
-    room.shard.worn_after = 1
+    room = Room(ShardState.SERVING)
+    room.shard.recycle_after = 1
     room.shard.answered(1, WITHDRAWN)
     assert (room.shard.answers, WORN in room.log) == (0, False)
     room.shard.answered(2, ANSWER)
@@ -166,13 +166,13 @@ def test_milters_that_cannot_be_are_a_broken_rule(field: dict[str, bytes]) -> No
     room = Room()
     room.place.say(Ready, milters=[{**FIELDS, **field}], code=b"", socket=b"")
     room.place.deliver()
-    assert (room.shard.state, room.log) == (State.KILLED, ["deaf", "unavailable", "kill"])
+    assert (room.shard.state, room.log) == (ShardState.KILLED, ["deaf", "unavailable", "kill"])
     assert room.shard.loss is not None
-    assert room.shard.loss.reason.startswith("its milters cannot be: ")
+    assert room.shard.loss.reason.startswith("its milters' manifests are invalid: ")
 
 
 def test_nothing_more_is_taken_from_a_worker_that_has_broken_a_rule() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.broken = "it has answered questions out of order"
     room.place.answer(1)
     room.place.answer(2)
@@ -186,18 +186,20 @@ def test_nothing_more_is_taken_from_a_worker_that_has_broken_a_rule() -> None:
 
 
 def test_what_had_arrived_before_a_kill_is_taken() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.place.answer(1)
     room.shard.kill(LOSS)
     room.place.exit()
     assert room.log.index("answer 1") < room.log.index("lost: for a reason")
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.SERVING, State.DRAINING, State.LEAVING])
-def test_a_rule_that_is_broken_is_like_a_death_in_every_state(state: State) -> None:
+@pytest.mark.parametrize(
+    "state", [ShardState.STARTING, ShardState.SERVING, ShardState.DRAINING, ShardState.EXITING]
+)
+def test_a_rule_that_is_broken_is_like_a_death_in_every_state(state: ShardState) -> None:
     room = Room(state)
     room.shard.broke_rule("it is odd")
-    assert (room.shard.state, room.log) == (State.KILLED, ["deaf", "unavailable", "kill"])
+    assert (room.shard.state, room.log) == (ShardState.KILLED, ["deaf", "unavailable", "kill"])
     assert room.shard.loss == Loss("it is odd", Blame.MESSAGE)
 
 
@@ -206,14 +208,14 @@ def test_a_rule_that_is_broken_is_like_a_death_in_every_state(state: State) -> N
 
 @pytest.mark.parametrize("has_work", [True, False])
 def test_a_shard_that_is_gone_says_whether_it_was_at_work(has_work: bool) -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.has_work = has_work
     room.place.exit()
     assert room.shard.died_at_work is has_work
 
 
 def test_the_exit_says_why_and_the_message_is_to_blame() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.place.exit("killed by SIGSEGV")
     assert room.shard.loss == Loss("killed by SIGSEGV", Blame.MESSAGE)
     room.place.hang_up()
@@ -222,7 +224,7 @@ def test_the_exit_says_why_and_the_message_is_to_blame() -> None:
 
 
 def test_the_first_reason_to_kill_it_is_the_reason() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.shard.kill(Loss("it took too long", Blame.MESSAGE))
     room.shard.kill(LOSS)
     room.place.exit("killed by SIGKILL")
@@ -230,14 +232,14 @@ def test_the_first_reason_to_kill_it_is_the_reason() -> None:
     assert room.log.count("kill") == 1
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.SERVING, State.DRAINING])
+@pytest.mark.parametrize("state", [ShardState.STARTING, ShardState.SERVING, ShardState.DRAINING])
 def test_a_worker_that_closes_its_socket_and_lives_on_is_killed_after_a_second(
-    state: State,
+    state: ShardState,
 ) -> None:
     room = Room(state)
     room.place.hang_up()
     assert room.log == ["unavailable"]
-    room.clock.advance(SILENCE_GRACE - 0.1)
+    room.clock.advance(LINGER_GRACE - 0.1)
     assert "kill" not in room.log
     room.clock.advance(0.1)
     assert "kill" in room.log
@@ -248,14 +250,14 @@ def test_a_worker_that_closes_its_socket_and_lives_on_is_killed_after_a_second(
 def test_a_leaving_worker_has_its_time_to_exit_though_its_socket_is_closed(
     closed_before: bool,
 ) -> None:
-    room = Room(State.DRAINING)
+    room = Room(ShardState.DRAINING)
     if closed_before:
         room.place.hang_up()
     room.shard.drained()
     if not closed_before:
         room.place.hang_up()
     room.clock.advance(EXIT_GRACE - 0.1)
-    assert (room.shard.state, "kill" in room.log) == (State.LEAVING, False)
+    assert (room.shard.state, "kill" in room.log) == (ShardState.EXITING, False)
     room.clock.advance(0.1)
     assert "kill" in room.log
     room.place.exit("killed by SIGKILL")
@@ -264,7 +266,7 @@ def test_a_leaving_worker_has_its_time_to_exit_though_its_socket_is_closed(
 
 
 def test_a_worker_that_leaves_in_time_has_ended() -> None:
-    room = Room(State.LEAVING)
+    room = Room(ShardState.EXITING)
     room.place.deliver()
     assert room.place.worker.is_told_to_exit
     room.place.exit("exited with code 0")
@@ -272,7 +274,7 @@ def test_a_worker_that_leaves_in_time_has_ended() -> None:
 
 
 def test_objects_have_their_time_when_a_shard_drains() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.shard.drain(30.0)
     room.clock.advance(29.9)
     assert room.log == ["retire"]
@@ -282,10 +284,10 @@ def test_objects_have_their_time_when_a_shard_drains() -> None:
 
 @pytest.mark.parametrize("has_work", [True, False])
 def test_at_the_end_of_the_service_only_a_busy_worker_is_killed(has_work: bool) -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     room.has_work = has_work
     room.shard.stop()
-    assert room.shard.state is (State.KILLED if has_work else State.LEAVING)
+    assert room.shard.state is (ShardState.KILLED if has_work else ShardState.EXITING)
     assert room.log[:2] == ["give up objects", "retire"]
     assert room.log[-1] == ("kill" if has_work else "exit")
 
@@ -294,7 +296,7 @@ def test_at_the_end_of_the_service_only_a_busy_worker_is_killed(has_work: bool) 
 
 
 def test_output_is_logged_with_slot_and_message() -> None:
-    room = Room(State.SERVING)
+    room = Room(ShardState.SERVING)
     with capturedLogs() as events:
         room.shard.output(b"one")
         room.shard.current_queue_id = "1"

@@ -11,7 +11,7 @@ from twisted.logger import capturedLogs
 from sharded_milter.errors import ConfigError, MilterLoadError, SystemRefused
 from sharded_milter.ipc.messages import Sandboxed
 from sharded_milter.pool.pool import TICK
-from sharded_milter.pool.shard import MAX_SANDBOX_TEXT, State
+from sharded_milter.pool.shard import MAX_SANDBOX_TEXT, ShardState
 
 # Starting
 
@@ -60,7 +60,7 @@ def test_a_pool_without_workers_has_started_at_once() -> None:
         bench.pool.resize(1)
     assert texts(events) == [
         "no milter runs in a worker; those in the master stay as they are",
-        "no milter runs in a worker",
+        "the pool is not resized: no milter runs in a worker",
     ]
     bench.clock.pump([TICK] * 3)
     assert bench.pool.stop().called
@@ -175,7 +175,7 @@ def test_the_pool_grows_and_shrinks_by_one() -> None:
     assert bench.serving == [0, 1]
     bench.pool.resize(-1)
     assert bench.serving == [0]
-    assert states(bench)[1] is State.LEAVING
+    assert states(bench)[1] is ShardState.EXITING
     bench.places[1].exit("exited with code 0")
     bench.clock.advance(60.0)
     assert len(bench.shards) == 2
@@ -184,7 +184,7 @@ def test_the_pool_grows_and_shrinks_by_one() -> None:
 def test_the_last_worker_stays() -> None:
     bench = Bench()
     bench.pool.resize(-1)
-    assert (bench.serving, states(bench)) == ([0], [State.SERVING])
+    assert (bench.serving, states(bench)) == ([0], [ShardState.SERVING])
 
 
 def test_a_worker_that_still_starts_is_killed_when_the_pool_shrinks() -> None:
@@ -208,7 +208,7 @@ def test_what_is_resized_during_a_reload_has_that_size_before_and_after_it(
     bench.clock.advance(0)
     bench.be_ready(*[n for n in bench.starting if n > 3])
     bench.be_ready(*bench.starting)
-    alive = [shard for shard in bench.shards if shard.state is State.SERVING]
+    alive = [shard for shard in bench.shards if shard.state is ShardState.SERVING]
     assert len(alive) == len(bench.serving) == count
     assert min(bench.serving) >= 2
 
@@ -223,7 +223,7 @@ def test_stopping_kills_who_starts_or_works_and_lets_who_is_idle_leave() -> None
     bench.submit()
     done: list[object] = []
     noted(bench.pool.stop(), done)
-    assert sorted(state.name for state in states(bench)) == ["KILLED", "KILLED", "LEAVING"]
+    assert sorted(state.name for state in states(bench)) == ["EXITING", "KILLED", "KILLED"]
     for place in bench.places:
         assert done == []
         place.exit()
@@ -294,7 +294,7 @@ def test_all_workers_can_be_asked_where_they_are() -> None:
 def test_what_becomes_of_a_shard_that_the_pool_does_not_know_is_nothing() -> None:
     bench, other = Bench(), Bench()
     bench.pool.shard_ready(other.shards[0])
-    bench.pool.shard_worn(other.shards[0], "why")
-    other.shards[0]._events = bench.pool
+    bench.pool.recycle_shard(other.shards[0], "why")
+    other.shards[0]._owner = bench.pool
     other.places[0].exit()
     assert bench.serving == [0]

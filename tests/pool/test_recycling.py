@@ -10,7 +10,7 @@ from one_pool import Bench, states, texts
 from twisted.logger import capturedLogs
 
 from sharded_milter.pool.pool import MEMORY_EVERY, TICK
-from sharded_milter.pool.shard import State
+from sharded_milter.pool.shard import ShardState
 from sharded_milter.pool.slot import JITTER
 from sharded_milter.protocol.stages import Stage
 
@@ -49,7 +49,7 @@ def test_a_worker_that_has_served_enough_is_replaced_by_one_that_is_ready(
     assert (len(bench.shards), bench.serving) == (2, [0])
     bench.be_ready(1)
     assert bench.serving == [1]
-    assert states(bench)[0] is State.LEAVING
+    assert states(bench)[0] is ShardState.EXITING
     bench.places[0].exit("exited with code 0")
     bench.clock.advance(0.5)
     assert bench.dispatcher.counters["recycled"] == 1
@@ -84,10 +84,10 @@ def test_a_busy_worker_that_is_recycled_finishes_what_it_does() -> None:
     result = bench.submit()
     bench.clock.pump([TICK] * 6)
     bench.be_ready(1)
-    assert states(bench)[0] is State.DRAINING
+    assert states(bench)[0] is ShardState.DRAINING
     bench.answer_all(0)
     assert result.only == b"replies"
-    assert states(bench)[0] is State.LEAVING
+    assert states(bench)[0] is ShardState.EXITING
 
 
 def test_a_worker_whose_successor_cannot_start_goes_on() -> None:
@@ -113,7 +113,7 @@ def test_counts_are_spread_so_that_not_all_workers_start_cold_at_once(
     drawn = iter([0, 10])
     monkeypatch.setattr("random.randint", lambda low, high: next(drawn))
     bench = Bench(2, max_messages=100)
-    assert [shard.worn_after for shard in bench.shards] == [100, 110]
+    assert [shard.recycle_after for shard in bench.shards] == [100, 110]
 
 
 def test_a_message_that_has_killed_gets_a_fresh_worker() -> None:

@@ -10,7 +10,7 @@ from twisted.logger import capturedLogs
 
 from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.pool.pool import TICK
-from sharded_milter.pool.shard import State
+from sharded_milter.pool.shard import ShardState
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
 
@@ -26,7 +26,7 @@ def test_a_reload_replaces_all_workers_when_all_new_ones_are_ready() -> None:
     bench.be_ready(2, manifest=OTHER)
     assert bench.serving == [2, 3]
     assert bench.pool.manifests == (OTHER,)
-    assert states(bench)[:2] == [State.LEAVING] * 2
+    assert states(bench)[:2] == [ShardState.EXITING] * 2
     for number in (0, 1):
         bench.places[number].exit("exited with code 0")
     assert len(bench.pool.shards) == 2
@@ -49,7 +49,7 @@ def test_a_reload_that_fails_leaves_the_old_workers(fail: Callable[[Bench], None
     with capturedLogs() as events:
         fail(bench)
     assert bench.serving == [0, 1]
-    assert [text for text in texts(events) if text.startswith("not reloaded, the old workers go")]
+    assert [text for text in texts(events) if text.startswith("reload failed, the old workers")]
     assert bench.dispatcher.counters["reloads_failed"] == 1
     assert bench.killed(3)
     bench.places[3].exit()
@@ -127,12 +127,12 @@ def test_an_object_of_an_old_worker_is_answered_for_while_that_drains() -> None:
     bench.answer_all(0)
     bench.pool.reload()
     bench.be_ready(1)
-    assert states(bench)[0] is State.DRAINING
+    assert states(bench)[0] is ShardState.DRAINING
     other, its_own = bench.submit(), bench.submit(affinity=affinity)
     bench.answer_all(0)
     assert (other.values, its_own.values) == ([], [b"replies"])
     bench.clock.advance(30.0)
-    assert states(bench)[0] is State.LEAVING
+    assert states(bench)[0] is ShardState.EXITING
 
 
 # Files that change

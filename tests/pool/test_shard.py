@@ -10,99 +10,108 @@ from one_shard import ANSWER, FIELDS, LOSS, Room
 
 from sharded_milter.pool.shard import (
     TRANSITIONS,
-    Event,
-    State,
+    ShardEvent,
+    ShardState,
 )
 
 # Every event in every state
 
-DETAILS: dict[Event, tuple[Any, ...]] = {
-    Event.READY: ([FIELDS], b"code", b""),
-    Event.LOAD_FAILED: (b"milter x: no", b"traceback"),
-    Event.ANSWERED: (7, ANSWER),
-    Event.DRAIN: (30.0,),
-    Event.EXITED: ("exited with code 0",),
+DETAILS: dict[ShardEvent, tuple[Any, ...]] = {
+    ShardEvent.READY: ([FIELDS], b"code", b""),
+    ShardEvent.LOAD_FAILED: (b"milter x: no", b"traceback"),
+    ShardEvent.ANSWERED: (7, ANSWER),
+    ShardEvent.DRAIN: (30.0,),
+    ShardEvent.EXITED: ("exited with code 0",),
     **dict.fromkeys(
-        (Event.TOO_SLOW, Event.STOP, Event.EXIT_DUE, Event.KILL, Event.SILENT), (LOSS,)
+        (
+            ShardEvent.TOO_SLOW,
+            ShardEvent.STOP,
+            ShardEvent.EXIT_DUE,
+            ShardEvent.KILL,
+            ShardEvent.LINGERING,
+        ),
+        (LOSS,),
     ),
 }
-KILLED = (State.KILLED, ["unavailable", "kill"])
-BROKEN = (State.KILLED, ["deaf", "unavailable", "kill"])
+KILLED = (ShardState.KILLED, ["unavailable", "kill"])
+BROKEN = (ShardState.KILLED, ["deaf", "unavailable", "kill"])
 ANSWERED = ["read output", "answer 7"]
 EXITED = "lost: exited with code 0"
 
 #: What is not said changes nothing.
-LAW: dict[State, dict[Event, tuple[State, list[str]]]] = {
-    State.STARTING: {
-        Event.READY: (State.SERVING, ["ready"]),
-        Event.LOAD_FAILED: (State.LEAVING, ["exit"]),
-        Event.TOO_SLOW: KILLED,
-        Event.ANSWERED: BROKEN,
-        Event.DRAIN: (State.LEAVING, ["exit"]),
-        Event.STOP: KILLED,
-        Event.KILL: KILLED,
-        Event.SILENT: KILLED,
-        Event.CLOSED: (State.STARTING, ["unavailable"]),
-        Event.EXITED: (State.GONE, ["end family", EXITED, "NOT_STARTED"]),
+LAW: dict[ShardState, dict[ShardEvent, tuple[ShardState, list[str]]]] = {
+    ShardState.STARTING: {
+        ShardEvent.READY: (ShardState.SERVING, ["ready"]),
+        ShardEvent.LOAD_FAILED: (ShardState.EXITING, ["exit"]),
+        ShardEvent.TOO_SLOW: KILLED,
+        ShardEvent.ANSWERED: BROKEN,
+        ShardEvent.DRAIN: (ShardState.EXITING, ["exit"]),
+        ShardEvent.STOP: KILLED,
+        ShardEvent.KILL: KILLED,
+        ShardEvent.LINGERING: KILLED,
+        ShardEvent.CLOSED: (ShardState.STARTING, ["unavailable"]),
+        ShardEvent.EXITED: (ShardState.GONE, ["end family", EXITED, "NOT_STARTED"]),
     },
-    State.SERVING: {
-        Event.READY: BROKEN,
-        Event.LOAD_FAILED: BROKEN,
-        Event.ANSWERED: (State.SERVING, ANSWERED),
-        Event.DRAIN: (State.DRAINING, ["retire"]),
-        Event.STOP: (State.KILLED, ["give up objects", "retire", "unavailable", "kill"]),
-        Event.KILL: KILLED,
-        Event.SILENT: KILLED,
-        Event.CLOSED: (State.SERVING, ["unavailable"]),
-        Event.EXITED: (State.GONE, ["end family", EXITED, "DIED"]),
+    ShardState.SERVING: {
+        ShardEvent.READY: BROKEN,
+        ShardEvent.LOAD_FAILED: BROKEN,
+        ShardEvent.ANSWERED: (ShardState.SERVING, ANSWERED),
+        ShardEvent.DRAIN: (ShardState.DRAINING, ["retire"]),
+        ShardEvent.STOP: (ShardState.KILLED, ["give up objects", "retire", "unavailable", "kill"]),
+        ShardEvent.KILL: KILLED,
+        ShardEvent.LINGERING: KILLED,
+        ShardEvent.CLOSED: (ShardState.SERVING, ["unavailable"]),
+        ShardEvent.EXITED: (ShardState.GONE, ["end family", EXITED, "DIED"]),
     },
-    State.DRAINING: {
-        Event.READY: BROKEN,
-        Event.LOAD_FAILED: BROKEN,
-        Event.ANSWERED: (State.DRAINING, ANSWERED),
-        Event.LINGERED: (State.DRAINING, ["give up objects"]),
-        Event.STOP: KILLED,
-        Event.DRAINED: (State.LEAVING, ["exit"]),
-        Event.KILL: KILLED,
-        Event.SILENT: KILLED,
-        Event.CLOSED: (State.DRAINING, ["unavailable"]),
-        Event.EXITED: (State.GONE, ["end family", EXITED, "DIED"]),
+    ShardState.DRAINING: {
+        ShardEvent.READY: BROKEN,
+        ShardEvent.LOAD_FAILED: BROKEN,
+        ShardEvent.ANSWERED: (ShardState.DRAINING, ANSWERED),
+        ShardEvent.OBJECTS_DUE: (ShardState.DRAINING, ["give up objects"]),
+        ShardEvent.STOP: KILLED,
+        ShardEvent.DRAINED: (ShardState.EXITING, ["exit"]),
+        ShardEvent.KILL: KILLED,
+        ShardEvent.LINGERING: KILLED,
+        ShardEvent.CLOSED: (ShardState.DRAINING, ["unavailable"]),
+        ShardEvent.EXITED: (ShardState.GONE, ["end family", EXITED, "DIED"]),
     },
-    State.LEAVING: {
-        Event.ANSWERED: (State.LEAVING, ANSWERED),
-        Event.EXIT_DUE: KILLED,
-        Event.KILL: KILLED,
-        Event.EXITED: (State.GONE, ["end family", EXITED, "ENDED"]),
+    ShardState.EXITING: {
+        ShardEvent.ANSWERED: (ShardState.EXITING, ANSWERED),
+        ShardEvent.EXIT_DUE: KILLED,
+        ShardEvent.KILL: KILLED,
+        ShardEvent.EXITED: (ShardState.GONE, ["end family", EXITED, "ENDED"]),
     },
-    State.KILLED: {
-        Event.ANSWERED: (State.KILLED, ANSWERED),
-        Event.EXITED: (State.GONE, ["end family", "lost: for a reason", "NOT_STARTED"]),
+    ShardState.KILLED: {
+        ShardEvent.ANSWERED: (ShardState.KILLED, ANSWERED),
+        ShardEvent.EXITED: (ShardState.GONE, ["end family", "lost: for a reason", "NOT_STARTED"]),
     },
-    State.GONE: {},
+    ShardState.GONE: {},
 }
 
 
 def test_the_table_has_a_cell_for_every_event_in_every_state() -> None:
-    assert set(TRANSITIONS) == set(State)
-    assert all(set(row) == set(Event) for row in TRANSITIONS.values())
+    assert set(TRANSITIONS) == set(ShardState)
+    assert all(set(row) == set(ShardEvent) for row in TRANSITIONS.values())
 
 
 @pytest.mark.parametrize(
-    ("state", "event"), list(product(State, Event)), ids=lambda each: each.name
+    ("state", "event"), list(product(ShardState, ShardEvent)), ids=lambda each: each.name
 )
-def test_every_event_does_in_every_state_what_the_rules_say(state: State, event: Event) -> None:
+def test_every_event_does_in_every_state_what_the_rules_say(
+    state: ShardState, event: ShardEvent
+) -> None:
     room = Room(state)
-    room.shard._happens(event, *DETAILS.get(event, ()))
+    room.shard._handle_event(event, *DETAILS.get(event, ()))
     after, log = LAW[state].get(event, (state, []))
     assert (room.shard.state, room.log) == (after, log)
-    assert TRANSITIONS[state][event].after in (after, State.DRAINING)
+    assert TRANSITIONS[state][event].after in (after, ShardState.DRAINING)
 
 
-@pytest.mark.parametrize("state", list(State))
-def test_a_shard_that_is_gone_leaves_nothing_due(state: State) -> None:
+@pytest.mark.parametrize("state", list(ShardState))
+def test_a_shard_that_is_gone_leaves_nothing_due(state: ShardState) -> None:
     room = Room(state)
-    room.shard._happens(Event.CLOSED)
-    if state is not State.GONE:
+    room.shard._handle_event(ShardEvent.CLOSED)
+    if state is not ShardState.GONE:
         room.place.exit()
     assert room.clock.getDelayedCalls() == []
     assert room.place.ours.lost

@@ -25,7 +25,7 @@ from sharded_milter.pool.spawned import (
     OUTPUT_GRACE,
     THREADS,
     Spawned,
-    Workplace,
+    WorkerConfig,
     worker_environment,
 )
 
@@ -112,7 +112,7 @@ class Room(Clock):
         self.channel: Any = Protocol()
         self.marks: list[str] = []
         descendants: Any = self
-        workplace = Workplace(("x:milter",), {"LANG": "C"}, descendants=descendants)
+        workplace = WorkerConfig(("x:milter",), {"LANG": "C"}, descendants=descendants)
         self.place = Spawned(workplace, 3, self)
         if started:
             self.start()
@@ -209,7 +209,7 @@ def options(program: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("slot", "cpus"), [(1, (4,)), (2, (6,)), (3, (4,))])
 def test_cpus_are_dealt_out_in_turn(slot: int, cpus: tuple[int]) -> None:
-    workplace = Workplace(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6), open_files=9)
+    workplace = WorkerConfig(("x:milter",), {}, nice=5, memory_limit=10, cpus=(4, 6), open_files=9)
     said = options(workplace.bootstrap(slot, 9))
     assert said == {
         "nice": 5,
@@ -220,7 +220,7 @@ def test_cpus_are_dealt_out_in_turn(slot: int, cpus: tuple[int]) -> None:
         "open_files": 9,
         "sandbox": {},
     }
-    script = Workplace(("x.py",), script=True, sandbox={"mode": "on"}).bootstrap(slot)
+    script = WorkerConfig(("x.py",), script=True, sandbox={"mode": "on"}).bootstrap(slot)
     said = options(script)
     assert (said["cpus"], said["mark"], said["script"]) == ((), 0, True)
     assert said["sandbox"] == {"mode": "on"}
@@ -231,7 +231,7 @@ def test_a_system_that_refuses_is_an_error_of_the_start() -> None:
     room.refuse = OSError(11, "no more")
     with pytest.raises(OSError, match="no more"):
         room.start()
-    room.place.end_family()  # there is none, so no group is signalled
+    room.place.kill_descendants()  # there is none, so no group is signalled
 
 
 # Ends
@@ -251,20 +251,20 @@ def test_the_exit_says_why(code: int | None, number: int | None, reason: str) ->
     room = Room()
     room.exit(code, number)
     assert room.exits == [reason]
-    room.place.end_family()
+    room.place.kill_descendants()
 
 
 def test_a_signal_to_a_process_that_is_gone_is_nothing() -> None:
     room = Room()
     room.process.pid = None
     room.place.kill()
-    room.place.stacks()
+    room.place.dump_stacks()
     assert room.process.signals == []
 
 
 def test_stacks_are_asked_for_by_a_signal() -> None:
     room = Room()
-    room.place.stacks()
+    room.place.dump_stacks()
     assert room.process.signals == [signal.SIGUSR1]
 
 
@@ -295,7 +295,7 @@ def test_what_a_dead_worker_has_left_is_ended_by_its_mark() -> None:
     room = Room()
     room.exit()
     assert room.marks == ["marked"]
-    room.place.end_family()
+    room.place.kill_descendants()
     assert room.marks == ["marked", "end 7"]
 
 

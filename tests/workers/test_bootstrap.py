@@ -15,7 +15,7 @@ import psutil
 import pytest
 from one_worker import MILTER, PATIENCE, Master, Worker
 
-from sharded_milter.workers.child import MAX_IN_A_TURN
+from sharded_milter.workers.child import MAX_PER_ITERATION
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_worker_is_ready_and_answers(folder: Path) -> None:
 def test_timers_of_a_milter_have_their_turn_between_questions(folder: Path) -> None:
     timer = "sys.modules['twisted.internet.reactor'].callLater(0, turns.append, 1)"
     expression = f"(turns := globals().setdefault('turns', []), {timer}, len(turns))[-1]"
-    count = 2 * MAX_IN_A_TURN
+    count = 2 * MAX_PER_ITERATION
     with Worker(folder, env={"EXPRESSION": expression}) as worker:
         master = worker.ready().master
         for number in range(count):

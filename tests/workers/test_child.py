@@ -29,7 +29,7 @@ from sharded_milter.ipc.messages import MAX_LINE, MAX_PACKETS, WITHDRAWN, Answer
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Protocol, Stage
-from sharded_milter.workers.child import MAX_IN_A_TURN, Child
+from sharded_milter.workers.child import MAX_PER_ITERATION, Child
 from sharded_milter.workers.sandbox import NO_SANDBOX, Report, Sandbox
 
 MILTER = """
@@ -188,7 +188,7 @@ class Cage(Sandbox):
     def _report(self) -> Report:
         return Report("shut in", True, entered=True)
 
-    def cure(self, error: BaseException) -> str:
+    def hint(self, error: BaseException) -> str:
         return f"do allow {error}"
 
 
@@ -388,7 +388,7 @@ def test_an_answer_for_which_there_is_no_memory_is_told_as_such(
 def test_an_answer_that_is_larger_than_it_may_be_is_an_error_of_the_milter() -> None:
     room = Room()
     room.child._answer(Answer(replies.ReplaceBody(b"").encode() * (MAX_PACKETS + 1)), b"q1", ())
-    room.master._asked[b"q1"] = 1
+    room.master._unanswered[b"q1"] = 1
     room.pump()
     error = f"the answer is too large: replies: more than {MAX_PACKETS} packets"
     assert room.answers == {1: Answer(error=error.encode())}
@@ -442,7 +442,7 @@ def test_a_question_that_cannot_be_read_is_an_error_and_the_next_is_fine(
     values: dict[bytes, bytes],
 ) -> None:
     room = Room()
-    room.master._asked[b"q7"] = 7
+    room.master._unanswered[b"q7"] = 7
     room.ours.write(
         amp.AmpBox({amp.COMMAND: Ask.commandName, amp.ASK: b"q7", **values}).serialize()
     )
@@ -539,7 +539,7 @@ def test_all_that_has_arrived_is_read_before_a_question_begins_that_has_waited()
     author.say_more = say_more
     with ours, theirs:
         child = Child(["child_milter:milter"])
-        room.master._said.clear()
+        room.master._introductions.clear()
         wire = Socket(theirs, child)
         child.makeConnection(wire)
         room.put_scan(1, b"call kept.append(say_more())")  # while it is being answered
@@ -635,15 +635,15 @@ def test_a_master_that_always_has_one_more_question_leaves_the_milters_timers_th
     reactor = MemoryReactorClock()
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     room = Room()
-    count = 2 * MAX_IN_A_TURN + 1
+    count = 2 * MAX_PER_ITERATION + 1
     for number in range(count):
         room.put_scan(number, b"%d" % number)
     room.together()
-    assert len(room.answers) == MAX_IN_A_TURN
+    assert len(room.answers) == MAX_PER_ITERATION
     room.put_scan(count, b"one more")
     room.clock.advance(0)
     room.pump()
-    assert len(room.answers) == MAX_IN_A_TURN
+    assert len(room.answers) == MAX_PER_ITERATION
     for _ in range(2):
         reactor.advance(0)
     room.pump()
@@ -655,13 +655,13 @@ def test_when_the_master_is_gone_nothing_more_is_begun(monkeypatch: pytest.Monke
     reactor = MemoryReactorClock()
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     room = Room()
-    for number in range(MAX_IN_A_TURN + 1):
+    for number in range(MAX_PER_ITERATION + 1):
         room.put_scan(number, b"call kept.append(1)")
     room.together()
     room.child.stop()
     room.child.connectionLost(Failure(ConnectionDone()))
     reactor.advance(0)
-    assert len(sys.modules["child_milter"].kept) == MAX_IN_A_TURN
+    assert len(sys.modules["child_milter"].kept) == MAX_PER_ITERATION
     assert (reactor.hasStopped, room.theirs.lost) == (True, True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sharded_milter.workers import refusals
-from sharded_milter.workers.refusals import MAX_CAUSES, cure
+from sharded_milter.workers.refusals import MAX_CAUSES, hint
 
 NOBODY_CAN_WRITE = Path("/proc/version")
 
@@ -50,16 +50,16 @@ def test_reading(tmp_path: Path, denied: set[str]) -> None:
     file = tmp_path / "list.txt"
     file.touch()
     denied |= {str(file), str(tmp_path)}
-    assert cure(of(file), ()) == advice(f"--sandbox-read {file}")
-    assert cure(of(tmp_path), ()) == advice(f"--sandbox-read {tmp_path}")
+    assert hint(of(file), ()) == advice(f"--sandbox-read {file}")
+    assert hint(of(tmp_path), ()) == advice(f"--sandbox-read {tmp_path}")
 
 
 def test_writing(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
-    assert cure(of(file), ()) == advice(f"--sandbox-write {tmp_path}"), "it is to be made"
+    assert hint(of(file), ()) == advice(f"--sandbox-write {tmp_path}"), "it is to be made"
     file.touch()
-    assert cure(of(file), ()) == advice(f"--sandbox-write {tmp_path}")
-    assert cure(of(tmp_path, errno.EPERM), ()) == advice(f"--sandbox-write {tmp_path}")
+    assert hint(of(file), ()) == advice(f"--sandbox-write {tmp_path}")
+    assert hint(of(tmp_path, errno.EPERM), ()) == advice(f"--sandbox-write {tmp_path}")
 
 
 def test_what_the_files_own_permissions_refuse_is_not_the_sandboxs(
@@ -67,13 +67,13 @@ def test_what_the_files_own_permissions_refuse_is_not_the_sandboxs(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     denied.add("/etc/shadow")
-    assert cure(of(Path("/etc/shadow")), ()) == ""
-    assert cure(of(tmp_path / "new"), ()) == ""
-    assert cure(of(Path("/no/such/folder/file")), ()) == ""
+    assert hint(of(Path("/etc/shadow")), ()) == ""
+    assert hint(of(tmp_path / "new"), ()) == ""
+    assert hint(of(Path("/no/such/folder/file")), ()) == ""
 
 
 def test_an_odd_name_of_a_file_is_no_error() -> None:
-    assert cure(PermissionError(errno.EACCES, "no", 3), ()) == ""
+    assert hint(PermissionError(errno.EACCES, "no", 3), ()) == ""
 
 
 def no(*_: Any, **__: Any) -> Any:
@@ -84,8 +84,8 @@ def no(*_: Any, **__: Any) -> Any:
 def test_sockets(monkeypatch: pytest.MonkeyPatch, allowed: tuple[str, ...]) -> None:
     expected = "" if allowed else advice("--sandbox-allow network")
     monkeypatch.setattr(socket, "socket", no)
-    assert cure(raised(lambda: socket.create_connection(("127.0.0.1", 1))), allowed) == expected
-    assert cure(socket.gaierror(-3, "no name"), allowed) == expected
+    assert hint(raised(lambda: socket.create_connection(("127.0.0.1", 1))), allowed) == expected
+    assert hint(socket.gaierror(-3, "no name"), allowed) == expected
 
 
 @pytest.mark.parametrize("allowed", [(), ("subprocess",)])
@@ -93,22 +93,22 @@ def test_programs(monkeypatch: pytest.MonkeyPatch, allowed: tuple[str, ...]) -> 
     expected = "" if allowed else advice("--sandbox-allow subprocess")
     monkeypatch.setattr(os, "fork", no)
     monkeypatch.setattr(subprocess, "Popen", no)
-    assert cure(raised(lambda: os.fork()), allowed) == expected
-    assert cure(raised(lambda: subprocess.run(["x"], check=True)), allowed) == expected
+    assert hint(raised(lambda: os.fork()), allowed) == expected
+    assert hint(raised(lambda: subprocess.run(["x"], check=True)), allowed) == expected
 
 
 def test_a_program_that_is_named() -> None:
     def execv() -> None:
         raise PermissionError(errno.EPERM, "no", "/bin/sh")
 
-    assert cure(raised(execv), ()) == advice("--sandbox-allow subprocess")
+    assert hint(raised(execv), ()) == advice("--sandbox-allow subprocess")
 
 
 def test_modes_and_times_are_never_changed(tmp_path: Path) -> None:
     def chmod() -> None:
         raise PermissionError(errno.EPERM, "no", str(tmp_path))
 
-    assert cure(raised(chmod), ()) == "the sandbox has refused this, and no option allows it"
+    assert hint(raised(chmod), ()) == "the sandbox has refused this, and no option allows it"
 
 
 def test_what_another_error_was_raised_from(tmp_path: Path) -> None:
@@ -121,17 +121,17 @@ def test_what_another_error_was_raised_from(tmp_path: Path) -> None:
             except KeyError:
                 raise ValueError("b")  # noqa: B904
 
-    assert cure(raised(act), ()) == advice(f"--sandbox-write {tmp_path}")
+    assert hint(raised(act), ()) == advice(f"--sandbox-write {tmp_path}")
 
 
 def test_other_errors_have_no_cure() -> None:
-    assert cure(ValueError("x"), ()) == ""
-    assert cure(raised(lambda: raise_(PermissionError(errno.EPERM, "no"))), ()) == ""
+    assert hint(ValueError("x"), ()) == ""
+    assert hint(raised(lambda: raise_(PermissionError(errno.EPERM, "no"))), ()) == ""
     error: BaseException = PermissionError(errno.EACCES, "no", "/tmp/x")
     for _ in range(MAX_CAUSES):
         error, before = ValueError("x"), error
         error.__cause__ = before
-    assert cure(error, ()) == ""
+    assert hint(error, ()) == ""
 
 
 def test_a_file_is_opened_to_see_whether_it_can_be(tmp_path: Path) -> None:

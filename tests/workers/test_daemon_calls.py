@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from sharded_milter.workers import takeover
-from sharded_milter.workers.takeover import Takeover
+from sharded_milter.workers import daemon_calls
+from sharded_milter.workers.daemon_calls import DaemonCalls
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def said() -> list[str]:
 
 
 def test_a_daemons_calls_do_nothing_and_are_named_once(said: list[str]) -> None:
-    with Takeover(said.append).active():
+    with DaemonCalls(said.append).active():
         for _ in range(2):
             assert os.fork() == 0
             os.setsid()
@@ -39,7 +39,7 @@ def test_a_daemons_calls_do_nothing_and_are_named_once(said: list[str]) -> None:
 
 
 def test_the_masters_signals_are_not_for_scripts(said: list[str]) -> None:
-    with Takeover(said.append).active():
+    with DaemonCalls(said.append).active():
         before = signal.getsignal(signal.SIGTERM)
         assert signal.signal(signal.SIGTERM, lambda *_: None) == before
         assert signal.getsignal(signal.SIGTERM) == before
@@ -51,7 +51,7 @@ def test_the_masters_signals_are_not_for_scripts(said: list[str]) -> None:
 
 def test_inherited_descriptors_stay(said: list[str]) -> None:
     reader, writer = os.pipe()
-    with Takeover(said.append).active():
+    with DaemonCalls(said.append).active():
         own = os.dup(reader)
         os.close(writer)
         os.closerange(own, own + 1)
@@ -70,7 +70,7 @@ def test_inherited_descriptors_stay(said: list[str]) -> None:
 
 
 def test_a_pid_file_is_the_workers_own(said: list[str], tmp_path: Path) -> None:
-    with Takeover(said.append).active():
+    with DaemonCalls(said.append).active():
         path = tmp_path / "x.pid"
         path.write_text("of another")  # by a script, too: it goes elsewhere
         assert path.read_text() == "of another"
@@ -91,7 +91,7 @@ def test_a_pid_file_is_the_workers_own(said: list[str], tmp_path: Path) -> None:
 
 
 def test_other_files_and_descriptors_are_as_ever(said: list[str], tmp_path: Path) -> None:
-    with Takeover(said.append).active():
+    with DaemonCalls(said.append).active():
         path = tmp_path / "x.txt"
         path.write_text("text")
         fd = os.open(path, os.O_RDONLY)
@@ -105,7 +105,7 @@ def test_nothing_holds_while_the_milter_serves_and_afterwards(
 ) -> None:
     before = os.fork, os.umask, builtins.open, io.open, signal.signal, os.stat
     path = tmp_path / "x.pid"
-    with (found := Takeover(said.append)).active():
+    with (found := DaemonCalls(said.append)).active():
         path.write_text("mine")
         with found.suspended():
             assert (os.fork, os.umask, builtins.open, io.open, signal.signal, os.stat) == before
@@ -119,12 +119,13 @@ def test_nothing_holds_while_the_milter_serves_and_afterwards(
 def test_processes_of_multiprocessing_are_real(said: list[str]) -> None:
     script = """
 import multiprocessing, os
-from sharded_milter.workers.takeover import Takeover
+from sharded_milter.workers import daemon_calls
+from sharded_milter.workers.daemon_calls import DaemonCalls
 
 def work(queue):
     queue.put(os.getpid())
 
-with Takeover(print).active():
+with DaemonCalls(print).active():
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     process = context.Process(target=work, args=(queue,))
@@ -143,4 +144,4 @@ def test_without_proc_the_first_descriptors_are_kept(monkeypatch: pytest.MonkeyP
         raise FileNotFoundError
 
     monkeypatch.setattr(os, "listdir", refuse)
-    assert takeover._open_descriptors() == {0, 1, 2, 3}
+    assert daemon_calls._open_descriptors() == {0, 1, 2, 3}

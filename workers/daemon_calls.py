@@ -32,7 +32,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal
 _ON_PATHS = ("open", "stat", "lstat", "access", "remove", "unlink", "chown", "chmod", "truncate")
 
 
-class Takeover:
+class DaemonCalls:
     """Takes these functions from a script; `say` gets a line the first time that it calls one."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
