@@ -17,7 +17,7 @@ from typing import NoReturn
 import psutil
 
 from sharded_milter.sizing import processes
-from sharded_milter.testing import load, server
+from sharded_milter.testing import daemon, load
 
 # A milter that adds one header, after as much CPU time as its first argument says.
 ADDS_A_HEADER = """
@@ -59,7 +59,7 @@ _RETRY = 0.02
 _REST = 0.3
 
 
-class Server(server.Server):
+class Server(daemon.Daemon):
     """A running master, and what it and its workers are at."""
 
     def rss(self) -> int:
@@ -143,7 +143,7 @@ def running(
             _wait(started)
             yield started
         finally:
-            server.stop(process)
+            daemon.stop(process)
 
 
 def _wait(started: Server) -> None:

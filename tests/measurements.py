@@ -6,7 +6,7 @@ from typing import Any
 
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.sizing.measurement import Measurement
-from sharded_milter.sizing.processes import Cpu, Memory
+from sharded_milter.sizing.processes import Cpu, ResidentMemory
 from sharded_milter.testing.load import Result
 
 
@@ -22,7 +22,7 @@ def measurement(**changed: Any) -> Measurement:
         "window": 10.0,
         "cpu": Cpu(1.0, 12.0),
         "others": 2.0,
-        "memory": Memory(50_000_000, 40_000_000),
+        "memory": ResidentMemory(50_000_000, 40_000_000),
         "queued": 15.0,
         "scanned": 12.0,
     }

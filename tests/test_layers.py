@@ -172,8 +172,8 @@ def test_the_programs_choose_no_reactor_before_they_run(module: str) -> None:
 @pytest.mark.parametrize("asyncio", [False, True])
 def test_only_milters_in_the_master_make_it_load_tls_and_asyncio(asyncio: bool) -> None:
     loaded = loaded_by(
-        "from sharded_milter.cli.daemon import chosen_reactor;"
-        f" chosen_reactor(asyncio={asyncio});"
+        "from sharded_milter.cli.daemon import install_reactor;"
+        f" install_reactor(asyncio={asyncio});"
         " import sharded_milter.server, sharded_milter.pool.shard"
     )
     assert loaded.isdisjoint({"OpenSSL.SSL", "cryptography", "psutil"}) is not asyncio

@@ -84,7 +84,7 @@ def _in_hand(server: Server) -> str:
     before = server.log.stat().st_size
     os.kill(server.pid, signal.SIGUSR2)
     deadline = time.monotonic() + REST_TIMEOUT
-    while not (found := _IN_HAND.search(server.said(before))):
+    while not (found := _IN_HAND.search(server.log_text(before))):
         if time.monotonic() > deadline:
             return "it does not say what it has in hand"
         time.sleep(0.02)
@@ -101,7 +101,7 @@ def at_rest(server: Server, is_rest: Callable[[Figures], bool]) -> Figures:
 
 def own_failures(server: Server) -> list[str]:
     """The lines of its log that only a defect of ours can have caused."""
-    lines = server.said().splitlines()
+    lines = server.log_text().splitlines()
     return [line for line in lines if any(map(line.__contains__, _OURS))]
 
 

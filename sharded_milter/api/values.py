@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Unread(Generic[T]):
+class Lazy(Generic[T]):
     """What is decoded when somebody looks at it: an iterable that calls `decode(*given)`.
 
     Threads that look at a value for the first time each decode all of it, and put what they found,
@@ -43,19 +43,19 @@ class Macros(Mapping[str, str]):
     A name of one character is found with and without braces, as libmilter's getsymval does.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_source",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self._held: Unread[tuple[str, str]] | dict[str, str] = (
-            pairs if isinstance(pairs, Unread) else _by_name(pairs)
+        self._source: Lazy[tuple[str, str]] | dict[str, str] = (
+            pairs if isinstance(pairs, Lazy) else _by_name(pairs)
         )
 
     @property
     def _values(self) -> dict[str, str]:
-        held = self._held
-        if isinstance(held, Unread):
-            held = self._held = _by_name(held)
-        return held
+        source = self._source
+        if isinstance(source, Lazy):
+            source = self._source = _by_name(source)
+        return source
 
     def __getitem__(self, name: str) -> str:
         try:
@@ -142,19 +142,19 @@ class Headers:
     """
 
     # A Sequence in all but name: to type checkers that would hold fields only, and no names.
-    __slots__ = ("_held",)
+    __slots__ = ("_source",)
 
     def __init__(self, fields: Iterable[Header] = ()) -> None:
-        self._held: Unread[Header] | tuple[Header, ...] = (
-            fields if isinstance(fields, Unread) else tuple(fields)
+        self._source: Lazy[Header] | tuple[Header, ...] = (
+            fields if isinstance(fields, Lazy) else tuple(fields)
         )
 
     @property
     def _fields(self) -> tuple[Header, ...]:
-        held = self._held
-        if isinstance(held, Unread):
-            held = self._held = tuple(held)
-        return held
+        source = self._source
+        if isinstance(source, Lazy):
+            source = self._source = tuple(source)
+        return source
 
     @overload
     def __getitem__(self, key: str) -> str: ...

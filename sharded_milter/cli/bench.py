@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sharded_milter.cli.load_options import Counts, Screen, plan, save, with_load_options
 from sharded_milter.ops.cpus import usable_cpus
-from sharded_milter.sizing.bottleneck import SHORT, bottleneck, counted, some
+from sharded_milter.sizing.bottleneck import MIN_SECONDS, bottleneck, counted, some
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.runs import Plan, measure
 from sharded_milter.sizing.tables import resident, tables
@@ -38,10 +38,10 @@ def bench(workers: tuple[int, ...], **values: Any) -> int:
     with progress(screen, made, len(workers)) as next_run:
         runs = [measure(made, count, next_run(some(count))) for count in workers]
     for each in tables(runs):
-        screen.show(each)
-    screen.say(resident(runs))
+        screen.print(each)
+    screen.print_line(resident(runs))
     for run in runs:
-        screen.say(f"bottleneck with {some(run.workers)}: {bottleneck(run.use)}")
+        screen.print_line(f"bottleneck with {some(run.workers)}: {bottleneck(run.use)}")
     warn(screen, runs)
     save(values["json_path"], made, runs)
     return 0
@@ -72,11 +72,11 @@ def progress(
             done += 1
             bar.update(task, description=name, completed=done, answered=0)
 
-            def heard(seconds: float, answered: int) -> None:
+            def on_progress(seconds: float, answered: int) -> None:
                 share = made.done(seconds, answered)
                 bar.update(task, completed=done + share, answered=answered)
 
-            return heard
+            return on_progress
 
         yield next_run
 
@@ -113,7 +113,7 @@ def _disturbances(run: Measurement) -> Iterator[str]:
             f"{counted(run.load.unanswered, 'message')} had no answer after {run.window:,.1f} s;"
             " the figures are those of the others"
         )
-    if run.load.seconds < SHORT:
+    if run.load.seconds < MIN_SECONDS:
         yield (
             f"only {run.load.seconds:.2g} s were measured: figures of so short a run mean little"
         )

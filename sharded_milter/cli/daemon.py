@@ -51,7 +51,7 @@ def serve(settings: config.Settings) -> int:
     """
     specs = worker_specs(settings)
     account = privileges.account(settings.user, settings.group)
-    privileges.check(account, kept_from_root(settings, specs), allow_root=settings.allow_root)
+    privileges.check(account, unfit_for_root(settings, specs), allow_root=settings.allow_root)
     gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
     logs.begin(settings.log_level)
     open_files = descriptors.raise_limit()  # every MTA connection is one
@@ -63,7 +63,7 @@ def serve(settings: config.Settings) -> int:
             return listener
 
         listeners = [bound(address) for address in settings.listen]
-        take_rights(settings, account)
+        switch_user(settings, account)
         shares = descriptors.Shares(settings.workers if specs else 0)
         used = descriptors.in_use()
         warning = descriptors.connections_warning(settings.limits.max_connections, shares, used)
@@ -78,7 +78,7 @@ def serve(settings: config.Settings) -> int:
         return _Run(settings, specs, listeners, bind, shares, open_files, warning).run()
 
 
-def take_rights(settings: config.Settings, account: privileges.Account | None) -> None:
+def switch_user(settings: config.Settings, account: privileges.Account | None) -> None:
     """Becomes the user that the service runs as, now that everything that root must open is open.
 
     Raises NotPermitted or SystemRefused.
@@ -89,7 +89,7 @@ def take_rights(settings: config.Settings, account: privileges.Account | None) -
         privileges.check_folder("--keep-dir", settings.keep_dir)
 
 
-def kept_from_root(settings: config.Settings, specs: tuple[str, ...]) -> str:
+def unfit_for_root(settings: config.Settings, specs: tuple[str, ...]) -> str:
     """What of the milters does not run as root: old scripts, and what opens every attachment."""
     if settings.pymilter is not None:
         return f"--pymilter {settings.pymilter}"
@@ -169,7 +169,7 @@ def shard_maker(
 def sandbox_of(settings: config.Settings) -> dict[str, Any]:
     """The arguments of the workers' `Sandbox`."""
     rules = (settings.scanner_rules,) if settings.scanner_rules else ()
-    hidden = (settings.keep_dir, config.file_in_use(), *(each.path for each in settings.listen))
+    hidden = (settings.keep_dir, config.config_file(), *(each.path for each in settings.listen))
     return {
         "mode": settings.sandbox,
         "read": (*settings.sandbox_read, *map(os.path.abspath, rules)),
@@ -191,7 +191,7 @@ def in_master_members(settings: config.Settings, reactor: Any, counters: Any) ->
     return [Member(host.manifest, host) for host in hosts]
 
 
-def chosen_reactor(*, asyncio: bool) -> Any:
+def install_reactor(*, asyncio: bool) -> Any:
     """Twisted's reactor; until now every mistake was answered without waiting for it.
 
     Milters in this process may use asyncio, as in a worker, and TLS. The master itself uses
@@ -225,7 +225,7 @@ class _Run:
         open_files: int,
         warning: str,
     ) -> None:
-        reactor = chosen_reactor(asyncio=bool(settings.in_master))
+        reactor = install_reactor(asyncio=bool(settings.in_master))
         from twisted.logger import Logger
 
         from sharded_milter.dispatch.dispatcher import Dispatcher
@@ -307,7 +307,7 @@ class _Run:
         if os.geteuid() == privileges.ROOT:
             self._log.warn(
                 "the service runs as root, and so do milters that read hostile mail; {cure}",
-                cure=privileges.CURE,
+                cure=privileges.REMEDY,
             )
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
@@ -343,10 +343,10 @@ class _Run:
     def _end(self) -> None:
         """The service is over; a milter's thread that is not must not keep the process."""
         if self._settings.in_master and self._failure is None:
-            threads.leave_after(threads.GRACE, os.EX_OK, self._leave_threads)
+            threads.exit_after(threads.GRACE, os.EX_OK, self._log_threads)
         self._reactor.stop()
 
-    def _leave_threads(self, names: str) -> None:
+    def _log_threads(self, names: str) -> None:
         self._descendants.finish()
         self._log.warn(
             "threads of milters in the master have not ended within {n:g} s, and are left: {names}",

@@ -1,4 +1,4 @@
-"""`sharded-milterctl demo`: a server, sample mail through the real protocol, a table."""
+"""`sharded-milterctl demo`: a daemon, sample mail through the real protocol, a table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.table import Table
 from sharded_milter.ops.cpus import usable_cpus
 from sharded_milter.protocol import replies
 from sharded_milter.protocol.packets import Packet
+from sharded_milter.testing.daemon import running, summaries
 from sharded_milter.testing.mta import Mail, MtaClient, Outcome
 from sharded_milter.testing.samples import Sample, samples
-from sharded_milter.testing.server import running, summaries
 
 RESULT_HEADER = "X-Scan-Result"
 
@@ -65,9 +65,9 @@ def demo(workers: int, rounds: int) -> int:
     Exit code 0 if every verdict is the expected one, 1 if not.
     """
     console = Console()
-    with running("--workers", str(workers)) as server:
-        rows, seconds = _send_all(console, server.path, rounds, connections=2 * workers)
-        shards = {summary.queue_id: summary.shard for summary in summaries(server.said())}
+    with running("--workers", str(workers)) as daemon:
+        rows, seconds = _send_all(console, daemon.path, rounds, connections=2 * workers)
+        shards = {summary.queue_id: summary.shard for summary in summaries(daemon.log_text())}
     first_round = rows[: len(samples())]
     console.print(_table(first_round, shards))
     wrong = [row for row in rows if not row.right]

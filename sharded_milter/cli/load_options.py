@@ -136,11 +136,11 @@ class Screen:
 
         return cls(console(json_path == STDOUT), console(True))
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """A line of the result; wrapped only where it is read at once."""
-        self.show(line, soft_wrap=not self.out.is_terminal)
+        self.print(line, soft_wrap=not self.out.is_terminal)
 
-    def show(self, what: RenderableType, *, soft_wrap: bool = False) -> None:
+    def print(self, what: RenderableType, *, soft_wrap: bool = False) -> None:
         """A part of the result; raises NotWritten."""
         try:
             self.out.print(what, soft_wrap=soft_wrap)
@@ -156,7 +156,7 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     """What is to be run, and a line about it; raises UsageError."""
     if values["count"] and values["seconds"]:
         raise UsageError("--count and --seconds exclude each other")
-    if in_master_only(values) and _said("workers"):
+    if in_master_only(values) and _is_given("workers"):
         raise UsageError("a milter in the master has no workers; leave --workers out")
     connections = values["connections"] or CONNECTIONS_PER_WORKER * max(counts)
     descriptors.check_limit(connections, max(counts))
@@ -165,7 +165,7 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
     until = values["seconds"] or seconds
     size = sum(len(mail.raw) for mail in mails) / len(mails)
     what = counted(len(mails), f"{'different' if values['messages'] else 'made-up'} message")
-    screen.say(
+    screen.print_line(
         f"{what} of {_size(size)} on average over {counted(connections, 'connection')},"
         f" {values['count'] or f'{until:g} s'} each; {counted(cores, 'core')}"
     )
@@ -180,7 +180,7 @@ def in_master_only(values: dict[str, Any]) -> bool:
     return bool(values["in_master"]) and not values["milters"] and not values["pymilter"]
 
 
-def _said(option: str) -> bool:
+def _is_given(option: str) -> bool:
     """Whether the operator gave it."""
     return click.get_current_context().get_parameter_source(option) not in (
         ParameterSource.DEFAULT,

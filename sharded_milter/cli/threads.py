@@ -16,13 +16,17 @@ from contextlib import suppress
 GRACE = 5.0
 
 
-def leave_after(grace: float, code: int, say: Callable[[str], object]) -> None:
+def exit_after(grace: float, code: int, say: Callable[[str], object]) -> None:
     """Ends the process that long from now, unless it has ended by itself; `say` tells why."""
     own = threading.current_thread()
 
     def leave() -> None:
         time.sleep(grace)
-        say(named(thread for thread in threading.enumerate() if thread not in (own, waiting)))
+        say(
+            describe_threads(
+                thread for thread in threading.enumerate() if thread not in (own, waiting)
+            )
+        )
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -32,12 +36,12 @@ def leave_after(grace: float, code: int, say: Callable[[str], object]) -> None:
     waiting.start()
 
 
-def named(threads: Iterable[threading.Thread]) -> str:
+def describe_threads(threads: Iterable[threading.Thread]) -> str:
     """The names of threads, with what they run where that is known."""
-    return ", ".join(sorted(_described(thread) for thread in threads)) or "none"
+    return ", ".join(sorted(_describe(thread) for thread in threads)) or "none"
 
 
-def _described(thread: threading.Thread) -> str:
+def _describe(thread: threading.Thread) -> str:
     frame = sys._current_frames().get(thread.ident or 0)
     if frame is None:
         return thread.name

@@ -21,7 +21,7 @@ from sharded_milter.cli.load_options import (
 )
 from sharded_milter.errors import UsageError
 from sharded_milter.ops.cpus import usable_cpus
-from sharded_milter.sizing.bottleneck import NOTEWORTHY, Limit, bottleneck, some
+from sharded_milter.sizing.bottleneck import NOTABLE_SHARE, Limit, bottleneck, some
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.plot import curve
 from sharded_milter.sizing.recommendation import TOLERANCE, MasterLimit, recommended, rising, sweep
@@ -75,12 +75,12 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     best = recommended(rates)
     limit = MasterLimit.of(runs[best].master_cpu, runs[best].workers_cpu)
     for each in tables(list(runs.values())):
-        screen.show(each)
+        screen.print(each)
     _plot(screen, rates, best)
     _advise(screen, runs[best], best, limit)
     if rising(rates):
         further = f"{2 * best},{4 * best}"
-        screen.say(f"still rising at the largest number tried; try --workers {further}")
+        screen.print_line(f"still rising at the largest number tried; try --workers {further}")
     warn(screen, list(runs.values()))
     _warn_of_others(screen, _others(runs.values()), made.cores)
     if svg is not None:
@@ -101,26 +101,28 @@ def _sweep(
     with progress(screen, made, rounds * len(counts)) as next_run:
         for number in range(rounds):
             for count in counts:
-                heard = next_run(f"round {number + 1} of {rounds}, {some(count)}")
-                every[count].append(measure(made, count, heard))
+                on_progress = next_run(f"round {number + 1} of {rounds}, {some(count)}")
+                every[count].append(measure(made, count, on_progress))
     return {count: middle(several) for count, several in every.items()}
 
 
 def _plot(screen: Screen, rates: Mapping[int, float], best: int) -> None:
-    screen.say("messages/s by workers:")
+    screen.print_line("messages/s by workers:")
     width = min(screen.out.width, PLOT_WIDTH)
     ascii_only = not screen.out.encoding.lower().startswith("utf")
     for line in curve(rates, width=width, marked=best, ascii_only=ascii_only):
-        screen.say(line)
+        screen.print_line(line)
 
 
 def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | None) -> None:
-    screen.say(f"recommended: --workers {best}, the fewest within {TOLERANCE:.0%} of the best rate")
-    screen.say(f"bottleneck with {some(best)}: {bottleneck(run.use)}")
+    screen.print_line(
+        f"recommended: --workers {best}, the fewest within {TOLERANCE:.0%} of the best rate"
+    )
+    screen.print_line(f"bottleneck with {some(best)}: {bottleneck(run.use)}")
     if limit is None:
-        screen.say("the master used too little CPU to tell how far it carries")
+        screen.print_line("the master used too little CPU to tell how far it carries")
         return
-    screen.say(
+    screen.print_line(
         f"one master becomes the limit at about {limit.rate:,.0f} messages/s of this kind"
         f" ({1000 * run.master_cpu:.2f} ms of one core each; its workers then compute on"
         f" {limit.cores:.1f} cores). For more, run a second service with a socket of its own and"
@@ -137,7 +139,7 @@ def _others(runs: Iterable[Measurement]) -> float:
 
 
 def _warn_of_others(screen: Screen, others: float, cores: int) -> None:
-    if others >= NOTEWORTHY * cores:
+    if others >= NOTABLE_SHARE * cores:
         screen.warn(
             f"warning: other programs used up to {others:.1f} of {cores} cores; more workers then"
             " only win a larger part of what is left, so tune again when the machine is idle"

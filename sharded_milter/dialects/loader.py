@@ -31,7 +31,7 @@ T = TypeVar("T")
 # Folders of many packages: what lies beside a milter there is none of its own.
 _LIBRARIES = frozenset({"site-packages", "dist-packages"})
 
-_NOT_HIS = (_PACKAGE, "<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
+_FOREIGN_CODE = (_PACKAGE, "<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 
 
 class Dialect(Protocol):
@@ -62,13 +62,13 @@ def load(spec: str) -> Dialect:
     the author's traceback if it is his code that failed.
     """
     where, name = split_spec(spec)
-    module = _guarded(spec, lambda: _module(where))
+    module = _run_author_code(spec, lambda: _module(where))
     try:
         found = getattr(module, name)
     except AttributeError:
         raise MilterLoadError(f"milter {spec}: {where} has no {name!r}") from None
     try:
-        return _guarded(spec, lambda: as_dialect(found))
+        return _run_author_code(spec, lambda: as_dialect(found))
     except NotAMilter as error:
         raise MilterLoadError(f"milter {spec}: {name} {error}") from None
 
@@ -132,12 +132,12 @@ def file_of(spec: str) -> str:
 
 def _module(where: str) -> ModuleType:
     if not where.endswith(".py"):
-        _search_last(Path.cwd())
+        _append_to_path(Path.cwd())
         return importlib.import_module(where)
     path = Path(where).resolve()
     if not path.is_file():
         raise MilterLoadError(f"milter file {where} does not exist")
-    _search_last(path.parent)
+    _append_to_path(path.parent)
     file_spec = importlib.util.spec_from_file_location(f"milter_file_{path.stem}", path)
     if file_spec is None or file_spec.loader is None:
         raise MilterLoadError(f"milter file {where} is not a Python file")
@@ -147,12 +147,12 @@ def _module(where: str) -> ModuleType:
     return module
 
 
-def _search_last(folder: Path) -> None:
+def _append_to_path(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
-def _guarded(spec: str, loading: Callable[[], T]) -> T:
+def _run_author_code(spec: str, loading: Callable[[], T]) -> T:
     """What the author's code returns; MilterLoadError for whatever it raises."""
     try:
         return loading()
@@ -172,7 +172,7 @@ def _guarded(spec: str, loading: Callable[[], T]) -> T:
 def _failed(spec: str, error: BaseException) -> MilterLoadError:
     """The author's own frames, without those of this package and of importlib."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_HIS)]
+    own = [frame for frame in frames if not frame.filename.startswith(_FOREIGN_CODE)]
     lines = traceback.format_list(own) + traceback.format_exception_only(error)
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
     if own:

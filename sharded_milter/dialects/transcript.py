@@ -20,9 +20,9 @@ from sharded_milter.api.values import (
     Envelope,
     Header,
     Headers,
+    Lazy,
     Macros,
     Message,
-    Unread,
 )
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol.commands import (
@@ -46,7 +46,7 @@ from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, PAYLOAD
 _MACRO_ORDER = b"CHMRTNE"
 
 _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
-# Envelopes that are kept read: more conversations than one worker has before their content.
+# EnvelopeReader that are kept read: more conversations than one worker has before their content.
 MAX_ENVELOPES = 64
 
 _HEADER, _REFUSED = HeaderCommand.letter[0], Reject.letter[0]
@@ -54,7 +54,7 @@ _CONTENT = (Body.letter[0], Eom.letter[0])
 
 
 @dataclass(slots=True)
-class Transcript:
+class ParsedTranscript:
     """What was read; the methods make the values that callbacks get.
 
     Header fields and macros are kept as they came, and decoded when somebody looks at them.
@@ -71,9 +71,9 @@ class Transcript:
     chunks: list[memoryview] = field(default_factory=list)
     client: Connection | None = None  # made of the connection's part alone
 
-    def followed(self) -> Transcript:
-        """That of the connection, to be followed by a message's part."""
-        transcript = Transcript(self.protocol, self.connect, self.helo)
+    def copied(self) -> ParsedTranscript:
+        """That of the connection, to be copied by a message's part."""
+        transcript = ParsedTranscript(self.protocol, self.connect, self.helo)
         transcript.command, transcript.client = self.command, self.client
         transcript.macros = self.macros.copy()
         return transcript
@@ -83,14 +83,16 @@ class Transcript:
         if self.client is not None:
             return self.client
         return Connection(
-            *client_of(self.connect or Connect("", "U")), self.helo, self._visible(b"CH")
+            *client_of(self.connect or Connect("", "U")), self.helo, self._macros_at(b"CH")
         )
 
     def envelope_value(self, recipients: Iterable[Address] | None = None) -> Envelope:
         """The envelope, with all macros that are visible now."""
         chosen = self.recipients if recipients is None else recipients
         sender = self.sender or Address("")
-        return Envelope(self.connection_value(), sender, tuple(chosen), self._visible(_MACRO_ORDER))
+        return Envelope(
+            self.connection_value(), sender, tuple(chosen), self._macros_at(_MACRO_ORDER)
+        )
 
     def header_names(self) -> list[str]:
         """The names of the header fields, in order."""
@@ -99,15 +101,15 @@ class Transcript:
     def headers_value(self) -> Headers:
         """The header; the blank behind the colon is set apart from the value."""
         leading_space = bool(self.protocol & Protocol.HDR_LEADSPC)
-        return Headers(Unread(_fields, self.headers, leading_space))
+        return Headers(Lazy(_fields, self.headers, leading_space))
 
     def message_value(self) -> Message:
         """The whole message."""
         return Message.from_chunks(self.envelope_value(), self.headers_value(), self.chunks)
 
-    def _visible(self, stages: bytes) -> Macros:
+    def _macros_at(self, stages: bytes) -> Macros:
         payloads = [self.macros[stage] for stage in stages if stage in self.macros]
-        return Macros(Unread(_pairs, payloads))
+        return Macros(Lazy(_pairs, payloads))
 
 
 def _fields(payloads: list[bytes], leading_space: bool) -> Iterator[Header]:
@@ -137,23 +139,23 @@ def client_of(connect: Connect) -> tuple[str, str, str, int]:
     return connect.hostname, family, address, connect.port
 
 
-def read(connection: bytes, message: bytes | memoryview) -> Transcript:
+def read(connection: bytes, message: bytes | memoryview) -> ParsedTranscript:
     """The transcript with these two parts; raises RemoteProtocolError where they are malformed."""
-    transcript = _read_connection(connection).followed()
+    transcript = _read_connection(connection).copied()
     _read_part(transcript, message)
     return transcript
 
 
 # It is the same for all questions about one connection.
 @lru_cache(maxsize=1024)
-def _read_connection(connection: bytes) -> Transcript:
-    transcript = Transcript()
+def _read_connection(connection: bytes) -> ParsedTranscript:
+    transcript = ParsedTranscript()
     _read_part(transcript, connection)
     transcript.client = transcript.connection_value()
     return transcript
 
 
-class Envelopes:
+class EnvelopeReader:
     """Transcripts that are asked about again and again while they grow: one for each connection.
 
     A message with a thousand recipients is asked about a thousand times. Reading it from its
@@ -161,22 +163,22 @@ class Envelopes:
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[bytes, tuple[bytes, Transcript, int]] = OrderedDict()
+        self._read_before: OrderedDict[bytes, tuple[bytes, ParsedTranscript, int]] = OrderedDict()
 
-    def read(self, connection: bytes, message: bytes | memoryview) -> Transcript:
+    def read(self, connection: bytes, message: bytes | memoryview) -> ParsedTranscript:
         """As `read` does; what was read before is not read again."""
         whole = bytes(message)
-        before, transcript, last = self._known.pop(connection, (b"", None, 0))
+        before, transcript, last = self._read_before.pop(connection, (b"", None, 0))
         if transcript is None or not whole.startswith(before):
             before, transcript, last = b"", read(connection, b""), 0
         last = _read_part(transcript, whole[len(before) :], last)
-        self._known[connection] = whole, transcript, last
-        if len(self._known) > MAX_ENVELOPES:
-            self._known.popitem(last=False)
+        self._read_before[connection] = whole, transcript, last
+        if len(self._read_before) > MAX_ENVELOPES:
+            self._read_before.popitem(last=False)
         return transcript
 
 
-def _read_part(transcript: Transcript, part: bytes | memoryview, before: int = 0) -> int:
+def _read_part(transcript: ParsedTranscript, part: bytes | memoryview, before: int = 0) -> int:
     """Reads on; `before` is the letter of the packet in front, and that of the last is returned.
 
     Framing and what there is most of are read here without a call: a worker does hardly anything
@@ -201,14 +203,14 @@ def _read_part(transcript: Transcript, part: bytes | memoryview, before: int = 0
             elif code in _READERS:
                 _READERS[code](transcript, bytes(part[start:at]))
             elif code == _REFUSED:
-                _undo(transcript, before)
+                _drop_refused(transcript, before)
             before = code
     except struct.error:
         raise RemoteProtocolError(f"packet cut off at {size}") from None
     return before
 
 
-def _macro(transcript: Transcript, payload: bytes) -> None:
+def _macro(transcript: ParsedTranscript, payload: bytes) -> None:
     if not payload or payload.count(0, 1) % 2 or (payload[1:] and payload[-1]):
         Macro.parse(payload)  # says what is wrong
     transcript.macros[payload[0]] = payload
@@ -223,31 +225,31 @@ def _address(payload: bytes) -> Address:
     return Address(raw, tuple(esmtp))
 
 
-def _rcpt(transcript: Transcript, payload: bytes) -> None:
+def _rcpt(transcript: ParsedTranscript, payload: bytes) -> None:
     transcript.recipients.append(_address(payload))
 
 
-def _mail(transcript: Transcript, payload: bytes) -> None:
+def _mail(transcript: ParsedTranscript, payload: bytes) -> None:
     transcript.sender = _address(payload)
 
 
-def _connect(transcript: Transcript, payload: bytes) -> None:
+def _connect(transcript: ParsedTranscript, payload: bytes) -> None:
     transcript.connect, transcript.client = Connect.parse(payload), None
 
 
-def _helo(transcript: Transcript, payload: bytes) -> None:
+def _helo(transcript: ParsedTranscript, payload: bytes) -> None:
     transcript.helo, transcript.client = Helo.parse(payload).name, None
 
 
-def _options(transcript: Transcript, payload: bytes) -> None:
+def _options(transcript: ParsedTranscript, payload: bytes) -> None:
     transcript.protocol = Protocol(Negotiate.parse(payload).protocol)
 
 
-def _unknown(transcript: Transcript, payload: bytes) -> None:
+def _unknown(transcript: ParsedTranscript, payload: bytes) -> None:
     transcript.command = Unknown.parse(payload).command
 
 
-_READERS: Mapping[int, Callable[[Transcript, bytes], None]] = {
+_READERS: Mapping[int, Callable[[ParsedTranscript, bytes], None]] = {
     Macro.letter[0]: _macro,
     Rcpt.letter[0]: _rcpt,
     Mail.letter[0]: _mail,
@@ -266,6 +268,6 @@ def _is_ip(address: str) -> bool:
     return True
 
 
-def _undo(transcript: Transcript, refused: int) -> None:
+def _drop_refused(transcript: ParsedTranscript, refused: int) -> None:
     if refused == Rcpt.letter[0]:
         transcript.recipients.pop()

@@ -115,8 +115,8 @@ class CpuList(ParamType):
         return tuple(cpus)
 
 
-class Words(ParamType):
-    """Words out of a list, with commas between them."""
+class WordList(ParamType):
+    """WordList out of a list, with commas between them."""
 
     name = "words"
 
@@ -155,7 +155,7 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-class Spelled(ParamType):
+class Parsed(ParamType):
     """What `parse` understands, or refuses with a UsageError."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -169,7 +169,7 @@ class Spelled(ParamType):
             self.fail(str(error), param, ctx)
 
 
-_MILTER = Spelled("milter", checked_spec)
+_MILTER = Parsed("milter", checked_spec)
 _SECONDS = Seconds(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
@@ -181,7 +181,7 @@ _MODE = re.compile(
 )
 
 # What may be given several times.
-_MANY = ("listen", "milters", "in_master", "allowed_peers", "sandbox_read", "sandbox_write")
+_REPEATABLE = ("listen", "milters", "in_master", "allowed_peers", "sandbox_read", "sandbox_write")
 
 # The limits that an operator may set, with what they mean.
 _LIMITS: Mapping[str, tuple[Any, str]] = {
@@ -238,7 +238,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--listen",
-        type=Spelled("socket", parse_listen),
+        type=Parsed("socket", parse_listen),
         multiple=True,
         show_default=f"that of the script, or {DEFAULT_LISTEN}",
         metavar="SOCKET",
@@ -295,7 +295,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--allowed-peers",
-        type=Spelled("peers", parse_peers),
+        type=Parsed("peers", parse_peers),
         multiple=True,
         metavar="PEER,...",
         help="Who may connect: networks (192.0.2.0/24, ::1) to inet: sockets, user:NAME and"
@@ -376,7 +376,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--sandbox-allow",
-        type=Words(SANDBOX_ALLOW),
+        type=WordList(SANDBOX_ALLOW),
         default=(),
         metavar="WORDS",
         help="What sandboxed workers may use: network (IP, no UNIX sockets), subprocess, or both"
@@ -450,7 +450,7 @@ def _use_file(context: click.Context, path: str | None) -> None:
     context.meta[__name__] = path
 
 
-def file_in_use() -> str | None:
+def config_file() -> str | None:
     """The file that --config names, within the command that has read it."""
     context = click.get_current_context(silent=True)
     return None if context is None else context.meta.get(__name__)
@@ -486,7 +486,7 @@ def _as_typed(name: str, setting: Any, place: str) -> Any:
     settings = setting if isinstance(setting, list) else [setting]
     if any(isinstance(each, list | dict) for each in settings) or not settings:
         raise ConfigError(f"{place} = {setting!r} is not a value")
-    if name in _MANY:
+    if name in _REPEATABLE:
         return [str(each) for each in settings]
     if len(settings) > 1:
         raise ConfigError(f"{place} can have one value only")

@@ -31,7 +31,7 @@ OVERHEAD = 100
 END_GRACE = 1.0
 
 
-class _Record(NamedTuple):
+class _Entry(NamedTuple):
     """What is written at once; when it is dropped, so many lines are."""
 
     data: bytes
@@ -48,7 +48,7 @@ class LogWriter:
     def __init__(self, descriptor: int, notice: Callable[[int], bytes]) -> None:
         self._notice = notice
         self._write, self._at_once, self._fd = _way_to(descriptor)
-        self._waiting: deque[_Record] = deque()
+        self._waiting: deque[_Entry] = deque()
         self._size = 0  # of what waits
         self._dropped = 0
         self._torn = False  # the last line that was written lacks its end
@@ -60,7 +60,7 @@ class LogWriter:
         with self._changed:
             if self._dropped and not self._is_full(data):
                 self._give(self._due())
-            self._give(_Record(data, data.count(b"\n")))
+            self._give(_Entry(data, data.count(b"\n")))
 
     def close(self, grace: float = END_GRACE) -> None:
         """Returns when nothing waits any more, or after `grace` seconds."""
@@ -70,15 +70,15 @@ class LogWriter:
                 self._give(self._due())
                 self._changed.wait_for(lambda: not self._waiting, grace)
 
-    def _due(self) -> _Record:
+    def _due(self) -> _Entry:
         """The line about what was dropped; if that is dropped too, it counts for as many."""
         dropped, self._dropped = self._dropped, 0
-        return _Record(self._notice(dropped), dropped)
+        return _Entry(self._notice(dropped), dropped)
 
     def _is_full(self, data: bytes) -> bool:
         return bool(self._waiting) and self._size + len(data) + OVERHEAD > MAX_WAITING
 
-    def _give(self, record: _Record) -> None:
+    def _give(self, record: _Entry) -> None:
         if self._is_full(record.data):
             self._dropped += record.lines
         elif self._waiting or not self._at_once:
@@ -92,7 +92,7 @@ class LogWriter:
             if rest is not None:
                 self._queue(rest)
 
-    def _attempt(self, record: _Record) -> _Record | None:
+    def _attempt(self, record: _Entry) -> _Entry | None:
         """Writes what can be written; returns what must wait. Raises OSError when refused."""
         data = record.data
         if self._torn and not record.is_rest:
@@ -106,7 +106,7 @@ class LogWriter:
 
     # What waits
 
-    def _queue(self, record: _Record) -> None:
+    def _queue(self, record: _Entry) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="log", daemon=True)
             try:
@@ -134,9 +134,9 @@ class LogWriter:
                     self._give(self._due())
                 self._changed.notify_all()
 
-    def _persist(self, record: _Record) -> bool:
+    def _persist(self, record: _Entry) -> bool:
         """Writes all of it, however long that takes; False when it is refused."""
-        rest: _Record | None = record
+        rest: _Entry | None = record
         while rest is not None:
             before = rest
             try:

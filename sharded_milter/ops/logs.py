@@ -27,11 +27,11 @@ from zope.interface import implementer
 from sharded_milter.ops.log_writer import LogWriter
 from sharded_milter.protocol.text import printable
 
-OURS = "sharded_milter"
+NAMESPACE = "sharded_milter"
 LEVELS = ("debug", "info", "warn", "error")
 
 # Stands for the lines about messages, which have no event of their own.
-_MESSAGE: LogEvent = {"log_namespace": OURS, "log_level": LogLevel.info}
+_MESSAGE: LogEvent = {"log_namespace": NAMESPACE, "log_level": LogLevel.info}
 
 # Characters of a line: a worker's are shorter (pool/output), and an MTA's values could be 64 KB.
 MAX_LINE = 16_384
@@ -47,7 +47,7 @@ _SYSLOG = {
 }
 
 
-class Writes(Protocol):
+class TextSink(Protocol):
     """Where lines go."""
 
     def write(self, text: str, /) -> object: ...
@@ -55,13 +55,13 @@ class Writes(Protocol):
 
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as one line; a traceback follows as several.
+    """TextSink each event as one line; a traceback follows as several.
 
     Whatever a message, a worker or an MTA says stays within its line (`printable`). Only the text
     of an event that `has_details` may be several, which are indented: none looks like an event.
     """
 
-    def __init__(self, stream: Writes, *, journald: bool) -> None:
+    def __init__(self, stream: TextSink, *, journald: bool) -> None:
         self._stream = stream
         self._journald = journald
         self._second = -1
@@ -115,7 +115,7 @@ def _traceback(failure: Failure) -> list[str]:
     return [printable(line) for line in text.split("\n")]
 
 
-class Lines:
+class LineSink:
     """Takes whole lines, which are escaped already."""
 
     def __init__(self, writer: LogWriter, encoding: str) -> None:
@@ -126,10 +126,10 @@ class Lines:
         self.writer.write(text.encode(self.encoding, "backslashreplace"))
 
 
-class Stream(io.TextIOBase):
+class LogStream(io.TextIOBase):
     """Standard error once the log has begun: it takes text, whatever that is, as lines."""
 
-    def __init__(self, lines: Lines, descriptor: int) -> None:
+    def __init__(self, lines: LineSink, descriptor: int) -> None:
         self.message_log: Callable[[str], None] | None = None  # where the level has such lines
         self._lines = lines
         self._descriptor = descriptor
@@ -157,7 +157,7 @@ class Stream(io.TextIOBase):
         return len(text)
 
     def end(self) -> None:
-        """Writes what lacks its line's end, and gives what still waits a moment."""
+        """TextSink what lacks its line's end, and gives what still waits a moment."""
         if self._rest:
             self.write("\n")
         self._lines.writer.close()
@@ -170,7 +170,7 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
     and counted. At the exit of the process what still waits gets END_GRACE.
     """
     predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
-    predicate.setLogLevelForNamespace(OURS, LogLevel.levelWithName(level))
+    predicate.setLogLevelForNamespace(NAMESPACE, LogLevel.levelWithName(level))
     # Without a standard error its number may be a connection's by now.
     there = sys.stderr is not None
     descriptor = sys.stderr.fileno() if there else os.open(os.devnull, os.O_WRONLY)
@@ -180,8 +180,8 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
         said = f"{dropped} log lines were dropped: standard error did not take them"
         return observer.text(LogLevel.warn, time.time(), [said]).encode(encoding)
 
-    lines = Lines(LogWriter(descriptor, notice), encoding)
-    stream = Stream(lines, descriptor)
+    lines = LineSink(LogWriter(descriptor, notice), encoding)
+    stream = LogStream(lines, descriptor)
     atexit.register(finish)
     sys.stderr = stream
     observer = LineObserver(lines, journald="JOURNAL_STREAM" in environ)
@@ -194,10 +194,10 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
 
 def message_log() -> Callable[[str], None] | None:
     """Return what writes the line about a message; None where the log has no such lines."""
-    return sys.stderr.message_log if isinstance(sys.stderr, Stream) else None
+    return sys.stderr.message_log if isinstance(sys.stderr, LogStream) else None
 
 
 def finish() -> None:
     """Gives the lines that still wait END_GRACE; for a process that ends now."""
-    if isinstance(sys.stderr, Stream):
+    if isinstance(sys.stderr, LogStream):
         sys.stderr.end()

@@ -18,7 +18,7 @@ from sharded_milter.errors import ConfigError, NotPermitted, SystemRefused, Usag
 
 ROOT = 0
 
-CURE = "say --user NAME"
+REMEDY = "say --user NAME"
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ def check(wanted: Account | None, refused: str, *, allow_root: bool) -> None:
     `refused` is what must not run as root unless `allow_root`; empty for nothing.
     """
     now = os.geteuid()
-    if wanted is not None and now != ROOT and not _is(wanted):
+    if wanted is not None and now != ROOT and not _is_current(wanted):
         raise NotPermitted(
             f"cannot become --user {wanted.name}: start as root, or as that user and group without"
             " these options"
@@ -77,12 +77,12 @@ def check(wanted: Account | None, refused: str, *, allow_root: bool) -> None:
     uid = now if wanted is None else wanted.uid
     if uid == ROOT and refused and not allow_root:
         raise NotPermitted(
-            f"{refused} does not run as root, because it reads hostile mail; {CURE}, or"
+            f"{refused} does not run as root, because it reads hostile mail; {REMEDY}, or"
             " --allow-root if it must"
         )
 
 
-def _is(wanted: Account) -> bool:
+def _is_current(wanted: Account) -> bool:
     """Whether this process runs as that account already."""
     return (os.geteuid(), os.getegid()) == (wanted.uid, wanted.gid)
 
@@ -103,14 +103,14 @@ def become(wanted: Account) -> None:
         raise NotPermitted(f"cannot become --user {wanted.name}: {error.strerror}") from None
     except OSError as error:
         raise SystemRefused(f"cannot become --user {wanted.name}: {error.strerror}") from None
-    if uid != ROOT and _could_go_back():
+    if uid != ROOT and _can_regain_root():
         raise SystemRefused(f"--user {wanted.name} could become root again")
     os.environ.update(HOME=wanted.home, USER=wanted.name, LOGNAME=wanted.name)
     if not os.access(sys.executable, os.X_OK, effective_ids=True):
         raise NotPermitted(f"--user {wanted.name} cannot run {sys.executable}, as its workers must")
 
 
-def _could_go_back() -> bool:
+def _can_regain_root() -> bool:
     try:
         os.setresuid(-1, ROOT, -1)
     except PermissionError:

@@ -50,7 +50,7 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ScanLimits:
     """The numbers above as one value, so that a test can make each of them small."""
 
     opened: int = MAX_OPENED
@@ -64,13 +64,13 @@ class Limits:
     part_seconds: int = PART_SECONDS
 
 
-DEFAULTS = Limits()
+DEFAULTS = ScanLimits()
 
 
 class Budget:
     """What one message may still spend of its limits."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: ScanLimits, clock: Callable[[], float]) -> None:
         self.limits = limits
         self._clock = clock
         self._deadline = clock() + limits.message_seconds

@@ -19,7 +19,7 @@ from sharded_milter import (
 )
 
 from .rules import Rules, Severity
-from .scan import Report, scan
+from .scan import ScanReport, scan
 
 HEADER = "X-Scan-Result"
 RULES_VARIABLE = "SHARDED_MILTER_SCANNER_RULES"
@@ -43,7 +43,7 @@ def build(rules_dir: str | None) -> Milter:
     return milter
 
 
-def verdict(report: Report, forged: int = 0) -> Verdict:
+def verdict(report: ScanReport, forged: int = 0) -> Verdict:
     """What the MTA is told about a message with this report and so many forged results."""
     if report.severity is Severity.REJECT:
         names = rule_names(report, Severity.REJECT)
@@ -56,13 +56,13 @@ def verdict(report: Report, forged: int = 0) -> Verdict:
     return Accept(*actions)
 
 
-def result(report: Report) -> str:
+def result(report: ScanReport) -> str:
     """The value of X-Scan-Result."""
     names = rule_names(report) or "-"
     return f"{report.result}; rules={names}; parts={report.parts}; ms={report.milliseconds}"
 
 
-def rule_names(report: Report, least: Severity = Severity.TAG) -> str:
+def rule_names(report: ScanReport, least: Severity = Severity.TAG) -> str:
     """The rules that asked for `least` or more, severest first, cut to a line with `+N` more."""
     names = [finding.rule for finding in report.findings if finding.severity >= least]
     shown = ""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .archives import expand
-from .limits import DEFAULTS, Budget, Limits, OutOfTime
+from .limits import DEFAULTS, Budget, OutOfTime, ScanLimits
 from .mime import MESSAGE, walk
 from .parts import Part
 from .rules import Finding, Rules, Severity
@@ -22,7 +22,7 @@ _RESULTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ScanReport:
     """What was found: findings severest first, each rule once; how many parts; how long it took."""
 
     findings: tuple[Finding, ...]
@@ -43,9 +43,9 @@ class Report:
 def scan(
     raw: bytes,
     rules: Rules,
-    limits: Limits = DEFAULTS,
+    limits: ScanLimits = DEFAULTS,
     clock: Callable[[], float] = time.monotonic,
-) -> Report:
+) -> ScanReport:
     """Match every part of the RFC 5322 message `raw`, down to the members of its archives."""
     started = clock()
     budget = Budget(limits, clock)
@@ -62,7 +62,7 @@ def scan(
     except OutOfTime:
         found.update((finding.rule, finding.severity) for finding in rules.timed_out())
     severest_first = sorted(found.items(), key=lambda item: -item[1])
-    return Report(
+    return ScanReport(
         findings=tuple(Finding(rule, severity) for rule, severity in severest_first),
         parts=parts,
         milliseconds=round((clock() - started) * 1000),

@@ -29,7 +29,7 @@ _PACKED_SUFFIX = re.compile(r"\.(t?)(gz|bz2|xz)$", re.I)
 Member = tuple[str, bytes]
 
 
-class Stream(Protocol):
+class Decompressor(Protocol):
     """What the decompressors of zlib, bz2 and lzma have in common."""
 
     @property
@@ -58,7 +58,7 @@ class Archive:
         self.budget.spend_bytes(size)
 
 
-def unpack(archive: Archive, stream: Stream, start: int, out: io.BytesIO) -> int:
+def unpack(archive: Archive, stream: Decompressor, start: int, out: io.BytesIO) -> int:
     """Unpack the stream that starts at `start` into `out`; return where it ended."""
     packed, at = archive.data, start
     try:
@@ -74,7 +74,7 @@ def unpack(archive: Archive, stream: Stream, start: int, out: io.BytesIO) -> int
     return at - len(stream.unused_data)
 
 
-def _pour(archive: Archive, stream: Stream, sip: bytes, out: io.BytesIO) -> None:
+def _pour(archive: Archive, stream: Decompressor, sip: bytes, out: io.BytesIO) -> None:
     while not stream.eof:
         piece = stream.decompress(sip, _PIECE)
         archive.spend(len(piece))
@@ -95,7 +95,7 @@ def xz_members(archive: Archive) -> Iterator[Member]:
     return _members(archive, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY))
 
 
-def _members(archive: Archive, new_stream: Callable[[], Stream]) -> Iterator[Member]:
+def _members(archive: Archive, new_stream: Callable[[], Decompressor]) -> Iterator[Member]:
     out, start = io.BytesIO(), 0
     magic = archive.data[:3]
     while archive.data.startswith(magic, start):  # streams may follow each other

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from .limits import LimitReached
 from .parts import Mark
-from .streams import Archive, Member, Stream, unpack
+from .streams import Archive, Decompressor, Member, unpack
 
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 # Signature, flags, method, packed size, size, lengths of name and extra field.
@@ -114,7 +114,7 @@ def _read(archive: Archive, entry: _Entry) -> bytes:
         stored = archive.data[entry.start : entry.start + entry.size]
         archive.spend(len(stored))
         return stored
-    stream: Stream
+    stream: Decompressor
     if entry.method == zipfile.ZIP_DEFLATED:
         stream = zlib.decompressobj(-15)
     elif entry.method == zipfile.ZIP_BZIP2:

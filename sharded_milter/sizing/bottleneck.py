@@ -1,18 +1,17 @@
-"""What kept a milter under load from being faster. PURE.
+"""Find what limits the message rate of a milter under load. PURE.
 
-What can be concluded from averages over a run:
+The rules, which use averages over a run:
 
-- A process that computes all the time cannot do more: the master and the load client have one
-  core each at most, W workers have W.
-- Where the cores of the machine are used up, whoever has most of them is what there is too much
-  of; who else wants a core waits for it, though it never seems busy all the time.
-- Other programs that use up the cores slow a scan down, but whoever is ready to compute gets its
-  share now and then. Workers that have messages and hardly compute do not want to.
-- Where neither is so, somebody waits for something that is no CPU. If messages wait while all
-  workers have one, the scans do: for the network, a disk, a lock. If no message waits for a
-  worker, there were too few of them at a time to say anything.
-- A worker that dies is missed until there is another, and one that never answers is missed for
-  good. Messages wait for them then, and the averages do not show it.
+- A process that computes all the time is the limit. The master and the load client can use one
+  core each, W workers can use W.
+- If the cores of the machine are all in use, the largest consumer of CPU is the limit. The other
+  processes wait for a core, so they do not seem busy all the time.
+- Other programs that use all cores slow a scan down, but a process that is ready to compute still
+  gets some CPU time. So workers that have messages and use almost no CPU wait for something else.
+- If no CPU is the limit and messages wait while every worker has one, the scans wait: for the
+  network, a disk, a lock. If no message waits for a worker, the load was too light for a result.
+- A worker that died is missing until its replacement is ready; a worker that never answers is
+  missing for the rest of the run. Messages wait for both, and the averages do not show it.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-# The share of the time that is "all the time". Nobody reaches 1: each message has moments between
-# two processes, and other programs want the cores too.
-ALL_THE_TIME = 0.85
+# The share of a core that counts as "computes all the time". No process reaches 1: every message
+# spends some time between two processes, and other programs need the cores too.
+SATURATED = 0.85
 
-# This share of the cores is no noise when other programs have it.
-NOTEWORTHY = 0.1
+# Other programs that use this share of the cores are mentioned.
+NOTABLE_SHARE = 0.1
 
-# So many messages must wait on average for one to be sure that they do.
-WAITING = 0.5
+# Messages count as waiting if at least this many wait on average.
+MIN_WAITING = 0.5
 
-# A worker that has a message and uses less than this of a core waits for something that is no CPU.
-# One that is ready gets more even at a niceness of 10 beside two busy programs for each core.
-HARDLY = 0.05
+# A worker that has a message and uses less of a core than this waits for something other than the
+# CPU. A worker that is ready gets more, even at niceness 10 beside two busy programs per core.
+MIN_CORES_PER_MESSAGE = 0.05
 
-
-# Clocks of CPU time tick every 10 ms: in less than this a few ticks more or less look like a share.
-SHORT = 0.5
+# CPU clocks tick every 10 ms. In a run shorter than this, in seconds, a few ticks more or less
+# would change the result.
+MIN_SECONDS = 0.5
 
 
 class Limit(Enum):
-    """What there is too little of."""
+    """The resource, or the event, that limits the message rate."""
 
     MASTER = "master"
     WORKERS = "workers"
@@ -54,7 +53,7 @@ class Limit(Enum):
 
 @dataclass(frozen=True)
 class Use:
-    """Averages over a run: cores that were used, and messages that were somewhere."""
+    """Averages over a run: cores in use, and messages by where they waited."""
 
     seconds: float
     cores: int
@@ -65,50 +64,50 @@ class Use:
     client: float  # cores
     others: float  # cores: everything else on the machine
     queued: float  # messages that waited for a worker
-    asked: float  # messages that the milter had, at whatever stage
+    asked: float  # messages that the milter had, at any stage
     lost: int = 0  # workers that died
-    unanswered: int = 0  # messages that the run has given up
+    unanswered: int = 0  # messages without a verdict at the end of the run
 
     @property
     def total(self) -> float:
-        """The cores in use."""
+        """The number of cores in use."""
         return self.master + self.computing + self.client + self.others
 
     @property
     def short(self) -> bool:
-        """Whether it took too little time to tell who computed."""
-        return self.seconds < SHORT
+        """True if the run was too short to attribute CPU time."""
+        return self.seconds < MIN_SECONDS
 
     @property
     def full(self) -> bool:
-        """Whether the machine's cores are used up."""
-        return self.total >= ALL_THE_TIME * self.cores
+        """True if almost all cores of the machine were in use."""
+        return self.total >= SATURATED * self.cores
 
     @property
     def taken(self) -> float:
-        """Messages that a worker had."""
+        """The average number of messages that a worker had."""
         return min(self.asked, self.workers)
 
     @property
     def waiting(self) -> float:
-        """Messages that no worker had yet."""
+        """The average number of messages that waited for a worker."""
         return self.queued + max(0.0, self.asked - self.workers)
 
     @property
     def short_of_workers(self) -> bool:
-        """Whether messages waited because all workers had one."""
-        taken = self.taken >= ALL_THE_TIME * self.workers
-        return self.workers > 0 and taken and self.waiting >= WAITING
+        """True if messages waited because every worker already had one."""
+        taken = self.taken >= SATURATED * self.workers
+        return self.workers > 0 and taken and self.waiting >= MIN_WAITING
 
     @property
     def computes(self) -> bool:
-        """Whether the workers want a core for what they do."""
-        return self.computing >= HARDLY * self.taken
+        """True if the workers that have messages use the CPU."""
+        return self.computing >= MIN_CORES_PER_MESSAGE * self.taken
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """The answer, the figures that prove it, and what follows."""
+    """The limit, and one sentence with the figures that show it and what helps."""
 
     limit: Limit
     why: str
@@ -118,7 +117,7 @@ class Bottleneck:
 
 
 def bottleneck(use: Use) -> Bottleneck:
-    """What limits a run that was like that."""
+    """Return what limits a run with these averages."""
     limit = _limit(use)
     return Bottleneck(limit, _WHY[limit](use))
 
@@ -133,16 +132,16 @@ def _limit(use: Use) -> Limit:
         return Limit.LOST
     if use.unanswered:
         return Limit.STUCK
-    if limit is Limit.OTHERS and _others_matter(use):
+    if limit is Limit.OTHERS and _is_slowed_by_others(use):
         return limit
     return Limit.QUEUE if use.short_of_workers and not use.short else Limit.NONE
 
 
-def _others_matter(use: Use) -> bool:
-    """Whether the milter would be faster with the cores that other programs have.
+def _is_slowed_by_others(use: Use) -> bool:
+    """Return True if the milter would be faster with the cores that other programs use.
 
-    With no more connections than workers there is nothing to be faster with, and scans that wait
-    for something else do so anyway.
+    It would not if it has no more connections than workers, or if its scans wait for something
+    other than the CPU.
     """
     if use.connections <= max(1, use.workers):
         return False
@@ -150,18 +149,18 @@ def _others_matter(use: Use) -> bool:
 
 
 def _busiest(use: Use) -> Limit | None:
-    """Who computes all the time."""
+    """Return the process, or the workers, that compute all the time; None if there is none."""
     shares = {
         Limit.MASTER: use.master,
         Limit.WORKERS: use.computing / max(1, use.workers),
         Limit.CLIENT: use.client,
     }
     limit = max(shares, key=lambda limit: shares[limit])
-    return limit if shares[limit] >= ALL_THE_TIME else None
+    return limit if shares[limit] >= SATURATED else None
 
 
 def _largest(use: Use) -> Limit:
-    """Who has most of the cores."""
+    """Return the largest consumer of CPU."""
     cores = {
         Limit.MASTER: use.master,
         Limit.WORKERS: use.computing,
@@ -171,9 +170,9 @@ def _largest(use: Use) -> Limit:
     return max(cores, key=lambda limit: cores[limit])
 
 
-def _used_up(use: Use) -> str:
+def _cores_text(use: Use) -> str:
     others = (
-        f" ({use.others:.1f} by other programs)" if use.others >= NOTEWORTHY * use.cores else ""
+        f" ({use.others:.1f} by other programs)" if use.others >= NOTABLE_SHARE * use.cores else ""
     )
     return f"{use.total:.1f} of {use.cores} cores were in use{others}"
 
@@ -181,13 +180,13 @@ def _used_up(use: Use) -> str:
 def _master(use: Use) -> str:
     what = "more cores help" if use.full else "a second service with a socket of its own helps"
     return (
-        f"its one process used {use.master:.2f} of a core, {_used_up(use)}; {what}, more workers"
+        f"its one process used {use.master:.2f} of a core, {_cores_text(use)}; {what}, more workers"
         " do not"
     )
 
 
 def _workers(use: Use) -> str:
-    why = f"{some(use.workers)} computed on {use.computing:.2f} cores, {_used_up(use)}; "
+    why = f"{some(use.workers)} computed on {use.computing:.2f} cores, {_cores_text(use)}; "
     return why + (
         "more cores or a cheaper scan help, more workers do not"
         if use.full
@@ -197,13 +196,13 @@ def _workers(use: Use) -> str:
 
 def _client(use: Use) -> str:
     return (
-        f"this program used {use.client:.2f} of a core, {_used_up(use)}: the milter could do more"
-        " than it was sent"
+        f"this program used {use.client:.2f} of a core, {_cores_text(use)}: the milter can answer"
+        " more messages than this program can send"
     )
 
 
 def _others(use: Use) -> str:
-    return f"{_used_up(use)}: measure again when the machine is idle"
+    return f"{_cores_text(use)}: measure again when the machine is idle"
 
 
 def _queue(use: Use) -> str:
@@ -216,28 +215,29 @@ def _queue(use: Use) -> str:
 
 def _lost(use: Use) -> str:
     return (
-        f"{some(use.lost)} died and messages waited for replacements, {_used_up(use)}: find out"
+        f"{some(use.lost)} died and messages waited for replacements, {_cores_text(use)}: find out"
         " why they die"
     )
 
 
 def _stuck(use: Use) -> str:
     return (
-        f"{counted(use.unanswered, 'message')} never got one, and whoever has them does nothing"
-        " else: find out where the scan hangs"
+        f"{counted(use.unanswered, 'message')} had none, and the workers that scan them take no"
+        " others: find out where the scan hangs"
     )
 
 
 def _none(use: Use) -> str:
     if use.short:
-        return f"{use.seconds:.2g} s are too short to find a limit; a longer run would show more"
+        return f"{use.seconds:.2g} s are too short to find a limit; run it for longer"
     if not use.workers:
         return (
-            f"{_used_up(use)}; the milter in the master waits; more --connections would show more"
+            f"{_cores_text(use)}, and the milter in the master waits: the load was too light to"
+            " find a limit; give more --connections"
         )
     return (
-        f"{_used_up(use)}, and of {some(use.workers)} {use.taken:.1f} had a message: the load was"
-        " too light to find a limit; more --connections would show more"
+        f"{_cores_text(use)}, and {use.taken:.1f} of {some(use.workers)} had a message: the load"
+        " was too light to find a limit; give more --connections"
     )
 
 
@@ -254,10 +254,10 @@ _WHY = {
 
 
 def some(workers: int) -> str:
-    """`1 worker`, `2 workers`."""
+    """Return the number with its noun: `1 worker`, `2 workers`."""
     return counted(workers, "worker")
 
 
 def counted(number: int, word: str) -> str:
-    """`1 message`, `2,000 messages`."""
+    """Return the number with its noun: `1 message`, `2,000 messages`."""
     return f"{number:,} {word}" + "s" * (number != 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sharded_milter.protocol.stages import Stage
 from sharded_milter.sizing.bottleneck import Use, bottleneck
-from sharded_milter.sizing.processes import Cpu, Memory
+from sharded_milter.sizing.processes import Cpu, ResidentMemory
 from sharded_milter.testing.load import Result
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -28,7 +28,7 @@ class Measurement:
     window: float  # in which the CPU times were used; a little more than that of the load
     cpu: Cpu
     others: float  # CPU time of everything else on the machine
-    memory: Memory
+    memory: ResidentMemory
     queued: float  # all messages together, at their end
     scanned: float
     failed: tuple[str, ...] = ()  # why the policy had to answer, for each message

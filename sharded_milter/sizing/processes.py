@@ -23,7 +23,7 @@ class Cpu:
 
 
 @dataclass(frozen=True)
-class Memory:
+class ResidentMemory:
     """Bytes that are resident: of the master, and of an average worker."""
 
     master: int
@@ -42,14 +42,14 @@ def cpu(pid: int) -> Cpu:
     return Cpu(own.user + own.system, workers)
 
 
-def memory(pid: int) -> Memory:
+def memory(pid: int) -> ResidentMemory:
     """What a master and its children have now."""
     master = psutil.Process(pid)
     workers = []
     for process in master.children():
         with suppress(psutil.NoSuchProcess):
             workers.append(process.memory_info().rss)
-    return Memory(master.memory_info().rss, sum(workers) // max(1, len(workers)))
+    return ResidentMemory(master.memory_info().rss, sum(workers) // max(1, len(workers)))
 
 
 def machine_cpu() -> float:

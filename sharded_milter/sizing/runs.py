@@ -12,22 +12,22 @@ from sharded_milter.protocol.packets import Packet
 from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.processes import Meter, memory
 from sharded_milter.testing import load
-from sharded_milter.testing.dialogue import OFFER
-from sharded_milter.testing.load import Result
-from sharded_milter.testing.server import (
-    Server,
+from sharded_milter.testing.daemon import (
+    Daemon,
     answered_by_policy,
     lost_workers,
     running,
     summaries,
     workers,
 )
+from sharded_milter.testing.dialogue import OFFER
+from sharded_milter.testing.load import Result
 
 # Before each measurement: every connection sends a message at least, interpreters and caches warm
 # up.
 WARM_SECONDS = 0.5
 
-# Of the log, where the server has failed: the last of it tells why.
+# Of the log, where the daemon has failed: the last of it tells why.
 _LAST_LINES = 40
 
 _MS = 1000
@@ -49,28 +49,28 @@ class Plan:
         return min(1.0, max(seconds / self.seconds, answered / self.messages))
 
 
-def measure(plan: Plan, count: int, heard: Callable[[float, int], object]) -> Measurement:
-    """One run with so many workers; `heard` is told how far it is, as by `load.run`.
+def measure(plan: Plan, count: int, on_progress: Callable[[float, int], object]) -> Measurement:
+    """One run with so many workers; `on_progress` is told how far it is, as by `load.run`.
 
     Raises StartError where the daemon does not start, or fails, or nothing is answered.
     """
-    with running(f"--workers={count}", *plan.arguments) as server, _failures(server):
-        _warm_up(plan, server)
-        said = len(server.log.read_bytes())
-        meter = Meter(server.pid)
+    with running(f"--workers={count}", *plan.arguments) as daemon, _failures(daemon):
+        _warm_up(plan, daemon)
+        log_size = len(daemon.log.read_bytes())
+        meter = Meter(daemon.pid)
         result = load.run(
-            server.path,
+            daemon.path,
             plan.connections,
             plan.messages,
             seconds=plan.seconds,
             content=plan.content,
-            heard=heard,
+            on_progress=on_progress,
             during=meter.running,
         )
-        _check_answered(result, server)
-        resident = memory(server.pid)
-        _settle(server)
-        everything, log = server.said(), server.said(said)
+        _check_answered(result, daemon)
+        resident = memory(daemon.pid)
+        _settle(daemon)
+        everything, log = daemon.log_text(), daemon.log_text(log_size)
     messages = summaries(log)
     return Measurement(
         workers=workers(everything),
@@ -88,24 +88,24 @@ def measure(plan: Plan, count: int, heard: Callable[[float, int], object]) -> Me
     )
 
 
-def _warm_up(plan: Plan, server: Server) -> None:
+def _warm_up(plan: Plan, daemon: Daemon) -> None:
     """Waits for answers as long as the run would: a milter that is so slow can be measured."""
-    grace = max(load.GRACE, min(plan.seconds, load.PATIENCE))
+    grace = max(load.GRACE, min(plan.seconds, load.TIMEOUT))
     _check_answered(
-        load.run_for(server.path, plan.connections, WARM_SECONDS, plan.content, grace), server
+        load.run_for(daemon.path, plan.connections, WARM_SECONDS, plan.content, grace), daemon
     )
 
 
-def _settle(server: Server) -> None:
+def _settle(daemon: Daemon) -> None:
     """Waits for the last line of the log: the MTA has its answer before, in the same turn."""
-    with load.connect(server.path) as sock:
+    with load.connect(daemon.path) as sock:
         sock.sendall(OFFER.encode())
         sock.recv(1)
 
 
-def _check_answered(result: Result, server: Server) -> None:
+def _check_answered(result: Result, daemon: Daemon) -> None:
     if not result.messages:
-        lost = lost_workers(server.said())
+        lost = lost_workers(daemon.log_text())
         raise ConfigError(
             f"the milter cannot be measured: {result.unanswered:,} messages were sent and none was"
             " answered" + f"; {len(lost)} workers died, the last: {''.join(lost[-1:])}" * bool(lost)
@@ -113,14 +113,14 @@ def _check_answered(result: Result, server: Server) -> None:
 
 
 @contextmanager
-def _failures(server: Server) -> Iterator[None]:
+def _failures(daemon: Daemon) -> Iterator[None]:
     """A daemon that leaves its MTA alone is a StartError with the end of its log."""
     try:
         yield
     except (ConnectionError, TimeoutError) as error:
-        last = server.said().splitlines(keepends=True)[-_LAST_LINES:]
-        code = server.process.poll()
-        what = str(error) if code is None else f"the server ended with {code}"
+        last = daemon.log_text().splitlines(keepends=True)[-_LAST_LINES:]
+        code = daemon.process.poll()
+        what = str(error) if code is None else f"the daemon ended with {code}"
         raise StartError(f"{what} while it was measured", "".join(last)) from None
 
 

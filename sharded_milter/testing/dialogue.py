@@ -1,4 +1,4 @@
-"""What an MTA says to a milter: a mail and its envelope as commands, as negotiated. PURE."""
+"""The commands with which an MTA sends a message to a milter, as negotiated. PURE."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mail:
 
 
 def greeting(mta: str = MTA) -> list[Packet]:
-    """What is said once on a connection: the client and its name."""
+    """Return the commands at the beginning of a connection: CONNECT and HELO with their macros."""
     return [
         commands.Macro("C", (("j", "mx.example.test"), ("v", mta))),
         commands.Connect(CLIENT, "4", 25, CLIENT_ADDRESS),
@@ -44,19 +44,19 @@ def greeting(mta: str = MTA) -> list[Packet]:
 
 
 def envelope(mail: Mail) -> list[Packet]:
-    """The sender and the recipients."""
-    said: list[Packet] = [
+    """Return the commands of the envelope: MAIL and RCPT with their macros."""
+    packets: list[Packet] = [
         commands.Macro("M", (("{mail_addr}", mail.sender),)),
         commands.Mail(f"<{mail.sender}>", (f"SIZE={len(mail.raw)}",)),
     ]
     for recipient in mail.recipients:
-        said.append(commands.Macro("R", (("{rcpt_addr}", recipient),)))
-        said.append(commands.Rcpt(f"<{recipient}>"))
-    return said
+        packets.append(commands.Macro("R", (("{rcpt_addr}", recipient),)))
+        packets.append(commands.Rcpt(f"<{recipient}>"))
+    return packets
 
 
 def content(mail: Mail) -> list[Packet]:
-    """From DATA to the end of the message."""
+    """Return the commands from DATA to the end of the message, with their macros."""
     queue_id = (("i", mail.queue_id),)
     fields, body = split(mail.raw)
     return [
@@ -72,14 +72,15 @@ def content(mail: Mail) -> list[Packet]:
 
 
 def transaction(mail: Mail) -> list[Packet]:
-    """Everything that is said of one mail."""
+    """Return all commands of one message."""
     return [*envelope(mail), *content(mail)]
 
 
 def split(raw: bytes) -> tuple[list[bytes], bytes]:
-    """The header's fields, each with its continuation lines joined by a bare LF, and the body.
+    """Split a message into its header fields and its body.
 
-    As in Postfix, the first line that is none of a header begins the body.
+    The lines of a folded field are joined by a bare LF. As in Postfix, the first line that is not
+    part of a header field begins the body.
     """
     fields: list[bytes] = []
     at = 0
@@ -102,7 +103,10 @@ def _header(field: bytes) -> Packet:
 
 
 def wanted(packets: Sequence[Packet], protocol: Protocol) -> Iterator[Packet]:
-    """The packets that the milter wants to have, as it wants them."""
+    """Yield the packets of the stages that the milter has negotiated.
+
+    Without HDR_LEADSPC, the space after the colon is removed from header values.
+    """
     for packet in packets:
         stage = STAGES.get(packet.letter[0])
         if stage is not None and protocol & stage.suppress:
@@ -115,9 +119,9 @@ def wanted(packets: Sequence[Packet], protocol: Protocol) -> Iterator[Packet]:
 def exchanges(
     packets: Sequence[Packet], protocol: Protocol
 ) -> tuple[list[list[bytes]], list[bytes]]:
-    """What is sent, in groups that each end with a packet that the milter answers.
+    """Return the packets in groups, each of which ends with a packet that has a reply.
 
-    The second value is what comes after the last answer, and belongs in front of the next group.
+    The second value has the packets after the last of these; send them before the next group.
     """
     groups: list[list[bytes]] = []
     group: list[bytes] = []

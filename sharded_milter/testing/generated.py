@@ -1,4 +1,4 @@
-"""Seeded mails for load: every run sends the same bytes."""
+"""Generated messages for load. They are seeded, so every run sends the same bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sharded_milter.testing.dialogue import Mail
 
 SEED = 20261122
 
-# A mail as most are: the header of a mailing list, a body of a page or two.
+# The size of a usual message: the header of a mailing list, a body of one or two pages.
 HEADERS = 20
 BODY_BYTES = 10_000
 
-# Text that is made letter by letter takes seconds for megabytes, so it is repeated.
+# Bytes of random text, which is then repeated: a megabyte of random text would take seconds.
 _BLOCK = 10_000
 
 
@@ -24,7 +24,7 @@ def generated(
     body: int = BODY_BYTES,
     recipients: Sequence[str] = ("b@example.com",),
 ) -> Mail:
-    """The mail of a number: its text and its queue id are those of no other number."""
+    """Return message `number`; its text and its queue id differ from those of all others."""
     rng = random.Random(SEED + number)
     named = [
         ("From", "A <a@example.org>"),

@@ -1,4 +1,4 @@
-"""Mails from files: a directory of messages, a Maildir, an mbox file, a single message."""
+"""Messages from files: a directory of .eml files, a Maildir, an mbox file, or one message."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sharded_milter.errors import UsageError
 from sharded_milter.protocol.text import to_text
 from sharded_milter.testing.dialogue import Mail, split
 
-# All of them are kept in memory, as the MTA's packets too; many thousands of usual mails.
+# Bytes of all messages together. They are kept in memory, and a second time as packets.
 MOST_BYTES = 100_000_000
 
-# More than this Postfix does not give to one delivery (default_destination_recipient_limit).
+# Postfix's limit for one delivery (default_destination_recipient_limit).
 MOST_RECIPIENTS = 50
 
 _SUFFIX = ".eml"
@@ -30,26 +30,29 @@ _ADDRESS = re.compile(r"[^\s<>\0]+@[^\s<>\0]+")
 
 @dataclass
 class Found:
-    """The mails in a place, and a line about each thing there that is none."""
+    """The messages that were found, and a line about each file or message that was skipped."""
 
     mails: list[Mail] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
 def read(path: Path, most: int = MOST_BYTES) -> Found:
-    """The mails below a directory, or those of a file, until they have `most` bytes together.
+    """Read the messages of a file or below a directory, at most `most` bytes together.
 
-    Raises UsageError where there is none.
+    Raise UsageError if there is none, or if `path` cannot be read.
     """
     found = Found()
     room = most
     try:
         for name, raw in _messages(path, found.skipped):
             if not (content := normalised(raw)):
-                found.skipped.append(f"{name}: {'no header' if raw.strip() else 'empty'}; skipped")
+                why = "it has no header" if raw.strip() else "it is empty"
+                found.skipped.append(f"{name}: skipped: {why}")
                 continue
             if found.mails and len(content) > room:
-                found.skipped.append(f"{name} and what follows: above {most:,} bytes; skipped")
+                found.skipped.append(
+                    f"{name}: skipped with all messages after it: more than {most:,} bytes in all"
+                )
                 break
             room -= len(content)
             found.mails.append(mail(content, f"{len(found.mails) + 1:010X}"))
@@ -57,13 +60,13 @@ def read(path: Path, most: int = MOST_BYTES) -> Found:
         raise UsageError(f"{path}: {error.strerror}") from None
     if not found.mails:
         why = found.skipped[0] if len(found.skipped) == 1 else f"{len(found.skipped)} skipped"
-        raise UsageError(f"no message in {path}" + f" ({why})" * bool(found.skipped))
+        raise UsageError(f"there is no message in {path}" + f" ({why})" * bool(found.skipped))
     return found
 
 
 def normalised(raw: bytes) -> bytes:
-    """The message with CRLF at all line ends, the last included; empty when it has no header."""
-    raw = raw.removeprefix(b"\xef\xbb\xbf")  # of editors that mark UTF-8
+    """Return the message with CRLF at every line end; b"" if it has no header."""
+    raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
     if raw.startswith(_MBOX):
         raw = raw.partition(b"\n")[2]
     raw = _LINE_END.sub(b"\r\n", raw)
@@ -73,7 +76,7 @@ def normalised(raw: bytes) -> bytes:
 
 
 def mail(raw: bytes, queue_id: str) -> Mail:
-    """The message with an envelope as its header tells, and of strangers where it does not."""
+    """Return the message with an envelope from its header, or with the default addresses."""
     fields = [to_text(line).partition(":") for line in split(raw)[0]]
 
     def addresses(*names: str) -> list[str]:
@@ -89,7 +92,7 @@ def mail(raw: bytes, queue_id: str) -> Mail:
 
 
 def _messages(path: Path, skipped: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents; a line to `skipped` about each file that cannot be read."""
+    """Yield names and contents; add a line to `skipped` for each file that cannot be read."""
     if not path.is_dir():
         yield from _in_file(path)
         return
@@ -97,16 +100,16 @@ def _messages(path: Path, skipped: list[str]) -> Iterator[tuple[str, bytes]]:
         try:
             raw = file.read_bytes()
         except OSError as error:
-            skipped.append(f"{file}: {error.strerror}; skipped")
+            skipped.append(f"{file}: skipped: {error.strerror}")
         else:
             yield str(file), raw
 
 
 def _files(folder: Path, skipped: list[str]) -> Iterator[Path]:
-    """What is called .eml, or lies where a Maildir has its messages."""
+    """Yield the .eml files, and the files in the `cur` and `new` folders of a Maildir."""
 
     def unreadable(error: OSError) -> None:
-        skipped.append(f"{error.filename}: {error.strerror}; skipped")
+        skipped.append(f"{error.filename}: skipped: {error.strerror}")
 
     for root, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()

@@ -1,7 +1,7 @@
-"""The MTA's side of the milter protocol: a small blocking client for demos, tests and benches.
+"""The MTA's side of the milter protocol: a small blocking client for demos, tests and benchmarks.
 
-It behaves as Postfix and Sendmail do: it sends only what was negotiated, waits for an answer
-only where one was promised, and takes its orders from the answers.
+It behaves like Postfix and Sendmail: it sends only the commands that were negotiated, waits only
+for the replies that are due, and follows them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sharded_milter.testing.dialogue import MTA, OFFER, Mail, content, envelope,
 
 __all__ = ["Mail", "MtaClient", "Outcome"]
 
-# Longer than Postfix waits for the content.
+# Seconds, more than the 300 that Postfix waits at the end of a message.
 TIMEOUT = 310.0
 
 _RECEIVE = 65_536
@@ -31,7 +31,7 @@ _RECEIVE = 65_536
 
 @dataclass
 class Outcome:
-    """What became of a mail: the final reply, the actions before it, the recipients refused."""
+    """The result for one message: the verdict, the actions, and the refused recipients."""
 
     verdict: Packet = field(default_factory=replies.Continue)
     stage: str = "eom"
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def ended(self) -> bool:
-        """Whether a verdict has come already that leaves nothing more to say."""
+        """True if the verdict has ended the message, so that no more of it may be sent."""
         return not isinstance(self.verdict, replies.Continue)
 
 
@@ -58,7 +58,7 @@ class MtaClient:
 
     @classmethod
     def to_path(cls, path: str) -> Self:
-        """A connection to a UNIX socket."""
+        """Connect to a UNIX socket; raise OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(path)
         return cls(sock)
@@ -75,10 +75,10 @@ class MtaClient:
         self.close()
 
     def close(self) -> None:
-        """Says QUIT and closes."""
+        """Send QUIT and close the connection."""
         try:
             self._socket.sendall(commands.Quit().encode())
-        except OSError:  # the milter has left first
+        except OSError:  # the milter has closed the connection already
             pass
         finally:
             self._socket.close()
@@ -93,17 +93,21 @@ class MtaClient:
             self._ask(command)
 
     def deliver(self, mail: Mail) -> Outcome:
-        """Sends one mail; the verdict is the first that ends it."""
+        """Send one message and return its result; the first verdict that ends it counts.
+
+        Raise RemoteProtocolError for an illegal reply or a closed connection, TimeoutError for a
+        missing reply.
+        """
         started = time.perf_counter()
         outcome = Outcome()
-        self._say(envelope(mail), outcome)
+        self._send_all(envelope(mail), outcome)
         if not outcome.ended and len(outcome.refused) < len(mail.recipients):
-            self._say(content(mail), outcome)
+            self._send_all(content(mail), outcome)
         self._send(commands.Abort())
         outcome.seconds = time.perf_counter() - started
         return outcome
 
-    def _say(self, packets: Sequence[Packet], outcome: Outcome) -> None:
+    def _send_all(self, packets: Sequence[Packet], outcome: Outcome) -> None:
         for command in wanted(packets, self.protocol):
             answer = self._ask(command, outcome.actions)
             if isinstance(command, commands.Rcpt) and not isinstance(answer, replies.Continue):
@@ -114,7 +118,10 @@ class MtaClient:
                 return
 
     def _ask(self, command: Packet, actions: list[Packet] | None = None) -> Packet:
-        """Sends a command; its final reply, or CONTINUE where none is due."""
+        """Send a command and return its final reply; CONTINUE if the command has none.
+
+        Append the actions before it to `actions`.
+        """
         self._send(command)
         stage = STAGES.get(command.letter[0])
         if stage is None or self.protocol & stage.no_reply:

@@ -1,7 +1,7 @@
-"""Sample messages that show what a content scanner does, each with what should become of it.
+"""Sample messages for the bundled content scanner, each with the result that is expected.
 
-The test patterns are put together at run time: a file that held them whole would itself be
-taken for malware by other people's scanners.
+The test patterns are joined at run time, because a virus scanner would report a file that
+contains them whole.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Sample:
 
 
 def eicar() -> bytes:
-    """The EICAR anti-malware test file."""
+    """Return the EICAR anti-malware test file."""
     return rb"X5O!P%@AP[4\PZX54(P^)7CC)7}$" + b"EICAR-STANDARD-" + b"ANTIVIRUS-TEST-FILE!$H+H*"
 
 
 def gtube() -> bytes:
-    """The GTUBE anti-spam test string."""
+    """Return the GTUBE anti-spam test string."""
     return b"XJS*C4JDBQADN1.NSBN3*2IDNEN*" + b"GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL" + b"*C.34X"
 
 
 def samples() -> list[Sample]:
-    """The messages of `sharded-milterctl demo`."""
+    """Return the messages that `sharded-milterctl demo` sends."""
     return [
         Sample("clean text", _mail("Lunch?", "At noon, as always.\n"), "clean"),
         Sample("HTML newsletter", _html(), "clean"),
@@ -81,7 +81,7 @@ def _attached(name: str, data: bytes) -> bytes:
 
 
 def _big() -> bytes:
-    # Seeded, so that no run finds a pattern that another did not.
+    # Seeded, so that every run scans the same bytes.
     return _attached("photos.bin", random.Random(1).randbytes(BIG_ATTACHMENT))
 
 

@@ -80,7 +80,7 @@ def test_a_directory_is_sent_with_each_number_of_workers(own: Path, tmp_path: Pa
         "--json", "figures", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("mails/bad.eml: empty; skipped\n")
+    assert done.stderr.startswith("mails/bad.eml: skipped: it is empty\n")
     assert "milter failed" not in done.stderr
     for words in ("3 different messages", "accept 12", "eom queue", "bottleneck with 1 worker: ",
                   "bottleneck with 2 workers: "):  # fmt: skip

@@ -22,10 +22,10 @@ from sharded_milter.cli.daemon import (
     SCANNER,
     SCANNER_RULES,
     daemon,
-    kept_from_root,
     script_address,
     serve,
-    take_rights,
+    switch_user,
+    unfit_for_root,
     worker_specs,
 )
 from sharded_milter.errors import (
@@ -122,7 +122,7 @@ def test_root_runs_no_scanner_and_no_script(
     arguments: list[str], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = settings(monkeypatch, *arguments)
-    assert kept_from_root(found, worker_specs(found)) == what
+    assert unfit_for_root(found, worker_specs(found)) == what
     if what:
         monkeypatch.undo()  # of the serve() that only keeps the settings
         monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -137,11 +137,11 @@ def test_a_keep_dir_is_looked_at_with_the_rights_that_will_use_it(
     monkeypatch.setattr(privileges, "become", become.append)
     chosen = settings(monkeypatch, "x:y", "--keep-dir", str(tmp_path))
     somebody = Account("somebody", 1, 1, (1,), "/")
-    take_rights(chosen, somebody)
+    switch_user(chosen, somebody)
     assert become == [somebody]
     tmp_path.rmdir()
     with pytest.raises(NotPermitted, match=f"--keep-dir {tmp_path}: user "):
-        take_rights(chosen, somebody)
+        switch_user(chosen, somebody)
 
 
 class FakeServer:

@@ -93,7 +93,7 @@ def test_what_is_no_message_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.eml").write_bytes(b"A: b\n\n" + 40_000 * (b"c" * 70 + b"\n"))
     _, said, _ = planned("--messages", str(tmp_path), "--connections", "1")
     assert said.startswith("1 different message of 2.9 MB on average over 1 connection, 7 s each;")
-    assert warned == f"{tmp_path}/b.eml: empty; skipped\n"
+    assert warned == f"{tmp_path}/b.eml: skipped: it is empty\n"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_who_else_computes_does_not_matter_to_scans_that_wait() -> None:
 def test_lines_are_wrapped_for_eyes_only() -> None:
     for terminal, lines in ((True, 3), (False, 1)):
         paper = Paper.blank(terminal=terminal)
-        paper.say("word " * 40)
+        paper.print_line("word " * 40)
         paper.warn("word " * 40)
         assert [text.rstrip().count("\n") + 1 for text in paper.read()] == [lines, lines]
 

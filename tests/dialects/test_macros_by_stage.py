@@ -54,9 +54,9 @@ def test_macros_are_found_as_libmilter_finds_them(history: list[Event]) -> None:
     symbols = Symbols()
     for kind, letter, values in history:
         if kind == "macro":
-            symbols.learn(Macro(letter, tuple(values.items())).payload())
+            symbols.add(Macro(letter, tuple(values.items())).payload())
         else:
-            symbols.reached(ord(letter))
+            symbols.forget_later(ord(letter))
     for names in ONE_NAME:
         for name in names:
             assert symbols.get(name) == modelled(history, names)
@@ -65,7 +65,7 @@ def test_macros_are_found_as_libmilter_finds_them(history: list[Event]) -> None:
 def symbols_of(*macros: Macro) -> Symbols:
     symbols = Symbols()
     for macro in macros:
-        symbols.learn(macro.payload())
+        symbols.add(macro.payload())
     return symbols
 
 
@@ -92,7 +92,7 @@ def test_end_of_message_hides_end_of_headers() -> None:
 
 def test_any_byte_survives() -> None:
     symbols = Symbols()
-    symbols.learn(b"Mi\0caf\xe9\0")
+    symbols.add(b"Mi\0caf\xe9\0")
     assert symbols.get("i") == "caf\udce9"
 
 

@@ -32,7 +32,7 @@ def packed(packets: tuple[Packet, ...]) -> bytes:
     return b"".join(packet.encode() for packet in packets)
 
 
-def reading() -> transcript.Transcript:
+def reading() -> transcript.ParsedTranscript:
     transcript._read_connection.cache_clear()  # its client may have been looked at
     return transcript.read(packed(CONNECTION), packed(MESSAGE))
 

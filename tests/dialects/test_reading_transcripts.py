@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharded_milter import Address, Connection, Envelope, Header, Headers
-from sharded_milter.dialects.transcript import MAX_ENVELOPES, Envelopes, Transcript, read
+from sharded_milter.dialects.transcript import MAX_ENVELOPES, EnvelopeReader, ParsedTranscript, read
 from sharded_milter.errors import RemoteProtocolError
 from sharded_milter.protocol import commands, replies
 from sharded_milter.protocol.packets import Packet
@@ -24,7 +24,7 @@ def packed(*packets: Packet) -> bytes:
     return b"".join(packet.encode() for packet in packets)
 
 
-def reading(*packets: Packet, connection: tuple[Packet, ...] = ()) -> Transcript:
+def reading(*packets: Packet, connection: tuple[Packet, ...] = ()) -> ParsedTranscript:
     return read(packed(*connection), packed(*packets))
 
 
@@ -170,7 +170,7 @@ def test_an_envelope_that_grows_is_read_as_if_it_were_read_whole(
         "M": commands.Mail("<a@x>"), "R": commands.Rcpt("<b@x>"), "r": replies.Reject(),
         "D": commands.Macro("R", (("i", "1"),)), "T": commands.Data(),
     }  # fmt: skip
-    envelopes = Envelopes()
+    envelopes = EnvelopeReader()
     connection = commands.Connect("client", "U").encode()
     for turn, letters in enumerate(conversation):
         message = commands.Mail(f"<{turn}@x>").encode()
@@ -185,10 +185,10 @@ def test_an_envelope_that_grows_is_read_as_if_it_were_read_whole(
 
 
 def test_envelopes_of_connections_that_are_long_gone_are_forgotten() -> None:
-    envelopes = Envelopes()
+    envelopes = EnvelopeReader()
     for number in range(3 * MAX_ENVELOPES):
         envelopes.read(commands.Helo(str(number)).encode(), commands.Mail("<a@x>").encode())
-    assert len(envelopes._known) == MAX_ENVELOPES
+    assert len(envelopes._read_before) == MAX_ENVELOPES
 
 
 def test_the_names_of_the_header_fields_are_told_in_order() -> None:

@@ -90,11 +90,11 @@ class Half(MtaClient):
 
     def begin(self, message: Mail) -> None:
         self.message, self.outcome = message, Outcome()
-        self._say(envelope(message), self.outcome)
+        self._send_all(envelope(message), self.outcome)
         assert not self.outcome.ended
 
     def finish(self) -> Outcome:
-        self._say(content(self.message), self.outcome)
+        self._send_all(content(self.message), self.outcome)
         self._send(commands.Abort())
         return self.outcome
 

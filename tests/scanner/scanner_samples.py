@@ -9,7 +9,7 @@ from email.message import EmailMessage
 from email.policy import SMTP
 
 from sharded_milter.scanner.archives import expand
-from sharded_milter.scanner.limits import DEFAULTS, Budget, Limits
+from sharded_milter.scanner.limits import DEFAULTS, Budget, ScanLimits
 from sharded_milter.scanner.mime import walk
 from sharded_milter.scanner.parts import Mark, Part
 
@@ -80,11 +80,11 @@ def stopped() -> float:
     return 0.0
 
 
-def leaves(raw: bytes, limits: Limits = DEFAULTS) -> list[Part]:
+def leaves(raw: bytes, limits: ScanLimits = DEFAULTS) -> list[Part]:
     return list(walk(raw, Budget(limits, stopped)))
 
 
-def opened(data: bytes, limits: Limits = DEFAULTS, name: str = "attachment") -> list[Part]:
+def opened(data: bytes, limits: ScanLimits = DEFAULTS, name: str = "attachment") -> list[Part]:
     return list(expand(Part(name, "", data), Budget(limits, stopped)))
 
 

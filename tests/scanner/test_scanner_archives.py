@@ -16,7 +16,7 @@ from scanner_samples import contents, encrypted, gzipped, marks, opened, stopped
 
 from sharded_milter.scanner import limits as numbers
 from sharded_milter.scanner.archives import expand
-from sharded_milter.scanner.limits import Budget, Limits, OutOfTime
+from sharded_milter.scanner.limits import Budget, OutOfTime, ScanLimits
 from sharded_milter.scanner.parts import Mark, Part
 
 Pack = Callable[[bytes], bytes]
@@ -107,7 +107,7 @@ def test_archives_in_archives_are_opened_whatever_they_are_called() -> None:
     assert found[0].data == b"core"
 
 
-# Limits
+# ScanLimits
 
 
 def wrapped(depth: int) -> bytes:
@@ -118,7 +118,7 @@ def wrapped(depth: int) -> bytes:
 
 
 def test_nesting_beyond_the_limit_is_a_bomb() -> None:
-    limits = Limits(archive_depth=3)
+    limits = ScanLimits(archive_depth=3)
     assert not marks(opened(wrapped(3), limits))
     found = opened(wrapped(4), limits)
     assert [(part.depth, set(part.marks)) for part in found] == [
@@ -133,14 +133,14 @@ def test_nesting_beyond_the_limit_is_a_bomb() -> None:
 def test_more_members_than_the_limit_are_a_bomb_and_the_first_are_parts(
     pack: Callable[..., bytes],
 ) -> None:
-    limits = Limits(members=3)
+    limits = ScanLimits(members=3)
     members = [(f"{number}.txt", b"x") for number in range(4)]
     assert not marks(opened(pack(*members[:3]), limits))
     assert marks(opened(pack(*members), limits)) == {Mark.BOMB}
 
 
 def test_members_are_counted_over_all_archives_of_a_message() -> None:
-    budget = Budget(Limits(members=3), stopped)
+    budget = Budget(ScanLimits(members=3), stopped)
     pair = Part("", "", tarred(("1", b""), ("2", b"")))
     assert not marks(list(expand(pair, budget)))
     assert marks(list(expand(pair, budget))) == {Mark.BOMB}
@@ -150,15 +150,15 @@ def test_members_are_counted_over_all_archives_of_a_message() -> None:
 def test_growing_more_than_the_ratio_is_a_bomb_beyond_the_grace(pack: Pack) -> None:
     archive = pack(bytes(3_000_000))
     assert marks(opened(archive)) == {Mark.BOMB}
-    assert not marks(opened(archive, Limits(ratio_grace=3_000_000)))
-    assert not marks(opened(archive, Limits(ratio=3_000_000)))
+    assert not marks(opened(archive, ScanLimits(ratio_grace=3_000_000)))
+    assert not marks(opened(archive, ScanLimits(ratio=3_000_000)))
 
 
 @pytest.mark.parametrize("pack", [gzipped, lambda d: zipped(("z", d)), lambda d: tarred(("t", d))])
 def test_more_bytes_than_the_total_are_a_bomb(pack: Pack) -> None:
     archive = pack(bytes(range(256)) * 400)
-    assert not marks(opened(archive, Limits(opened=102_400)))
-    assert marks(opened(archive, Limits(opened=102_399))) == {Mark.BOMB}
+    assert not marks(opened(archive, ScanLimits(opened=102_400)))
+    assert marks(opened(archive, ScanLimits(opened=102_399))) == {Mark.BOMB}
 
 
 def test_members_that_share_their_bytes_are_a_bomb() -> None:
@@ -177,7 +177,7 @@ def test_a_directory_of_more_entries_than_the_limit_is_not_even_read() -> None:
 
 def test_opening_ends_when_the_seconds_of_the_message_are_over() -> None:
     now = iter(range(1000))
-    budget = Budget(Limits(ratio=1 << 20), lambda: next(now))
+    budget = Budget(ScanLimits(ratio=1 << 20), lambda: next(now))
     with pytest.raises(OutOfTime):
         list(expand(Part("", "", gzipped(bytes(10_000_000))), budget))
 
@@ -294,7 +294,7 @@ def test_devices_links_and_folders_in_a_tar_hold_nothing() -> None:
     found = opened(tarred(("a", b"alpha"), kinds=[*kinds, tarfile.DIRTYPE]))
     assert contents(found) == {"a": b"alpha"}
     assert not marks(found)
-    assert marks(opened(tarred(kinds=kinds), Limits(members=4))) == {Mark.BOMB}
+    assert marks(opened(tarred(kinds=kinds), ScanLimits(members=4))) == {Mark.BOMB}
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -352,7 +352,7 @@ def test_any_damage_to_an_archive_is_survived_and_bounded(
     for at, value in changes:
         damaged[at % len(damaged)] = value
     damaged = damaged[: length % len(damaged) + 1]
-    limits = Limits(opened=100_000, members=50)
+    limits = ScanLimits(opened=100_000, members=50)
     found = opened(bytes(damaged), limits)
     assert found[-1].data == bytes(damaged)
     assert sum(len(part.data) for part in found[:-1]) <= limits.opened + limits.members

@@ -25,7 +25,7 @@ from sharded_milter import (
 from sharded_milter.scanner import milter as module
 from sharded_milter.scanner.milter import build, result, verdict
 from sharded_milter.scanner.rules import Finding, RuleError, Severity
-from sharded_milter.scanner.scan import Report
+from sharded_milter.scanner.scan import ScanReport
 
 ENVELOPE = Envelope(Connection("client.example"), Address("<a@example.org>"))
 
@@ -87,7 +87,7 @@ def test_the_test_strings_are_refused_with_the_name_of_the_rule(body: bytes, rul
 
 def test_a_reply_names_only_the_rules_that_refuse() -> None:
     findings = (Finding("r", Severity.REJECT), Finding("q", Severity.QUARANTINE))
-    refused = verdict(Report(findings, parts=1, milliseconds=1))
+    refused = verdict(ScanReport(findings, parts=1, milliseconds=1))
     assert isinstance(refused, Reject)
     assert refused.text.endswith(": r")
 
@@ -96,7 +96,7 @@ def test_a_reply_names_only_the_rules_that_refuse() -> None:
 @pytest.mark.parametrize("length", [1, 20, 128])
 def test_many_rules_fit_one_line_and_the_rest_is_counted(severity: Severity, length: int) -> None:
     findings = tuple(Finding(f"{n:0{length}}", severity) for n in range(10**3, 10**3 + 500))
-    report = Report(findings, parts=10**6, milliseconds=10**9)
+    report = ScanReport(findings, parts=10**6, milliseconds=10**9)
     value = result(report)
     assert len(f"X-Scan-Result: {value}".encode()) < 998
     shown, _, rest = value.partition("rules=")[2].partition(";")[0].rpartition(",+")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scanner_samples import leaves, mail, stopped
 
-from sharded_milter.scanner.limits import Budget, Limits, OutOfTime
+from sharded_milter.scanner.limits import Budget, OutOfTime, ScanLimits
 from sharded_milter.scanner.mime import walk
 from sharded_milter.scanner.parts import Mark, plain_name
 
@@ -177,7 +177,7 @@ def nested(depth: int) -> bytes:
 
 
 def test_mime_deeper_than_the_limit_is_a_mark() -> None:
-    limits = Limits(mime_depth=3)
+    limits = ScanLimits(mime_depth=3)
     assert [(part.data, part.marks) for part in leaves(nested(3), limits)] == [
         (b"core", frozenset())
     ]
@@ -186,7 +186,7 @@ def test_mime_deeper_than_the_limit_is_a_mark() -> None:
 
 
 def test_more_mime_parts_than_the_limit_are_a_mark_and_the_first_are_parts() -> None:
-    limits = Limits(mime_parts=4)  # the message and three in it
+    limits = ScanLimits(mime_parts=4)  # the message and three in it
     raw = in_multipart(b"\r\n1", b"\r\n2", b"\r\n3")
     assert len(leaves(raw, limits)) == 3
     flooded = leaves(in_multipart(b"\r\n1", b"\r\n2", b"\r\n3", b"\r\n4"), limits)
@@ -197,14 +197,14 @@ def test_more_mime_parts_than_the_limit_are_a_mark_and_the_first_are_parts() -> 
 def test_encoded_messages_count_as_opened_bytes() -> None:
     fields = b"Content-Type: message/rfc822\r\nContent-Transfer-Encoding: base64"
     raw = entity(fields, base64.encodebytes(bytes(100)))
-    assert leaves(raw, Limits(opened=99))[-1].marks == {Mark.FLOODED}
-    assert not leaves(raw, Limits(opened=100))[-1].marks
+    assert leaves(raw, ScanLimits(opened=99))[-1].marks == {Mark.FLOODED}
+    assert not leaves(raw, ScanLimits(opened=100))[-1].marks
 
 
 def test_the_walk_ends_when_the_seconds_of_the_message_are_over() -> None:
     now = iter(range(100))
     with pytest.raises(OutOfTime, match="60 s"):
-        list(walk(in_multipart(*[b"\r\nx"] * 100), Budget(Limits(), lambda: next(now))))
+        list(walk(in_multipart(*[b"\r\nx"] * 100), Budget(ScanLimits(), lambda: next(now))))
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_every_leaf_the_stdlib_writes_is_found_again(tree: object) -> None:
 
 def test_the_budget_gives_rules_what_is_left_but_a_second_at_least() -> None:
     now = [0.0]
-    budget = Budget(Limits(message_seconds=30, part_seconds=20), lambda: now[0])
+    budget = Budget(ScanLimits(message_seconds=30, part_seconds=20), lambda: now[0])
     seconds = []
     for now[0] in (0.0, 15.5, 29.9, 100.0):
         seconds.append(budget.part_seconds())
     assert seconds == [20, 14, 1, 1]
-    assert Budget(Limits(), stopped).part_seconds() == 20
+    assert Budget(ScanLimits(), stopped).part_seconds() == 20

@@ -5,16 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scanner_samples import EICAR, GTUBE, encrypted, gzipped, mail, stopped, tarred, zipped
 
-from sharded_milter.scanner.limits import Limits
+from sharded_milter.scanner.limits import ScanLimits
 from sharded_milter.scanner.rules import Finding, Rules, Severity
-from sharded_milter.scanner.scan import Report, scan
+from sharded_milter.scanner.scan import ScanReport, scan
 
 RULES = Rules()
 TAG, QUARANTINE, REJECT = Severity.TAG, Severity.QUARANTINE, Severity.REJECT
 
 
-def report(raw: bytes, limits: Limits | None = None) -> Report:
-    return scan(raw, RULES, limits or Limits(), stopped)
+def report(raw: bytes, limits: ScanLimits | None = None) -> ScanReport:
+    return scan(raw, RULES, limits or ScanLimits(), stopped)
 
 
 def rules(raw: bytes) -> list[str]:
@@ -23,7 +23,7 @@ def rules(raw: bytes) -> list[str]:
 
 def test_an_ordinary_mail_is_clean() -> None:
     clean = report(mail(("a.txt", b"text"), ("b.zip", zipped(("c", b"text")))))
-    assert clean == Report(findings=(), parts=4, milliseconds=0)
+    assert clean == ScanReport(findings=(), parts=4, milliseconds=0)
     assert (clean.result, clean.severity) == ("clean", None)
 
 
@@ -99,7 +99,7 @@ def test_an_archive_bomb_is_a_finding() -> None:
 def test_a_message_with_too_many_parts_is_a_finding() -> None:
     raw = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\n" * 2000
     assert report(raw).findings == (Finding("mime_bomb", QUARANTINE),)
-    assert report(raw).parts <= Limits().mime_parts + 1
+    assert report(raw).parts <= ScanLimits().mime_parts + 1
 
 
 def test_parts_after_a_bomb_are_still_matched() -> None:
@@ -110,7 +110,7 @@ def test_parts_after_a_bomb_are_still_matched() -> None:
 def test_a_message_out_of_time_is_a_finding_and_keeps_the_others() -> None:
     now = iter(range(0, 1000, 10))
     raw = mail(("a.pdf.exe", b"x"), *[("b", b"x")] * 50)
-    found = scan(raw, RULES, Limits(message_seconds=150), lambda: next(now))
+    found = scan(raw, RULES, ScanLimits(message_seconds=150), lambda: next(now))
     assert {finding.rule for finding in found.findings} == {"double_extension", "scan_timeout"}
     assert found.parts < 50
     assert found.milliseconds >= 150_000

@@ -107,8 +107,8 @@ def test_scans_that_wait_need_more_workers() -> None:
 
 def test_a_light_load_says_nothing() -> None:
     assert why(asked=1.2) == (
-        "none: 0.2 of 4 cores were in use, and of 2 workers 1.2 had a message: the load was too"
-        " light to find a limit; more --connections would show more"
+        "none: 0.2 of 4 cores were in use, and 1.2 of 2 workers had a message: the load was too"
+        " light to find a limit; give more --connections"
     )
     assert "the milter in the master waits" in why(workers=0)
 
@@ -123,14 +123,14 @@ def test_workers_that_die_are_no_light_load() -> None:
 
 def test_scans_that_hang_are_no_light_load() -> None:
     assert why(unanswered=1200) == (
-        "no answer: 1,200 messages never got one, and whoever has them does nothing else: find out"
-        " where the scan hangs"
+        "no answer: 1,200 messages had none, and the workers that scan them take no others:"
+        " find out where the scan hangs"
     )
 
 
 def test_a_short_run_says_nothing() -> None:
     assert why(seconds=0.007, master=3.0) == (
-        "none: 0.007 s are too short to find a limit; a longer run would show more"
+        "none: 0.007 s are too short to find a limit; run it for longer"
     )
 
 

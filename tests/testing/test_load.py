@@ -36,13 +36,13 @@ NEGOTIATED = {
 }
 
 
-@pytest.mark.parametrize("glued", [True, False])
+@pytest.mark.parametrize("coalesced", [True, False])
 @pytest.mark.parametrize("protocol", NEGOTIATED.values(), ids=NEGOTIATED)
 def test_what_is_said_is_legal_and_negotiated(
-    scripted: Start, protocol: Protocol, glued: bool
+    scripted: Start, protocol: Protocol, coalesced: bool
 ) -> None:
     milter = scripted(protocol)
-    result = load.run(milter.path, 1, 3, glued=glued)
+    result = load.run(milter.path, 1, 3, coalesced=coalesced)
     assert result.verdicts == {"accept": 3}
     assert milter.letters.count("E") == 3
     assert ("L" in milter.letters) is not bool(protocol & Protocol.NO_HEADER)
@@ -51,7 +51,7 @@ def test_what_is_said_is_legal_and_negotiated(
 def test_postfix_begins_each_message_with_abort_and_sendmail_does_not(scripted: Start) -> None:
     postfix, sendmail = scripted(NOTHING_EARLY), scripted(NOTHING_EARLY)
     load.run(postfix.path, 1, 2)
-    load.run(sendmail.path, 1, 2, glued=False)
+    load.run(sendmail.path, 1, 2, coalesced=False)
     assert (postfix.letters.count("A"), sendmail.letters.count("A")) == (2, 0)
 
 
@@ -74,7 +74,7 @@ def test_several_connections_send_their_share(scripted: Start) -> None:
 
 def test_two_answers_are_an_error(scripted: Start) -> None:
     milter = scripted(NOTHING_EARLY, verdict=[Accept().encode() + Reject().encode()])
-    with pytest.raises(ConnectionError, match="2 answers"):
+    with pytest.raises(ConnectionError, match="the milter sent 2 replies"):
         load.run(milter.path, 1, 1)
 
 
@@ -115,7 +115,7 @@ def test_answers_before_the_end_are_obeyed(
 
 def test_a_milter_that_wants_no_mail_of_the_client_is_an_error(scripted: Start) -> None:
     milter = scripted(NO_PROTOCOL, early={"H": [Accept()]})
-    with pytest.raises(ConfigError, match="answers helo with accept: no message would reach it"):
+    with pytest.raises(ConfigError, match="verdict at helo is accept: no message would reach it"):
         load.run(milter.path, 1, 1)
 
 
@@ -135,7 +135,7 @@ def test_messages_are_sent_in_turn_by_no_more_connections_than_there_are(scripte
 def test_who_waits_is_told_how_far_it_is(scripted: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "TICK", 0.0)
     heard: list[int] = []
-    load.run(scripted(NO_PROTOCOL).path, 1, 3, heard=lambda seconds, n: heard.append(n))
+    load.run(scripted(NO_PROTOCOL).path, 1, 3, on_progress=lambda seconds, n: heard.append(n))
     assert (heard[-1], heard) == (3, sorted(heard))
 
 
@@ -156,7 +156,7 @@ def test_what_is_never_answered_is_given_up_and_counted(scripted: Start) -> None
 def test_without_a_time_it_is_silence_that_ends_a_run(
     scripted: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "SILENCE", 0.001)
+    monkeypatch.setattr(load, "IDLE_TIMEOUT", 0.001)
     result = load.run(scripted(NOTHING_EARLY, verdict=[]).path, 1, 5)
     assert (result.messages, result.unanswered) == (0, 1)
 

@@ -64,8 +64,8 @@ def test_what_is_no_message_is_named_and_skipped(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert len(found.mails) == 1
     assert found.skipped == [
-        f"{tmp_path}/a.eml: empty; skipped",
-        f"{tmp_path}/b.eml: no header; skipped",
+        f"{tmp_path}/a.eml: skipped: it is empty",
+        f"{tmp_path}/b.eml: skipped: it has no header",
     ]
 
 
@@ -91,16 +91,16 @@ def test_what_cannot_be_read_is_named_and_skipped(
     found = read(tmp_path)
     assert len(found.mails) == 1
     assert found.skipped == [
-        f"{tmp_path}/a.eml: Permission denied; skipped",
-        f"{tmp_path}/sub: Permission denied; skipped",
+        f"{tmp_path}/a.eml: skipped: Permission denied",
+        f"{tmp_path}/sub: skipped: Permission denied",
     ]
 
 
 def test_a_place_without_messages_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"^no message in {tmp_path}$"):
+    with pytest.raises(UsageError, match=rf"^there is no message in {tmp_path}$"):
         read(tmp_path)
     written(tmp_path, a_eml=b"")
-    with pytest.raises(UsageError, match=r"no message in .* \(.*a.eml: empty; skipped\)$"):
+    with pytest.raises(UsageError, match=r"no message in .* \(.*a.eml: skipped: it is empty\)$"):
         read(tmp_path)
     written(tmp_path, b_eml=b"")
     with pytest.raises(UsageError, match=r"no message in .* \(2 skipped\)$"):
@@ -113,7 +113,9 @@ def test_no_more_is_read_than_fits(tmp_path: Path) -> None:
     written(tmp_path, a_eml=HELLO, b_eml=HELLO, c_eml=HELLO)
     found = read(tmp_path, 50)
     assert len(found.mails) == 2
-    assert found.skipped == [f"{tmp_path}/c.eml and what follows: above 50 bytes; skipped"]
+    assert found.skipped == [
+        f"{tmp_path}/c.eml: skipped with all messages after it: more than 50 bytes in all"
+    ]
     assert len(read(tmp_path, 1).mails) == 1
 
 

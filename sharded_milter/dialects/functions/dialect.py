@@ -12,7 +12,7 @@ from sharded_milter.api.milter import Milter, check_verdict
 from sharded_milter.api.verdicts import Accept, ChangeHeader, Verdict
 from sharded_milter.dialects.functions.replies import to_replies
 from sharded_milter.dialects.libmilter.context import Call, call_plainly
-from sharded_milter.dialects.transcript import Envelopes, Transcript, read
+from sharded_milter.dialects.transcript import EnvelopeReader, ParsedTranscript, read
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Protocol, Stage
 
@@ -46,7 +46,7 @@ ALL_ACTIONS = (
     | Actions.ADDRCPT_PAR
 )
 
-ARGUMENTS: dict[Stage, Callable[[Transcript], tuple[Any, ...]]] = {
+ARGUMENTS: dict[Stage, Callable[[ParsedTranscript], tuple[Any, ...]]] = {
     Stage.CONNECT: lambda t: (t.connection_value(),),
     Stage.HELO: lambda t: (t.connection_value(),),
     Stage.MAIL: lambda t: (t.envelope_value(),),
@@ -85,7 +85,7 @@ class FunctionDialect:
         self.manifest = manifest_of(milter)
         self.sandbox = milter.sandbox
         self.call: Call = call_plainly
-        self._envelopes = Envelopes()
+        self._envelopes = EnvelopeReader()
         self._callbacks = {
             Stage[word.upper()]: (word, callback.function)
             for word, callback in milter.callbacks.items()
@@ -104,15 +104,15 @@ class FunctionDialect:
         word, function = self._callbacks[stage]
         verdict = self.call(word, function, ARGUMENTS[stage](transcript))
         if inspect.isawaitable(verdict):
-            return _later(word, verdict, transcript)
-        return _replies(word, verdict, transcript)
+            return _await_replies(word, verdict, transcript)
+        return _encode_replies(word, verdict, transcript)
 
 
-async def _later(word: str, verdict: Awaitable[Any], transcript: Transcript) -> bytes:
-    return _replies(word, await verdict, transcript)
+async def _await_replies(word: str, verdict: Awaitable[Any], transcript: ParsedTranscript) -> bytes:
+    return _encode_replies(word, await verdict, transcript)
 
 
-def _replies(word: str, verdict: object, transcript: Transcript) -> bytes:
+def _encode_replies(word: str, verdict: object, transcript: ParsedTranscript) -> bytes:
     checked = check_verdict(word, verdict)
     names = transcript.header_names() if _changes_headers(checked) else None
     return to_replies(checked, transcript.protocol, names)

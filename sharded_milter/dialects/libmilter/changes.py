@@ -47,7 +47,7 @@ class Changes:
         return b"".join([*self._packets[:place], *run, *self._packets[place:]])
 
     def _add(self, call: str, packet: Packet) -> None:
-        self._granted(call, packet)
+        self._check_granted(call, packet)
         payload = _payload(call, packet)
         if not LEGAL[packet.letter[0]].payload.fullmatch(payload):
             raise CallRefused(
@@ -58,7 +58,7 @@ class Changes:
             raise CallRefused(f"{call}: {len(payload)} bytes exceed the {MAX_CHUNK} of a packet")
         self._packets.append(packet.encode())
 
-    def _granted(self, call: str, packet: Packet | type[Packet]) -> None:
+    def _check_granted(self, call: str, packet: Packet | type[Packet]) -> None:
         action = LEGAL[packet.letter[0]].action
         if action & ~self.granted:
             raise CallRefused(f"{call}: the action {action.name} was not negotiated with the MTA")
@@ -98,7 +98,7 @@ class Changes:
 
     def replace_body(self, call: str, piece: bytes) -> None:
         """smfi_replacebody: the new body, or the next piece of it."""
-        self._granted(call, replies.ReplaceBody)
+        self._check_granted(call, replies.ReplaceBody)
         if not isinstance(piece, bytes | bytearray | memoryview):
             raise CallRefused(f"{call}: the body is bytes, not {type(piece).__name__}")
         if self._body is None:

@@ -173,7 +173,7 @@ class Milter:
 
     def smfi_setsymlist(self, stage: int, macros: str) -> None:
         """In xxfi_negotiate: macros wanted at a stage, besides those that the MTA sends anyway."""
-        self._context.only_at("smfi_setsymlist", NEGOTIATE)
+        self._context.check_running("smfi_setsymlist", NEGOTIATE)
         try:
             number = MacroStages(stage)
         except ValueError:
@@ -231,12 +231,12 @@ class Milter:
 
     def smfi_progress(self) -> None:
         """Nothing to do: the MTA gets signs of life in any case."""
-        self._context.only_at("smfi_progress", EOM)
+        self._context.check_running("smfi_progress", EOM)
 
     # Inside
 
     def _change(self, call: str, make: Callable[..., None], *arguments: Any) -> None:
-        self._context.only_at(call, EOM)
+        self._context.check_running(call, EOM)
         make(self._context.changes, call, *arguments)
 
     def _overrides(self, command: int) -> bool:

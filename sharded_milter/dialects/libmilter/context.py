@@ -160,7 +160,7 @@ class Context:
         self._failed = False  # the latest callback
         self._skipping = False  # no more of the body is wanted
         self._leading_space = False  # header values begin with the blank behind the colon
-        self.gone = False  # close was called
+        self.is_closed = False  # close was called
         self._closed = False
         self._offer: commands.Negotiate | None = None
         self._agreed = commands.Negotiate(0, 0, 0)
@@ -175,22 +175,22 @@ class Context:
         Without a stage the connection is over and nothing is returned. Raises what a callback
         raises, and InvalidVerdict for what it may not return.
         """
-        return run(self._play(stage, connection, message))
+        return run(self._process_packets(stage, connection, message))
 
-    def _play(
+    def _process_packets(
         self, stage: Stage | None, connection: bytes, message: bytes | memoryview
     ) -> Steps[bytes]:
         answer = _CONTINUE
         for part in (connection, message):
             for code, start, end in packets(part):
                 if code == MACRO:
-                    self.symbols.learn(bytes(part[start:end]))
+                    self.symbols.add(bytes(part[start:end]))
                 elif code == NEGOTIATE:
-                    yield from self._negotiated(bytes(part[start:end]))
+                    yield from self._process_negotiation(bytes(part[start:end]))
                 elif code == ABORT:
-                    yield from self._abort()
+                    yield from self._abort_message()
                 elif code != _REFUSED:
-                    answer = yield from self._command(code, bytes(part[start:end]))
+                    answer = yield from self._process_command(code, bytes(part[start:end]))
         if stage is None:
             yield from self._close()
             return b""
@@ -198,92 +198,92 @@ class Context:
 
     # Commands
 
-    def _command(self, code: int, payload: bytes) -> Steps[bytes]:
-        self.symbols.reached(code)
+    def _process_command(self, code: int, payload: bytes) -> Steps[bytes]:
+        self.symbols.forget_later(code)
         if code in _MESSAGE:
-            yield from self._enter_message(code)
+            yield from self._begin_message(code)
             if self._verdict is not None:
-                return self._decided(code)
-            if code == RCPT and self._not_ours():
+                return self._repeat_verdict(code)
+            if code == RCPT and self._is_hidden_recipient():
                 return _CONTINUE
             if code == EOM:
-                answer = yield from self._end(payload)
+                answer = yield from self._end_message(payload)
                 return answer
-        answer = yield from self._ask(code, payload)
+        answer = yield from self._ask_callback(code, payload)
         return answer
 
-    def _enter_message(self, code: int) -> Steps[None]:
+    def _begin_message(self, code: int) -> Steps[None]:
         if code == commands.Mail.letter[0]:
-            yield from self._abort()
+            yield from self._abort_message()
         if not self.in_message and self._verdict is None:
-            self._forget_message()
+            self._reset_message()
             self.in_message = True
 
-    def _decided(self, code: int) -> bytes:
+    def _repeat_verdict(self, code: int) -> bytes:
         verdict = self._verdict
         assert verdict is not None
         if code == EOM:
-            self._forget_message()
+            self._reset_message()
         return verdict
 
-    def _not_ours(self) -> bool:
+    def _is_hidden_recipient(self) -> bool:
         """A recipient that the MTA itself refuses is shown to those only who asked for that."""
         refused = self.symbols.get("{rcpt_mailer}") == "error"
         return refused and not self._options & Protocol.RCPT_REJ
 
-    def _end(self, payload: bytes) -> Steps[bytes]:
+    def _end_message(self, payload: bytes) -> Steps[bytes]:
         """End of message; it may bring the last piece of the body."""
         if payload:
-            yield from self._ask(BODY, payload)
+            yield from self._ask_callback(BODY, payload)
             if self._verdict is not None:
-                return self._decided(EOM)
+                return self._repeat_verdict(EOM)
         self.in_message = False  # eom is called, or would be: there is no abort any more
-        code = yield from self._code(EOM, ())
+        code = yield from self._returned_code(EOM, ())
         answer = self._packet(code)
         if code in (ReturnCodes.CONTINUE, ReturnCodes.ACCEPT):
             answer = self.changes.packets() + answer
-        self._forget_message()
+        self._reset_message()
         return answer
 
-    def _ask(self, command: int, payload: bytes) -> Steps[bytes]:
+    def _ask_callback(self, command: int, payload: bytes) -> Steps[bytes]:
         """A callback before the end of the message."""
         if command == BODY and self._skipping:
             return _CONTINUE
         arguments = ARGUMENTS[command](payload)
         if command == _CODES[Stage.HEADER]:
             name, value = arguments
-            arguments = name, self._value_seen(value)
-        code = yield from self._code(command, arguments)
+            arguments = name, self._without_space(value)
+        code = yield from self._returned_code(command, arguments)
         if code is ReturnCodes.SKIP:
             self._skipping = True
             code = ReturnCodes.CONTINUE
         answer = self._packet(code)
-        goes_on = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
-        if self._failed and self.is_unanswered(command):  # nobody hears of it now
-            goes_on = code is ReturnCodes.CONTINUE
-        if command in _MESSAGE and not goes_on:
+        is_open = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
+        if self._failed and self.has_no_reply(command):  # nobody hears of it now
+            is_open = code is ReturnCodes.CONTINUE
+        if command in _MESSAGE and not is_open:
             self._verdict = answer
             self.in_message = False
         return answer
 
-    def _value_seen(self, value: str) -> str:
+    def _without_space(self, value: str) -> str:
         if self._leading_space and not self._options & Protocol.HDR_LEADSPC:
             return value.removeprefix(" ")
         return value
 
-    def _code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
+    def _returned_code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
         """What the callback answers, or what is answered for it."""
         self._failed = False
         try:
-            result = yield from self._called(command, arguments)
-            return self._checked(command, result)
+            result = yield from self._call_callback(command, arguments)
+            return self._check_code(command, result)
         except Exception as error:
             if self._on_error is None:
                 raise
             self._failed = True
             return self._on_error(command, error)
 
-    def _checked(self, command: int, result: Any) -> ReturnCodes:
+    def _check_code(self, command: int, result: Any) -> ReturnCodes:
         code = _code_of(result)
         allowed = self._allowed(command)
         if code is None or code not in allowed:
@@ -293,28 +293,28 @@ class Context:
         return ReturnCodes.CONTINUE if code is ReturnCodes.NOREPLY else code
 
     def _allowed(self, command: int) -> frozenset[ReturnCodes]:
-        if command not in _CONTENT and self.is_unanswered(command):
+        if command not in _CONTENT and self.has_no_reply(command):
             return _UNANSWERED
         return VERDICTS[command]
 
-    def is_unanswered(self, command: int) -> bool:
+    def has_no_reply(self, command: int) -> bool:
         """Whether the milter has promised to give no answer to this command."""
         return bool(STAGES[command].no_reply & self._options)
 
-    def _called(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
+    def _call_callback(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
         callback = self.callbacks.get(command)
         if callback is None:
             return ReturnCodes.CONTINUE
-        with self.during(command):
+        with self.running(command):
             result = self._call(self._names[command], callback, arguments)
             if inspect.isawaitable(result):
                 result = yield result
             return result
 
-    def _tell(self, command: int, *arguments: Any) -> Steps[None]:
+    def _notify(self, command: int, *arguments: Any) -> Steps[None]:
         """A callback whose answer nobody waits for: what it raises is its own affair."""
         try:
-            yield from self._called(command, arguments)
+            yield from self._call_callback(command, arguments)
         except Exception as error:
             if self._on_error is None:
                 traceback.print_exception(error)
@@ -330,14 +330,14 @@ class Context:
 
     # The ends
 
-    def _abort(self) -> Steps[None]:
+    def _abort_message(self) -> Steps[None]:
         """The message is dropped; it has an end already if it was answered."""
-        open_still, self.in_message = self.in_message, False
-        self._forget_message()
-        if open_still:
-            yield from self._tell(ABORT)
+        was_open, self.in_message = self.in_message, False
+        self._reset_message()
+        if was_open:
+            yield from self._notify(ABORT)
 
-    def _forget_message(self) -> None:
+    def _reset_message(self) -> None:
         self.in_message = False
         self._verdict = None
         self._skipping = False
@@ -346,23 +346,23 @@ class Context:
     def _close(self) -> Steps[None]:
         if not self._closed:
             self._closed = True
-            yield from self._abort()
-            yield from self._tell(CLOSE)
-            self.gone = True
+            yield from self._abort_message()
+            yield from self._notify(CLOSE)
+            self.is_closed = True
 
     # Negotiation
 
-    def _negotiated(self, payload: bytes) -> Steps[None]:
+    def _process_negotiation(self, payload: bytes) -> Steps[None]:
         """First the MTA's offer, then our answer, which says what may be done."""
         words = commands.Negotiate.parse(payload)
         if self._offer is None:
             self._offer = words
             return
         self._agreed = words
-        self.want(self._actions, self._options)
-        yield from self._tell(NEGOTIATE, self._offer.actions, self._offer.protocol)
+        self.set_wanted(self._actions, self._options)
+        yield from self._notify(NEGOTIATE, self._offer.actions, self._offer.protocol)
 
-    def want(self, actions: Actions, options: Protocol) -> None:
+    def set_wanted(self, actions: Actions, options: Protocol) -> None:
         """What the milter asks for on this connection; it counts as far as the MTA has agreed."""
         self._actions, self._options = actions, options
         self._leading_space = bool(Protocol(self._agreed.protocol) & Protocol.HDR_LEADSPC)
@@ -373,7 +373,7 @@ class Context:
     # What callbacks may do
 
     @contextmanager
-    def during(self, command: int) -> Iterator[None]:
+    def running(self, command: int) -> Iterator[None]:
         """A callback runs meanwhile."""
         self._at = command
         try:
@@ -381,7 +381,7 @@ class Context:
         finally:
             self._at = 0
 
-    def only_at(self, name: str, *commands: int) -> None:
+    def check_running(self, name: str, *commands: int) -> None:
         """Raises CallRefused unless one of these callbacks runs."""
         if self._at not in commands:
             where = self._names.get(self._at, "no callback")

@@ -61,7 +61,7 @@ class ObjectDialect(ABC):
         """What the milter wants when an MTA offers everything; sets actions and options."""
 
     @abstractmethod
-    def _build(self) -> Context:
+    def _make_context(self) -> Context:
         """A new connection's context, with its callbacks."""
 
     def answer(
@@ -82,7 +82,7 @@ class ObjectDialect(ABC):
                 return b""
             # An object that is built later would be told half of the story.
             self._contexts[session] = None
-            self._contexts[session] = self._build()
+            self._contexts[session] = self._make_context()
         context = self._contexts[session]
         if stage is None:
             del self._contexts[session]
@@ -92,7 +92,7 @@ class ObjectDialect(ABC):
             return b""
         raise CallbackFailed(f"the {self.manifest.name} of this connection could not be built")
 
-    def _wanting(
+    def _make_manifest(
         self,
         actions: Actions,
         options: Protocol,
@@ -118,13 +118,13 @@ class ClassDialect(ObjectDialect):
         self._factory = factory
         super().__init__()
 
-    def _build(self) -> Context:
+    def _make_context(self) -> Context:
         context = Context(NAMES, self._actions, self._options, lambda *args: self.call(*args))
-        context.milter = self._object(context)
+        context.milter = self._build_object(context)
         context.callbacks = _callbacks(context.milter, self._options)
         return context
 
-    def _object(self, context: Context) -> Milter:
+    def _build_object(self, context: Context) -> Milter:
         milter = self._factory.build_milter(context)
         if not isinstance(milter, Milter):
             raise MilterLoadError(
@@ -137,9 +137,9 @@ class ClassDialect(ObjectDialect):
 
     def _load(self) -> Manifest:
         context = Context(NAMES, NO_ACTIONS, NO_PROTOCOL, call_plainly)
-        milter = self._object(context)
+        milter = self._build_object(context)
         name = type(milter).__name__
-        with context.during(NEGOTIATE):
+        with context.running(NEGOTIATE):
             result = milter.xxfi_negotiate(KNOWN_ACTIONS, KNOWN_PROTOCOL)
             version, actions, protocol = _negotiated(name, milter, result)
         needed = {stage for stage in Stage if milter._overrides(stage.code)} - {
@@ -149,7 +149,7 @@ class ClassDialect(ObjectDialect):
         self._actions, self._options = actions, protocol
         self.sandbox = milter.sandbox
         affinity = SessionAffinity.REPLAYABLE if milter.replayable else SessionAffinity.REQUIRED
-        return self._wanting(
+        return self._make_manifest(
             actions,
             protocol,
             needed,
@@ -187,7 +187,11 @@ def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actio
             result = words
     if result in (None, ReturnCodes.CONTINUE, ReturnCodes.ALL_OPTS):
         result = Milter.xxfi_negotiate(milter, KNOWN_ACTIONS, KNOWN_PROTOCOL)
-    if not isinstance(result, Sequence) or not _are_words([*result, version]) or len(result) != 2:
+    if (
+        not isinstance(result, Sequence)
+        or not _are_integers([*result, version])
+        or len(result) != 2
+    ):
         raise MilterLoadError(
             f"{name}.xxfi_negotiate returned {returned!r:.80}; it may return actions and protocol,"
             " or CONTINUE"
@@ -206,7 +210,7 @@ def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actio
     return version, Actions(actions), Protocol(protocol)
 
 
-def _are_words(values: Sequence[object]) -> bool:
+def _are_integers(values: Sequence[object]) -> bool:
     return all(isinstance(value, int) and value >= 0 for value in values)
 
 

@@ -25,12 +25,12 @@ class Symbols:
     def __init__(self) -> None:
         self._stages: dict[str, dict[str, str]] = {}
 
-    def learn(self, payload: bytes) -> None:
+    def add(self, payload: bytes) -> None:
         """The payload of a macro packet: all macros of its stage."""
         macro = Macro.parse(payload)
         self._stages[macro.stage] = dict(macro.pairs)
 
-    def reached(self, command: int) -> None:
+    def forget_later(self, command: int) -> None:
         """The command with this letter has come, behind its macros."""
         for stage in _FORGETS.get(command, ""):
             self._stages.pop(stage, None)

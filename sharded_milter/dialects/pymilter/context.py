@@ -55,7 +55,7 @@ class ContextObject:
         """The value of a macro."""
         count("getsymval()", arguments, 1, 1)
         name = text("getsymval()", 1, arguments[0])
-        self._live()
+        self._check_open()
         return self._context.symbols.get(name)
 
     # What is said
@@ -65,7 +65,7 @@ class ContextObject:
         count("setsymlist()", arguments, 2, 2)
         stage = integer(arguments[0])
         macros = text("setsymlist()", 2, arguments[1])
-        self._live()
+        self._check_open()
         asked_for = self._context.symlists
         if stage not in SYMLIST_STAGES or stage in asked_for:
             raise error("cannot set macro list")
@@ -77,7 +77,7 @@ class ContextObject:
         rcode = text("setreply()", 1, arguments[0])
         xcode = text_or_none("setreply()", 2, arguments[1])
         lines = [text("setreply()", n, line) for n, line in enumerate(arguments[2:], 3)]
-        self._live()
+        self._check_open()
         try:
             reply = reply_lines("", rcode, _enhanced(rcode, xcode, lines), lines or [None])
         except CallRefused as refused:
@@ -87,7 +87,7 @@ class ContextObject:
     def progress(self, *arguments: Any) -> None:
         """Nothing to do: the MTA gets signs of life in any case."""
         count("progress()", arguments, 0, 0)
-        self._live()
+        self._check_open()
 
     # What is changed, at the end of the message
 
@@ -146,16 +146,16 @@ class ContextObject:
     # Inside
 
     def _change(self, failure: str, make: Callable[..., None], *arguments: Any) -> None:
-        self._live()
+        self._check_open()
         try:
-            self._context.only_at(failure, EOM)
+            self._context.check_running(failure, EOM)
             make(self._context.changes, failure, *arguments)
         except CallRefused as refused:
             raise error(failure) from refused
 
-    def _live(self) -> None:
+    def _check_open(self) -> None:
         """The connection may be over, and a script have kept this object."""
-        if self._context.gone:
+        if self._context.is_closed:
             raise error("bad context")
 
 

@@ -43,7 +43,7 @@ _FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6, "unix": socket.AF
 _DROPPED = FAKED | Protocol.NO_DATA | Protocol.NO_UNKNOWN
 
 # The words of an exception policy that refuses.
-_APOLOGIES = {ReturnCodes.TEMPFAIL: ("451", "4.3.0"), ReturnCodes.REJECT: ("554", "5.3.0")}
+_POLICY_REPLIES = {ReturnCodes.TEMPFAIL: ("451", "4.3.0"), ReturnCodes.REJECT: ("554", "5.3.0")}
 _NAME_SHOWN = 40
 
 
@@ -60,9 +60,9 @@ class PymilterDialect(ObjectDialect):
             self.answer(None, b"", b"", session)
 
     def _load(self) -> Manifest:
-        context, connection = self._new(NO_ACTIONS, NO_PROTOCOL)
+        context, connection = self._new_context(NO_ACTIONS, NO_PROTOCOL)
         try:
-            with context.during(NEGOTIATE):
+            with context.running(NEGOTIATE):
                 actions, options = self._negotiated(connection, KNOWN_ACTIONS, KNOWN_PROTOCOL)
         except Exception as failure:
             details = "".join(traceback.format_exception(failure))
@@ -71,22 +71,22 @@ class PymilterDialect(ObjectDialect):
         finally:
             context.answer(None, b"", b"")  # the object that was made for this is closed
         self._actions, self._options = actions, options
-        return self._wanting(
+        return self._make_manifest(
             actions,
             # One that nobody waits for is not kept, and the script wants to see it.
             options & ~Protocol.NR_UNKNOWN,
-            {stage for stage in Stage if self._calls(stage, options)},
+            {stage for stage in Stage if self._is_wanted(stage, options)},
             context,
             ends=ABORT in self._script.callbacks,
             name=self._script.name or "pymilter",
             affinity=SessionAffinity.REQUIRED,
         )
 
-    def _calls(self, stage: Stage, options: Protocol) -> bool:
+    def _is_wanted(self, stage: Stage, options: Protocol) -> bool:
         return stage.code in self._script.callbacks and not options & stage.suppress
 
-    def _build(self) -> Context:
-        context, connection = self._new(self._actions, self._options)
+    def _make_context(self) -> Context:
+        context, connection = self._new_context(self._actions, self._options)
         context.callbacks = {
             **context.callbacks,
             **self._callbacks(context, connection),
@@ -94,14 +94,14 @@ class PymilterDialect(ObjectDialect):
         }
         return context
 
-    def _new(self, actions: Actions, options: Protocol) -> tuple[Context, ContextObject]:
+    def _new_context(self, actions: Actions, options: Protocol) -> tuple[Context, ContextObject]:
         """A context that knows nothing but its end."""
         context = Context(
             NAMES,
             actions,
             options,
             lambda *arguments: self.call(*arguments),
-            lambda command, failure: self._policy(context, command, failure),
+            lambda command, failure: self._apply_policy(context, command, failure),
         )
         connection = context.milter = ContextObject(context)
         context.callbacks = {CLOSE: lambda: self._close(connection)}
@@ -128,7 +128,7 @@ class PymilterDialect(ObjectDialect):
             refuse = dict.fromkeys(NAMES, lambda *_: ReturnCodes.TEMPFAIL)
             context.callbacks = {**refuse, CLOSE: context.callbacks[CLOSE]}
         else:
-            context.want(*wanted)
+            context.set_wanted(*wanted)
             suppressed = [stage.code for stage in Stage if wanted[1] & stage.suppress]
             context.callbacks = {
                 code: callback
@@ -145,7 +145,7 @@ class PymilterDialect(ObjectDialect):
         opts: list[Any] = [actions, (protocol & KNOWN_PROTOCOL) | FAKED, 0, 0]
         negotiate = self._script.callbacks.get(NEGOTIATE)
         if negotiate is None:
-            return Actions(self._script.flags & actions), self._unset()
+            return Actions(self._script.flags & actions), self._suppress_missing()
         try:
             result = _code(NEGOTIATE, negotiate(connection, opts))
         except Exception:
@@ -154,7 +154,7 @@ class PymilterDialect(ObjectDialect):
             traceback.print_exc()
             result = ReturnCodes.CONTINUE
         if result == ReturnCodes.ALL_OPTS:
-            return Actions(actions), self._unset()
+            return Actions(actions), self._suppress_missing()
         if result != ReturnCodes.CONTINUE:
             raise InvalidVerdict(f"negotiate returned {result}, not CONTINUE or ALL_OPTS")
         wanted_actions, wanted = opts[0], opts[1]
@@ -165,7 +165,7 @@ class PymilterDialect(ObjectDialect):
             )
         return Actions(wanted_actions), Protocol(wanted)
 
-    def _unset(self) -> Protocol:
+    def _suppress_missing(self) -> Protocol:
         """No callback, no command."""
         missing = (stage for stage in Stage if stage.code not in self._script.callbacks)
         return Protocol(sum(stage.suppress for stage in missing))
@@ -181,16 +181,16 @@ class PymilterDialect(ObjectDialect):
             if code not in (NEGOTIATE, CLOSE)
         }
 
-    def _policy(self, context: Context, command: int, failure: Exception) -> ReturnCodes:
+    def _apply_policy(self, context: Context, command: int, failure: Exception) -> ReturnCodes:
         """The verdict in place of the one that a callback has failed to give."""
         traceback.print_exception(failure)
         sys.stderr.flush()
         code = ReturnCodes(self._script.policy)
-        apology = _APOLOGIES.get(code)
-        if apology is not None:
+        reply_codes = _POLICY_REPLIES.get(code)
+        if reply_codes is not None:
             name = (self._script.name or "").translate(_NO_CONTROLS)[:_NAME_SHOWN]
             words = f"pymilter: untrapped exception in {name}"
-            context.set_reply(reply_lines("", *apology, [words]))
+            context.set_reply(reply_lines("", *reply_codes, [words]))
         if code is ReturnCodes.ACCEPT and command == ord("U"):
             return ReturnCodes.CONTINUE  # ACCEPT of an unknown command brings Postfix down
         return code
@@ -207,7 +207,7 @@ def _calling(
 
     def call(*arguments: Any) -> int:
         code = _code(command, callback(connection, *prepare(*arguments)))
-        if code == ReturnCodes.NOREPLY and not context.is_unanswered(command):
+        if code == ReturnCodes.NOREPLY and not context.has_no_reply(command):
             raise InvalidVerdict(f"{NAMES[command]} returned NOREPLY, which was not negotiated")
         # Postfix takes SKIP for "no more of these", and Sendmail knows it of the body alone.
         return ReturnCodes.CONTINUE if code == ReturnCodes.SKIP and command != BODY else code

@@ -105,7 +105,7 @@ class Registration:
         self.policy = TEMPFAIL
         self.socket = ""  # as opensocket() has found it
         self.made = self.deleted = 0  # contexts
-        self.loop: Callable[[], None] = _nobody  # serves until it is told to stop
+        self.loop: Callable[[], None] = _no_loop  # serves until it is told to stop
         self.halt: Callable[[], None] = lambda: None  # tells it
         self._conn = ""
         self._running = self._over = False
@@ -232,7 +232,7 @@ class Registration:
         return self.made, self.deleted
 
 
-def _nobody() -> None:
+def _no_loop() -> None:
     raise MilterLoadError("main() was called where nobody serves")
 
 

@@ -1,4 +1,4 @@
-"""The real daemon on a private socket, for as long as a block of code needs it."""
+"""Run the real daemon on a private socket for the duration of a block of code."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from sharded_milter.errors import (
     UsageError,
 )
 
-# A server on this machine that has not ended by then hangs; workers are killed at once, and a
-# milter in C waits for its connections to end.
+# Seconds from SIGINT to SIGKILL. The daemon kills its workers at once; a milter in C first waits
+# for its connections to end.
 STOP_TIMEOUT = 5.0
 
-# What would end us without leaving the block: a service manager, and a terminal that is closed.
-_ENDED_BY = (signal.SIGTERM, signal.SIGHUP)
+# Signals that would end this process inside the block: from a service manager (TERM), or when the
+# terminal is closed (HUP).
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 _BY_CODE = {
     kind.exit_code: kind
@@ -45,20 +46,20 @@ _BY_POLICY = re.compile(r" error (?P<what>.*); answered by policy$", re.MULTILIN
 
 
 @dataclass(frozen=True)
-class Server:
-    """A running server."""
+class Daemon:
+    """A running daemon."""
 
-    path: str  # or HOST:PORT: what a load client takes
+    path: str  # of its socket; or HOST:PORT, as `load.connect` takes it
     process: subprocess.Popen[bytes]
     log: Path
 
     @property
     def pid(self) -> int:
-        """Of the master."""
+        """The process id of the master."""
         return self.process.pid
 
-    def said(self, since: int = 0) -> str:
-        """Its log from a place on, which is a length of what it had said before."""
+    def log_text(self, since: int = 0) -> str:
+        """Return its log from byte `since` on."""
         with self.log.open("rb") as file:
             file.seek(since)
             return file.read().decode("utf-8", "replace")
@@ -66,7 +67,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Summary:
-    """The log line of a message."""
+    """The log line about one message."""
 
     queue_id: str
     shard: str
@@ -75,7 +76,7 @@ class Summary:
 
 
 def summaries(log: str) -> list[Summary]:
-    """Those of a daemon's log, in order."""
+    """Return the summaries in a daemon's log, in order."""
     return [
         Summary(
             found["queue_id"], found["shard"], float(found["queue_ms"]), float(found["scan_ms"])
@@ -85,35 +86,35 @@ def summaries(log: str) -> list[Summary]:
 
 
 def answered_by_policy(log: str) -> list[str]:
-    """Why the daemon had to answer in the milter's place, each time that it had to."""
+    """Return the reason of each verdict that --on-error or --on-poison gave."""
     return [found["what"] for found in _BY_POLICY.finditer(log)]
 
 
 def lost_workers(log: str) -> list[str]:
-    """Why workers died that served, for each of them."""
+    """Return the reason of each death of a worker that had been ready."""
     return [found["why"] for found in _LOST.finditer(log)]
 
 
 def workers(log: str) -> int:
-    """How many the daemon was to have when it began to serve; 0 where it needs none."""
+    """Return the number of workers in the daemon's `ready` line; 0 if there is no such line."""
     found = _WORKERS.search(log)
     return int(found[1]) if found else 0
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[Server]:
-    """The daemon with these arguments, serving; it is gone when the block is left, however.
+def running(*arguments: str) -> Iterator[Daemon]:
+    """Start the daemon with these arguments, and end it when the block is left.
 
-    Raises a StartError with the daemon's own words and exit code when it does not start.
+    Raise a StartError with the daemon's message and exit code if it does not start.
     """
-    with _signals_leave(), tempfile.TemporaryDirectory(prefix="sharded-milter-") as folder:
+    with _signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="sharded-milter-") as folder:
         path, log = f"{folder}/milter.sock", Path(folder, "log")
         reader, writer = os.pipe()
-        # The environment may have settings of another daemon, the log level among them.
+        # The environment may have settings of another daemon, for example its log level.
         options = ["--listen", f"unix:{path}", "--socket-group=", "--log-level=info"]
-        # Nobody else can reach the socket, so the only mail is that of the user who runs us.
+        # Other users cannot reach the socket, so all mail comes from the user who runs this.
         options.append("--allow-root")
-        if os.geteuid():  # who cannot become the user of a configuration file
+        if os.geteuid():  # this process cannot become the user of a configuration file
             options += ["--user=", "--group="]
         options += [f"--allowed-peers=user:{os.geteuid()}"]
         command = [sys.executable, "-P", "-m", "sharded_milter", *options, "--ready-fd"]
@@ -126,26 +127,26 @@ def running(*arguments: str) -> Iterator[Server]:
                     stdout=output,
                     stderr=output,
                     env={name: os.environ[name] for name in os.environ if name != "JOURNAL_STREAM"},
-                    start_new_session=True,  # a terminal's Ctrl-C is for us to pass on
+                    start_new_session=True,  # Ctrl-C reaches this process only, and `stop` follows
                 )
             finally:
                 os.close(writer)
             try:
                 if not ready.read(1):
-                    _refused(process.wait(), log)
-                yield Server(path, process, log)
+                    _raise_start_error(process.wait(), log)
+                yield Daemon(path, process, log)
             finally:
                 stop(process)
 
 
-def _refused(code: int, log: Path) -> NoReturn:
-    *before, last = log.read_text(errors="replace").splitlines() or ["the server ended"]
+def _raise_start_error(code: int, log: Path) -> NoReturn:
+    *before, last = log.read_text(errors="replace").splitlines() or ["the daemon ended"]
     kind = _BY_CODE.get(code, StartError)
     raise kind(last.removeprefix("sharded-milter: "), "".join(f"{line}\n" for line in before))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends it politely, then whatever is left in its session, also when that is interrupted."""
+    """Send SIGINT to the daemon, then SIGKILL to all processes that are left in its group."""
     process.send_signal(signal.SIGINT)
     try:
         with suppress(subprocess.TimeoutExpired):
@@ -157,14 +158,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _signals_leave() -> Iterator[None]:
-    """Within the block a signal that ends us is an exception, so that nothing is left behind."""
+def _signals_as_exceptions() -> Iterator[None]:
+    """Turn _ENDING_SIGNALS into SystemExit inside the block, so that the daemon is ended too."""
 
     def leave(number: int, _: object) -> NoReturn:
-        sys.exit(128 + number)  # as the shell says it
+        sys.exit(128 + number)  # the exit code that a shell gives for a signal
 
-    # What is ignored stays so: that is what nohup is for.
-    taken = [number for number in _ENDED_BY if signal.getsignal(number) is not signal.SIG_IGN]
+    # A signal that is ignored stays ignored, as nohup wants it.
+    taken = [number for number in _ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, leave) for number in taken}
     try:
         yield

@@ -11,9 +11,8 @@ import psutil
 import pytest
 
 from sharded_milter.errors import MilterLoadError, StartError, UsageError
-from sharded_milter.testing.mta import Mail, MtaClient
-from sharded_milter.testing.server import (
-    Server,
+from sharded_milter.testing.daemon import (
+    Daemon,
     Summary,
     answered_by_policy,
     lost_workers,
@@ -21,6 +20,7 @@ from sharded_milter.testing.server import (
     summaries,
     workers,
 )
+from sharded_milter.testing.mta import Mail, MtaClient
 
 MILTER = """
 from sharded_milter import Message, Milter, Reject
@@ -37,43 +37,43 @@ def milter(folder: Path, line: str = 'return Reject("no")') -> str:
     return f"{path}:milter"
 
 
-def gone(server: Server, pids: list[int]) -> bool:
+def gone(daemon: Daemon, pids: list[int]) -> bool:
     alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(alive, timeout=10)
-    # Whoever is to reap the workers of a server that was killed may not do so.
+    # Whoever is to reap the workers of a daemon that was killed may not do so.
     left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    return not left and not Path(server.path).parent.exists()
+    return not left and not Path(daemon.path).parent.exists()
 
 
 def test_it_serves_and_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOURNAL_STREAM", "8:1")
     monkeypatch.setenv("SHARDED_MILTER_LOG_LEVEL", "error")
-    with running("--workers=1", milter(tmp_path)) as server:
-        pids = [server.pid, *(child.pid for child in psutil.Process(server.pid).children())]
-        before = len(server.said())
-        with MtaClient.to_path(server.path) as mta:
+    with running("--workers=1", milter(tmp_path)) as daemon:
+        pids = [daemon.pid, *(child.pid for child in psutil.Process(daemon.pid).children())]
+        before = len(daemon.log_text())
+        with MtaClient.to_path(daemon.path) as mta:
             mta.deliver(Mail(b"A: b\r\n\r\n", queue_id="Q1"))
-        with MtaClient.to_path(server.path):  # the answer comes before the line, in the same turn
+        with MtaClient.to_path(daemon.path):  # the answer comes before the line, in the same turn
             pass
-        (summary,) = summaries(server.said(before))
+        (summary,) = summaries(daemon.log_text(before))
         assert (summary.queue_id, summary.shard) == ("Q1", "1")
     assert len(pids) == 2
-    assert gone(server, pids)
+    assert gone(daemon, pids)
 
 
 def test_why_the_policy_answered(tmp_path: Path) -> None:
-    with running("--workers=1", milter(tmp_path, "raise ValueError('x')")) as server:
-        with MtaClient.to_path(server.path) as mta:
+    with running("--workers=1", milter(tmp_path, "raise ValueError('x')")) as daemon:
+        with MtaClient.to_path(daemon.path) as mta:
             mta.deliver(Mail(b"A: b\r\n\r\n", queue_id="Q1"))
-        assert answered_by_policy(server.said()) == ["qid=Q1 at eom: ValueError: x"]
-        assert lost_workers(server.said()) == []
+        assert answered_by_policy(daemon.log_text()) == ["qid=Q1 at eom: ValueError: x"]
+        assert lost_workers(daemon.log_text()) == []
 
 
 def test_who_died_is_counted_and_is_no_worker_less_that_was_asked_for(tmp_path: Path) -> None:
-    with running("--workers=2", milter(tmp_path, "import os; os._exit(3)")) as server:
-        with MtaClient.to_path(server.path) as mta:
+    with running("--workers=2", milter(tmp_path, "import os; os._exit(3)")) as daemon:
+        with MtaClient.to_path(daemon.path) as mta:
             mta.deliver(Mail(b"A: b\r\n\r\n", queue_id="Q1"))
-        log = server.said()
+        log = daemon.log_text()
     assert lost_workers(log) == ["exited with code 3"] * len(lost_workers(log)) != []
     assert workers(log) == 2
 
@@ -127,16 +127,16 @@ def untouched() -> Iterator[None]:
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_leave_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
-    with pytest.raises(SystemExit) as caught, running("--workers=1", milter(tmp_path)) as server:
+    with pytest.raises(SystemExit) as caught, running("--workers=1", milter(tmp_path)) as daemon:
         os.kill(os.getpid(), number)
     assert caught.value.code == 128 + number
-    assert gone(server, [server.pid])
+    assert gone(daemon, [daemon.pid])
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("untouched")
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with running("--workers=1", milter(tmp_path)) as server:
+    with running("--workers=1", milter(tmp_path)) as daemon:
         os.kill(os.getpid(), signal.SIGHUP)
-    assert gone(server, [server.pid])
+    assert gone(daemon, [daemon.pid])
