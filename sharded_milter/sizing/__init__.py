@@ -1,1 +1,1 @@
-"""How many workers: a milter under load, what limits it, and what to do about it."""
+"""Measure a milter under load, find what limits it, and recommend a number of workers."""

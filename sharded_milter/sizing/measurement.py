@@ -1,4 +1,4 @@
-"""What one run of a milter under load has shown. PURE."""
+"""The figures of one run of a milter under load. PURE."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from sharded_milter.testing.load import Result
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
-# The parts of the wait for the end of a message. The rest is the master's, the sockets' and this
-# client's.
+# The parts of the wait for the reply to end of message. The rest is spent in the master, the
+# sockets and the load client.
 QUEUE, SCAN, REST = "queue", "scan", "rest"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run; times in seconds."""
+    """The figures of one run; times in seconds."""
 
     workers: int
     cores: int
     connections: int
     load: Result
-    window: float  # in which the CPU times were used; a little more than that of the load
+    window: float  # in which the CPU times were measured; a little longer than the load
     cpu: Cpu
     others: float  # CPU time of everything else on the machine
     memory: ResidentMemory
-    queued: float  # all messages together, at their end
-    scanned: float
-    failed: tuple[str, ...] = ()  # why the policy had to answer, for each message
-    lost: tuple[str, ...] = ()  # why, for each worker that died
+    queued: float  # all messages together, at end of message
+    scanned: float  # likewise
+    failed: tuple[str, ...] = ()  # the reason, for each verdict by policy
+    lost: tuple[str, ...] = ()  # the reason, for each worker that died
 
     @property
     def master_cpu(self) -> float:
-        """Of one message."""
+        """CPU time of the master for one message."""
         return self.cpu.master / self.load.messages
 
     @property
     def workers_cpu(self) -> float:
-        """Of one message."""
+        """CPU time of the workers for one message."""
         return self.cpu.workers / self.load.messages
 
     @property
     def use(self) -> Use:
-        """The averages that tell what limits it."""
+        """The averages from which `bottleneck` finds the limit."""
         seconds, load = self.window, self.load
         early = sum(wait for stage, wait in load.waits.items() if stage is not Stage.EOM)
         return Use(
@@ -65,7 +65,10 @@ class Measurement:
         )
 
     def shares(self) -> dict[str, float]:
-        """Where messages have waited, as shares of all waiting: stages, and parts of the last."""
+        """Return where messages waited, as shares of all waiting time.
+
+        The keys are stages; end of message is divided into `queue`, `scan` and `rest`.
+        """
         waits = {stage.word: wait for stage, wait in self.load.waits.items()}
         end = waits.pop(Stage.EOM.word, 0.0)
         waits = {stage.word: waits[stage.word] for stage in Stage if stage.word in waits}
@@ -77,7 +80,7 @@ class Measurement:
         return {name: wait / total for name, wait in waits.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, under names that stay."""
+        """Return all figures for the --json file. These keys are public and do not change."""
         load, use, limit = self.load, self.use, bottleneck(self.use)
         return {
             "workers": self.workers,

@@ -10,10 +10,10 @@ _FULL, _IDEAL = _EIGHTHS[-1], "┊"
 
 
 def curve(rates: Mapping[int, float], *, width: int, marked: int, ascii_only: bool) -> list[str]:
-    """A bar for each number of workers, as long as its rate, within `width` columns.
+    """Return a line for each number of workers: a bar in proportion to its rate, and the rate.
 
-    A mark stands where the rate would be if every worker added what the first number's did, as
-    long as that is in the picture. An arrow points to the number that is `marked`.
+    Lines have at most `width` columns. A mark shows the rate with linear scaling from the first
+    number, if it fits. An arrow points to the number `marked`.
     """
     counts = [str(workers) for workers in rates]
     figures = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates.values()]

@@ -1,4 +1,4 @@
-"""What a server's processes have used: its own and those below it."""
+"""CPU time and memory of the daemon's processes: the master and its descendants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Cpu:
-    """Seconds of CPU: of the process that the MTA talks to, and of all below it."""
+    """CPU time in seconds: of the master, and of all its descendants."""
 
     master: float
     workers: float
@@ -24,26 +24,26 @@ class Cpu:
 
 @dataclass(frozen=True)
 class ResidentMemory:
-    """Bytes that are resident: of the master, and of an average worker."""
+    """Resident memory in bytes: of the master, and of an average worker."""
 
     master: int
     worker: int
 
 
 def cpu(pid: int) -> Cpu:
-    """What a process and its descendants have used so far, those that have ended included."""
+    """Return the CPU time of a process and its descendants so far, including those that ended."""
     master = psutil.Process(pid)
     own = master.cpu_times()
     workers = own.children_user + own.children_system
     for process in master.children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # its parent counts it from now on
+        with suppress(psutil.NoSuchProcess):  # it has ended, and its parent's times include it
             times = process.cpu_times()
             workers += times.user + times.system + times.children_user + times.children_system
     return Cpu(own.user + own.system, workers)
 
 
 def memory(pid: int) -> ResidentMemory:
-    """What a master and its children have now."""
+    """Return the resident memory of a master and of its children."""
     master = psutil.Process(pid)
     workers = []
     for process in master.children():
@@ -53,8 +53,10 @@ def memory(pid: int) -> ResidentMemory:
 
 
 def machine_cpu() -> float:
-    """Seconds of CPU that everything on the machine has used so far, other virtual machines'
-    share included; 0 where this process may not use all CPUs, so that it says nothing about them.
+    """Return the CPU time, in seconds, of all processes of the machine so far.
+
+    Time that the hypervisor gave to other virtual machines is included. The result is 0 if this
+    process may not use all CPUs: the figure would then say nothing about those it may use.
     """
     if len(os.sched_getaffinity(0)) != os.cpu_count():
         return 0.0
@@ -63,9 +65,10 @@ def machine_cpu() -> float:
 
 
 class Meter:
-    """What a server and the machine have used within a block, and how long that took.
+    """Measures the CPU time of a daemon and of the machine during a block of code.
 
-    Looking at all processes takes some milliseconds, so the time is that between the two looks.
+    Reading the times of all processes takes some milliseconds, so `seconds` is the time between
+    the two readings.
     """
 
     def __init__(self, pid: int) -> None:
@@ -76,7 +79,7 @@ class Meter:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Measures the block, if it is left without an exception."""
+        """Measure the block; nothing is measured if it raises."""
         clock, machine, used = time.perf_counter(), machine_cpu(), cpu(self._pid)
         yield
         self.seconds = time.perf_counter() - clock
@@ -84,10 +87,10 @@ class Meter:
         self.cpu = cpu(self._pid) - used
 
     def others(self, client: float, cores: int) -> float:
-        """Seconds of CPU of everything else; of no more than is left of the cores.
+        """Return the CPU time of all other processes, at most what is left of the cores.
 
-        The clocks of processes tick every 10 ms, so that the sum of many is not exact. 0 where
-        the machine has cores that this process may not use: what they do says nothing about ours.
+        CPU clocks tick every 10 ms, so a sum over many processes is not exact. The result is 0 if
+        the machine has cores that this process may not use.
         """
         if cores != os.cpu_count():
             return 0.0

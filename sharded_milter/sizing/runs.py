@@ -1,4 +1,4 @@
-"""Runs of the real daemon under load, one after the other."""
+"""Run the real daemon under load and measure it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sharded_milter.testing.daemon import (
 from sharded_milter.testing.dialogue import OFFER
 from sharded_milter.testing.load import Result
 
-# Before each measurement: every connection sends a message at least, interpreters and caches warm
-# up.
+# Seconds of load before each measurement. Every connection sends at least one message, so that
+# interpreters and caches are warm.
 WARM_SECONDS = 0.5
 
-# Of the log, where the daemon has failed: the last of it tells why.
+# Lines of the log that are shown if the daemon fails.
 _LAST_LINES = 40
 
 _MS = 1000
@@ -35,7 +35,7 @@ _MS = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: the daemon's arguments but for its workers, and what it is sent."""
+    """What to run: the daemon's arguments except --workers, and the load."""
 
     arguments: tuple[str, ...]
     content: Sequence[Sequence[Packet]]
@@ -45,14 +45,14 @@ class Plan:
     messages: int = load.UNLIMITED
 
     def done(self, seconds: float, answered: int) -> float:
-        """The share of a run that is over."""
+        """Return the share of a run, 0 to 1, that is over."""
         return min(1.0, max(seconds / self.seconds, answered / self.messages))
 
 
 def measure(plan: Plan, count: int, on_progress: Callable[[float, int], object]) -> Measurement:
-    """One run with so many workers; `on_progress` is told how far it is, as by `load.run`.
+    """Measure one run with `count` workers; `on_progress` is called as by `load.run`.
 
-    Raises StartError where the daemon does not start, or fails, or nothing is answered.
+    Raise StartError if the daemon does not start or fails, or if no message gets a verdict.
     """
     with running(f"--workers={count}", *plan.arguments) as daemon, _failures(daemon):
         _warm_up(plan, daemon)
@@ -84,12 +84,13 @@ def measure(plan: Plan, count: int, on_progress: Callable[[float, int], object])
         queued=sum(message.queue_ms for message in messages) / _MS,
         scanned=sum(message.scan_ms for message in messages) / _MS,
         failed=tuple(answered_by_policy(log)),
-        lost=tuple(lost_workers(everything)),  # who died in the warm-up may be missed for long
+        # A worker that died in the warm-up may still be missing in the run.
+        lost=tuple(lost_workers(everything)),
     )
 
 
 def _warm_up(plan: Plan, daemon: Daemon) -> None:
-    """Waits for answers as long as the run would: a milter that is so slow can be measured."""
+    """Send load before the measurement; wait as long as the run would, so slow milters pass too."""
     grace = max(load.GRACE, min(plan.seconds, load.TIMEOUT))
     _check_answered(
         load.run_for(daemon.path, plan.connections, WARM_SECONDS, plan.content, grace), daemon
@@ -97,7 +98,11 @@ def _warm_up(plan: Plan, daemon: Daemon) -> None:
 
 
 def _settle(daemon: Daemon) -> None:
-    """Waits for the last line of the log: the MTA has its answer before, in the same turn."""
+    """Wait until the last verdict is in the log.
+
+    The daemon writes that line after the reply, but in the same reactor iteration; so it is there
+    when a new connection has got its first reply.
+    """
     with load.connect(daemon.path) as sock:
         sock.sendall(OFFER.encode())
         sock.recv(1)
@@ -107,14 +112,16 @@ def _check_answered(result: Result, daemon: Daemon) -> None:
     if not result.messages:
         lost = lost_workers(daemon.log_text())
         raise ConfigError(
-            f"the milter cannot be measured: {result.unanswered:,} messages were sent and none was"
-            " answered" + f"; {len(lost)} workers died, the last: {''.join(lost[-1:])}" * bool(lost)
+            f"the milter cannot be measured: {result.unanswered:,} messages were sent and none got"
+            " a verdict"
+            + f"; {len(lost)} workers died, the last: {''.join(lost[-1:])}"
+            * bool(lost)
         )
 
 
 @contextmanager
 def _failures(daemon: Daemon) -> Iterator[None]:
-    """A daemon that leaves its MTA alone is a StartError with the end of its log."""
+    """Turn errors of the connections into a StartError with the end of the daemon's log."""
     try:
         yield
     except (ConnectionError, TimeoutError) as error:
@@ -125,6 +132,6 @@ def _failures(daemon: Daemon) -> Iterator[None]:
 
 
 def middle(rounds: Sequence[Measurement]) -> Measurement:
-    """The round whose rate is in the middle, the slower one of two."""
+    """Return the round with the median rate; of an even number, the slower of the middle two."""
     rate = median_low([each.load.rate for each in rounds])
     return next(each for each in rounds if each.load.rate == rate)

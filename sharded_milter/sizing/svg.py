@@ -1,7 +1,7 @@
 """Line charts as SVG, readable on light and dark pages, without a plotting library.
 
-Names stand at the ends of their lines instead of in a legend, so that nobody has to match colours;
-colours come from classes, which a reader who prefers dark pages gets in lighter shades.
+The name of a line is written at its end, so that a reader need not match colours with a legend.
+Colours are CSS classes, with lighter shades for readers who prefer dark pages.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from itertools import pairwise
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 176, 76, 56
 
-# Names closer than this would run into each other.
+# Pixels: the least distance of two names.
 LINE_HEIGHT = 17
 
-# Hues that stay apart for colour-blind readers too; the first is ours.
+# Hues that colour-blind readers can tell apart, as (light page, dark page). The first is ours.
 COLOURS = (
     ("#2a78d6", "#5598e7"),
     ("#d9541e", "#f0803f"),
@@ -52,7 +52,7 @@ text { fill: #c9c8c0; }
 
 @dataclass(frozen=True)
 class Line:
-    """One line: a name and a value for each step of the x axis; `flat` ones do not depend on it."""
+    """A name and a value for each step of the x axis. `flat` draws it dashed, without points."""
 
     name: str
     values: Sequence[float]
@@ -61,7 +61,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart whose x axis has equal steps. `log` gives the y axis decades."""
+    """A chart whose x axis has equal steps. `log` makes the y axis logarithmic."""
 
     title: str
     note: str
@@ -71,7 +71,7 @@ class Chart:
     log: bool = False
 
     def svg(self) -> str:
-        """The whole file."""
+        """Return the SVG file."""
         scale = _scale([value for line in self.lines for value in line.values], self.log)
         parts = [*self._frame(), *self._axes(scale), *self._lines(scale), "</svg>", ""]
         return "\n".join(parts)
@@ -141,7 +141,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Scale:
-    """From values to heights."""
+    """Converts values to y coordinates."""
 
     low: float
     high: float
@@ -168,14 +168,14 @@ def _scale(values: Sequence[float], log: bool) -> _Scale:
 
 
 def _step(highest: float) -> float:
-    """The round number that divides the axis into some five parts."""
+    """Return a round number that divides the axis into about five parts."""
     rough = highest / 5
     decade: float = 10.0 ** math.floor(math.log10(rough))
     return next(decade * digit for digit in (1, 2, 2.5, 5, 10) if decade * digit >= rough)
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Heights of names that do not run into each other, near the ends of their lines."""
+    """Return the y coordinates of the names: near their lines, at least LINE_HEIGHT apart."""
     placed = list(heights)
     order = sorted(range(len(placed)), key=lambda index: placed[index])
     for above, below in pairwise(order):

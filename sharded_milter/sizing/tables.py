@@ -1,4 +1,4 @@
-"""What the runs of a milter have shown, as tables for a terminal or a file."""
+"""The figures of runs as tables, for a terminal or a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
-    """Rows with the same keys; numbers to the right."""
+    """Return a table of rows that have the same keys; numbers are right-aligned."""
     made = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1))
     for name, value in rows[0].items():
         justify = "left" if isinstance(value, str) else "right"
@@ -27,7 +27,7 @@ def table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def cell(value: Any) -> str:
-    """A value with as many digits as mean something."""
+    """Return a value as text, with at most three significant digits if it is a float."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -38,7 +38,7 @@ def cell(value: Any) -> str:
 
 
 def tables(runs: Sequence[Measurement]) -> list[Table]:
-    """A line for each run: how fast, what it cost, where messages waited."""
+    """Return tables with a line for each run: latency, CPU time, where messages waited."""
     return [
         table("From MAIL to the verdict, in ms", [_speed(run) for run in runs]),
         table("CPU ms of a message, cores in use", [_cost(run) for run in runs]),
@@ -47,7 +47,7 @@ def tables(runs: Sequence[Measurement]) -> list[Table]:
 
 
 def resident(runs: Sequence[Measurement]) -> str:
-    """The memory of the processes in words."""
+    """Return a sentence with the resident memory of master and worker."""
     master = max(run.memory.master for run in runs) / _MB
     worker = max(run.memory.worker for run in runs) / _MB
     return f"resident memory: master {cell(master)} MB, each worker {cell(worker)} MB"

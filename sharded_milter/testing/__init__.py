@@ -1,1 +1,1 @@
-"""Talking to a milter without an MTA."""
+"""Test a milter without an MTA."""
