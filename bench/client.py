@@ -157,7 +157,7 @@ def _own(address: str, wanted: Load) -> Result:
         wanted.messages or load.UNLIMITED,
         seconds=wanted.seconds or float("inf"),
         content=content,
-        glued=not wanted.separate,
+        coalesced=not wanted.separate,
     )
     if result.unanswered:
         raise SystemExit(f"{result.unanswered} messages were lost")

@@ -68,9 +68,9 @@ ALLOWED: dict[str, set[str]] = {
         ".dialects.spec", ".protocol", ".errors", "twisted", "zope", "click",
     },
     ".cli": {
-        ".cli", ".ops", ".server", ".in_master", ".forks", ".mta", ".dispatch", ".pool", ".testing",
-        ".sizing", ".descriptors", ".dialects", ".prctl", ".protocol", ".errors", ".reactor",
-        ".__version__",
+        ".cli", ".ops", ".alarms", ".server", ".in_master", ".forks", ".mta", ".dispatch", ".pool",
+        ".testing", ".sizing", ".descriptors", ".dialects", ".prctl", ".protocol", ".errors",
+        ".reactor", ".__version__",
         "twisted", "click", "rich", "psutil",
     },
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`sharded-milterctl bench`: how fast a milter is on the real pool, and what limits it."""
+"""`sharded-milterctl bench`: measure a milter with the real daemon, and find what limits it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from sharded_milter.sizing.measurement import Measurement
 from sharded_milter.sizing.runs import Plan, measure
 from sharded_milter.sizing.tables import resident, tables
 
-# Long enough for some hundred scans of a slow milter.
+# Seconds of a measurement: long enough for some hundred scans of a slow milter.
 SECONDS = 10.0
 
 
 @click.command()
 @with_load_options(SECONDS)
 @click.option("--workers", type=Counts(), default=lambda: (usable_cpus(),),
-              show_default="the CPUs it may use", metavar="N,N...",
-              help="Worker processes; several numbers are measured in turn.")  # fmt: skip
+              show_default="one for each usable CPU", metavar="N,N...",
+              help="Number of worker processes. Several numbers are measured one after the"
+              " other.")  # fmt: skip
 def bench(workers: tuple[int, ...], **values: Any) -> int:
-    """Send MILTER as many messages as it takes, and say what limits it.
+    """Send MILTER as many messages as it can answer, and print what limits it.
 
-    MILTER is named as for sharded-milter, which is started with it on a private socket; without
-    one the content scanner is measured. The client behaves as Postfix and runs on this machine
-    too: what it takes of the CPU is printed.
+    MILTER is given as for sharded-milter, which is started with it on a private socket. With no
+    milter given, the content scanner is measured. The load client behaves like Postfix and runs on
+    this machine too: CPU that it uses is unavailable to the milter, so it is printed.
     """
     screen = Screen.make(values["json_path"])
     made = plan(values, workers, SECONDS, screen)
@@ -51,9 +52,9 @@ def bench(workers: tuple[int, ...], **values: Any) -> int:
 def progress(
     screen: Screen, made: Plan, runs: int
 ) -> Iterator[Callable[[str], Callable[[float, int], None]]]:
-    """On a terminal a bar over so many runs; gives what announces the next one.
+    """Show a progress bar over `runs` runs if standard error is a terminal.
 
-    That returns what is told how far this run is.
+    The context is a function that begins the next run and returns its `on_progress`.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -63,7 +64,7 @@ def progress(
     )
     done = -1
     bar = Progress(*columns, console=screen.err, transient=True)
-    # Elsewhere it is not even started: older versions of rich end a disabled bar with a blank line.
+    # Without a terminal the bar is not started: old versions of rich end it with a blank line.
     with bar if screen.err.is_terminal else nullcontext():
         task = bar.add_task("", total=runs, answered=0)
 
@@ -82,7 +83,7 @@ def progress(
 
 
 def warn(screen: Screen, runs: Sequence[Measurement]) -> None:
-    """Says which of the figures are those of failures."""
+    """Print warnings about runs whose figures are distorted by failures."""
     for run in runs:
         with_workers = f"with {some(run.workers)}"
         total = f"of {counted(run.load.messages, 'message')}"
@@ -92,16 +93,14 @@ def warn(screen: Screen, runs: Sequence[Measurement]) -> None:
             why, times = Counter(_without_queue_id(what) for what in run.failed).most_common(1)[0]
             screen.warn(
                 f"warning: {with_workers} the milter failed on {len(run.failed):,} {total}"
-                f" ({counted(times, 'time')}: {why}); their figures are those of failures"
+                f" ({counted(times, 'time')}: {why}); the figures include these failures"
             )
         elif tempfailed := run.load.verdicts.get("tempfail", 0):
-            screen.warn(
-                f"warning: {with_workers} {tempfailed:,} {total} were tempfailed by the milter"
-            )
+            screen.warn(f"warning: {with_workers} the milter tempfailed {tempfailed:,} {total}")
 
 
 def _disturbances(run: Measurement) -> Iterator[str]:
-    """What makes the averages of a run mean less than they seem to."""
+    """Yield the reasons why the averages of a run may mislead."""
     if run.lost:
         why, times = Counter(run.lost).most_common(1)[0]
         yield (
@@ -110,13 +109,11 @@ def _disturbances(run: Measurement) -> Iterator[str]:
         )
     if run.load.unanswered:
         yield (
-            f"{counted(run.load.unanswered, 'message')} had no answer after {run.window:,.1f} s;"
-            " the figures are those of the others"
+            f"{counted(run.load.unanswered, 'message')} had no verdict after {run.window:,.1f} s;"
+            " the figures do not include them"
         )
     if run.load.seconds < MIN_SECONDS:
-        yield (
-            f"only {run.load.seconds:.2g} s were measured: figures of so short a run mean little"
-        )
+        yield f"only {run.load.seconds:.2g} s were measured: this is too short for exact figures"
 
 
 def _without_queue_id(what: str) -> str:

@@ -1,4 +1,4 @@
-"""`sharded-milterctl`: everything around the daemon."""
+"""`sharded-milterctl`: the tools beside the daemon."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ NAME = "sharded-milterctl"
 @click.version_option(__version__, prog_name=NAME)
 @click.pass_context
 def ctl(context: click.Context) -> None:
-    """Try and look after sharded-milter."""
+    """Try, measure and tune sharded-milter."""
     if context.invoked_subcommand is None:
-        # click's own help for no arguments has another place and exit code in each version.
+        # click would print the help itself, but stream and exit code depend on its version.
         click.echo(context.get_help(), err=True)
         context.exit(os.EX_USAGE)
 
@@ -35,5 +35,5 @@ for command in (demo, bench, tune):
 
 
 def main() -> None:
-    """The console script."""
+    """Run the program; this is its entry point."""
     run(ctl, NAME)

@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import click
 
@@ -25,6 +26,26 @@ from sharded_milter.mta.peers import open_socket_warning
 from sharded_milter.ops import config, logs, privileges
 from sharded_milter.prctl import hide_memory
 
+if TYPE_CHECKING:  # they import Twisted, which must not delay the report of an operator's mistake
+    from twisted.python.failure import Failure
+
+    from sharded_milter.alarms import ReactorTime
+    from sharded_milter.dispatch.dispatcher import Dispatcher
+    from sharded_milter.mta.accepting import AcceptReactor
+    from sharded_milter.mta.members import Member
+    from sharded_milter.pool.descendants import Descendants
+    from sharded_milter.pool.shard import Shard
+
+    class DaemonReactor(AcceptReactor, Protocol):
+        """Twisted's reactor, as far as it is used here."""
+
+        def run(self) -> None: ...
+        def stop(self) -> None: ...
+        def callWhenRunning(self, call: Callable[[], object], /) -> object: ...
+        def callFromThread(self, call: Callable[[], object], /) -> object: ...
+        def callInThread(self, call: Callable[[], object], /) -> None: ...
+
+
 NAME = "sharded-milter"
 SCANNER = "sharded_milter.scanner.milter:milter"
 SCANNER_RULES = "SHARDED_MILTER_SCANNER_RULES"
@@ -36,23 +57,23 @@ SCANNER_RULES = "SHARDED_MILTER_SCANNER_RULES"
 def daemon(**values: Any) -> int:
     """Serve MILTER to Postfix or Sendmail with one worker process per CPU.
 
-    MILTER is PACKAGE.MODULE:NAME or FILE.py:NAME. Where no milter is named in any way, the bundled
-    content scanner runs. With --pymilter FILE, an existing pymilter script runs, and the arguments
-    are the script's; put `--` in front of them.
+    MILTER is PACKAGE.MODULE:NAME or FILE.py:NAME. With no milter given, the bundled content
+    scanner runs. With --pymilter FILE, an existing pymilter script runs, and the arguments are
+    passed to the script; put `--` before them.
     Every option is also a key of the --config file and a SHARDED_MILTER_* variable.
     """
     return serve(config.settings_from(values))
 
 
 def serve(settings: config.Settings) -> int:
-    """Runs the service until it is told to stop; returns the exit code.
+    """Run the service until a signal stops it, and return the exit code.
 
-    Raises StartError when it cannot start.
+    Raise StartError if it cannot start.
     """
     specs = worker_specs(settings)
     account = privileges.account(settings.user, settings.group)
     privileges.check(account, unfit_for_root(settings, specs), allow_root=settings.allow_root)
-    gc.disable()  # until it is ready: hardly anything is garbage, and looking takes a tenth of it
+    gc.disable()  # until ready: there is almost no garbage, and collecting takes 1/10 of the start
     logs.begin(settings.log_level)
     open_files = descriptors.raise_limit()  # every MTA connection is one
     with contextlib.ExitStack() as stack:
@@ -72,16 +93,16 @@ def serve(settings: config.Settings) -> int:
             try:
                 return [bound(script_address(wanted))]
             except NotPermitted as error:
-                cure = "; name it with --listen, which root binds" if account else ""
-                raise NotPermitted(f"{error}{cure}") from None
+                remedy = "; give it with --listen, then root binds it" if account else ""
+                raise NotPermitted(f"{error}{remedy}") from None
 
         return _Run(settings, specs, listeners, bind, shares, open_files, warning).run()
 
 
 def switch_user(settings: config.Settings, account: privileges.Account | None) -> None:
-    """Becomes the user that the service runs as, now that everything that root must open is open.
+    """Switch to the user of --user, after everything that only root can open has been opened.
 
-    Raises NotPermitted or SystemRefused.
+    Raise NotPermitted or SystemRefused.
     """
     if account is not None:
         privileges.become(account)
@@ -90,26 +111,32 @@ def switch_user(settings: config.Settings, account: privileges.Account | None) -
 
 
 def unfit_for_root(settings: config.Settings, specs: tuple[str, ...]) -> str:
-    """What of the milters does not run as root: old scripts, and what opens every attachment."""
+    """Return the milter that must not run as root; "" if there is none.
+
+    pymilter scripts and the content scanner must not: they read hostile mail.
+    """
     if settings.pymilter is not None:
         return f"--pymilter {settings.pymilter}"
     return "the content scanner" if any(map(_is_scanner, (*specs, *settings.in_master))) else ""
 
 
 def _is_scanner(spec: str) -> bool:
-    """Whether it is the bundled one, by its module or by its file."""
+    """Return True if `spec` names the bundled scanner, by its module or by its file."""
     where = spec.rpartition(":")[0]
     folder = Path(__file__).parents[1] / "scanner"
     return where.startswith("sharded_milter.scanner.") or folder in Path(where).resolve().parents
 
 
 def script_address(wanted: str) -> ListenAddress:
-    """Where a pymilter script wants to listen, in its own words; the default where it cannot."""
+    """Return the socket that a pymilter script asks for; the default if it names none.
+
+    Raise ConfigError if it is malformed.
+    """
     if wanted.startswith("fd:"):
         from twisted.logger import Logger
 
         Logger().warn(
-            "{wanted} of the script is ignored; it is {default}, or say --listen",
+            "the script's socket {wanted} is ignored, {default} is used; choose with --listen",
             wanted=wanted,
             default=config.DEFAULT_LISTEN,
         )
@@ -121,7 +148,10 @@ def script_address(wanted: str) -> ListenAddress:
 
 
 def worker_specs(settings: config.Settings) -> tuple[str, ...]:
-    """What the workers load; nothing where all milters run in the master."""
+    """Return the milters that the workers load; () if all milters run in the master.
+
+    Raise UsageError if --scanner-rules is given and the content scanner does not run.
+    """
     if settings.pymilter is not None:
         specs: tuple[str, ...] = (settings.pymilter, *settings.milters)
     else:
@@ -130,19 +160,24 @@ def worker_specs(settings: config.Settings) -> tuple[str, ...]:
         specs = (SCANNER,)
     if SCANNER not in specs and settings.scanner_rules:
         names = ", ".join((*settings.in_master, *specs))
-        raise UsageError(f"--scanner-rules is for the scanner, but the milter is {names}")
+        raise UsageError(
+            f"--scanner-rules needs the content scanner, but the milters given are {names}"
+        )
     return specs
 
 
 def shard_maker(
     settings: config.Settings,
     specs: tuple[str, ...],
-    dispatcher: Any,
-    reactor: Any,
+    dispatcher: Dispatcher,
+    reactor: ReactorTime,
     open_files: int,
-    descendants: Any = None,
-) -> Any:
-    """What the pool calls for a new shard; `open_files` is the limit that the operator has set."""
+    descendants: Descendants | None = None,
+) -> Callable[[int, Any], Shard]:
+    """Return the function with which the pool makes a new shard.
+
+    `open_files` is the workers' limit of file descriptors: the limit before the master raised it.
+    """
     from sharded_milter.pool.shard import Shard
     from sharded_milter.pool.spawned import Spawned, WorkerConfig, worker_environment
 
@@ -167,7 +202,7 @@ def shard_maker(
 
 
 def sandbox_of(settings: config.Settings) -> dict[str, Any]:
-    """The arguments of the workers' `Sandbox`."""
+    """Return the arguments of the workers' `Sandbox`."""
     rules = (settings.scanner_rules,) if settings.scanner_rules else ()
     hidden = (settings.keep_dir, config.config_file(), *(each.path for each in settings.listen))
     return {
@@ -179,8 +214,10 @@ def sandbox_of(settings: config.Settings) -> dict[str, Any]:
     }
 
 
-def in_master_members(settings: config.Settings, reactor: Any, counters: Any) -> list[Any]:
-    """The milters that run in this process; raises MilterLoadError."""
+def in_master_members(
+    settings: config.Settings, reactor: ReactorTime, counters: Counter[str]
+) -> list[Member]:
+    """Load the milters that run in this process; raise UsageError or MilterLoadError."""
     from sharded_milter.dialects.loader import load
     from sharded_milter.in_master import InMaster
     from sharded_milter.mta.members import Member
@@ -191,12 +228,12 @@ def in_master_members(settings: config.Settings, reactor: Any, counters: Any) ->
     return [Member(host.manifest, host) for host in hosts]
 
 
-def install_reactor(*, asyncio: bool) -> Any:
-    """Twisted's reactor; until now every mistake was answered without waiting for it.
+def install_reactor(*, asyncio: bool) -> DaemonReactor:
+    """Install and return Twisted's reactor. Call it late: importing Twisted takes time.
 
-    Milters in this process may use asyncio, as in a worker, and TLS. The master itself uses
-    neither, and importing TLS takes an eighth of the time until the workers are started: None is
-    how Python spells that a package, which is optional to Twisted, is not there.
+    Milters in this process may use asyncio and TLS, as in a worker. The master uses neither. A
+    None entry in `sys.modules` blocks the import of pyOpenSSL, which is optional for Twisted and
+    takes an eighth of the time until the workers are started.
     """
     if asyncio:
         from sharded_milter.forks import install_asyncio_reactor
@@ -209,7 +246,7 @@ def install_reactor(*, asyncio: bool) -> Any:
         install()
     from twisted.internet import reactor
 
-    return reactor
+    return cast("DaemonReactor", reactor)
 
 
 class _Run:
@@ -235,13 +272,12 @@ class _Run:
         from sharded_milter.pool.pool import Pool
         from sharded_milter.server import Server
 
-        # Twisted's own clock is the wall clock, which may be set by hours while a deadline runs.
-        clock: Any = reactor
-        clock.seconds = time.monotonic
+        # Twisted uses the wall clock, which an administrator may set while a deadline runs.
+        reactor.seconds = time.monotonic  # type: ignore[method-assign]
         limits = settings.limits
         keep = None
         if settings.keep_dir:
-            keep = KeepDir(Path(settings.keep_dir), settings.keep_quota, clock.callInThread)
+            keep = KeepDir(Path(settings.keep_dir), settings.keep_quota, reactor.callInThread)
         dispatcher = Dispatcher(limits, reactor, keep)
         self._descendants = Descendants(reactor, shares=bool(settings.in_master))
         make_shard = shard_maker(
@@ -253,7 +289,7 @@ class _Run:
         policy = Policy(settings.on_error, settings.on_poison)
         self._settings = settings
         self._warning = warning
-        self._reactor: Any = reactor
+        self._reactor = reactor
         self._log = Logger()
         self._workers = workers
         self._server = Server(
@@ -272,7 +308,7 @@ class _Run:
         self._stopping = False
 
     def run(self) -> int:
-        """Returns the exit code; raises what kept the service from starting."""
+        """Run the reactor and return the exit code; raise StartError if the start failed."""
         self._reactor.callWhenRunning(self._start)
         self._reactor.run()
         self._descendants.finish()
@@ -292,7 +328,8 @@ class _Run:
             signal.SIGTTOU: lambda: server.pool.resize(-1),
             signal.SIGUSR2: server.dump,
         }.items():
-            # Between two turns of the reactor: a handler may interrupt anything.
+            # A signal handler may interrupt any code, so the action waits for its own iteration of
+            # the reactor.
             signal.signal(number, lambda *_, act=act: self._reactor.callFromThread(act))
         started = self._server.start()
         started.addCallbacks(lambda _: self._ready(), self._failed)
@@ -306,8 +343,8 @@ class _Run:
         names = [listener.address.for_postfix(listener.port) for listener in listeners]
         if os.geteuid() == privileges.ROOT:
             self._log.warn(
-                "the service runs as root, and so do milters that read hostile mail; {cure}",
-                cure=privileges.REMEDY,
+                "the service runs as root, and so do milters that read hostile mail; {remedy}",
+                remedy=privileges.REMEDY,
             )
         self._log.info(
             "ready with {n} workers; main.cf: smtpd_milters = {names}",
@@ -322,15 +359,15 @@ class _Run:
             except OSError as error:
                 self._log.warn("--ready-fd {fd}: {why}", fd=fd, why=error.strerror)
         hide_memory()  # from workers, before the first message arrives
-        # What is needed to look at workers, which may be when no descriptor is left.
+        # Imported now, because it may be needed when no file descriptor is left.
         import psutil  # noqa: F401
 
         gc.collect()
-        gc.freeze()  # collections need not look at what stays
+        gc.freeze()  # later collections skip the objects that exist now
         gc.enable()
 
-    def _failed(self, failure: Any) -> None:
-        if not self._stopping:  # else it is no failure: it was told to before it was ready
+    def _failed(self, failure: Failure) -> None:
+        if not self._stopping:  # a service that is stopped before it is ready has not failed
             self._failure = failure.value
             self._stop(True)
 
@@ -341,7 +378,7 @@ class _Run:
             stopped.addCallback(lambda _: self._end())
 
     def _end(self) -> None:
-        """The service is over; a milter's thread that is not must not keep the process."""
+        """Stop the reactor; threads of milters that still run must not keep the process alive."""
         if self._settings.in_master and self._failure is None:
             threads.exit_after(threads.GRACE, os.EX_OK, self._log_threads)
         self._reactor.stop()
@@ -349,7 +386,8 @@ class _Run:
     def _log_threads(self, names: str) -> None:
         self._descendants.finish()
         self._log.warn(
-            "threads of milters in the master have not ended within {n:g} s, and are left: {names}",
+            "threads of milters in the master have not ended within {n:g} s; the process ends"
+            " without them: {names}",
             n=threads.GRACE,
             names=names,
         )
@@ -357,5 +395,5 @@ class _Run:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the program; this is its entry point."""
     run(daemon, NAME)

@@ -1,4 +1,4 @@
-"""`sharded-milterctl demo`: a daemon, sample mail through the real protocol, a table."""
+"""`sharded-milterctl demo`: send sample mail through the real daemon and print a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESULT_HEADER = "X-Scan-Result"
 
 @dataclass(frozen=True)
 class Row:
-    """One sample that went through."""
+    """A sample and its result."""
 
     sample: Sample
     queue_id: str
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def result(self) -> str:
-        """What became of it, in the words of `Sample.expected`."""
+        """The result in the terms of `Sample.expected`; "not scanned" if it has none."""
         match self.outcome.verdict:
             case replies.ReplyCode() | replies.Reject():
                 return "rejected"
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """Whether it is what was expected."""
+        """True if the result is the expected one."""
         return self.result == self.sample.expected
 
 
@@ -55,14 +55,17 @@ def _scan_result(outcome: Outcome) -> str:
 
 @click.command()
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=usable_cpus, help="Worker processes."
+    "--workers",
+    type=click.IntRange(min=1),
+    default=usable_cpus,
+    help="Number of worker processes; by default one for each usable CPU.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True,
-              help="How often every sample is sent.")  # fmt: skip
+              help="How often each sample is sent.")  # fmt: skip
 def demo(workers: int, rounds: int) -> int:
     """Start the content scanner on a private socket and send sample mail through it.
 
-    Exit code 0 if every verdict is the expected one, 1 if not.
+    The exit code is 0 if every verdict is the expected one, else 1.
     """
     console = Console()
     with running("--workers", str(workers)) as daemon:
@@ -81,7 +84,7 @@ def demo(workers: int, rounds: int) -> int:
 def _send_all(
     console: Console, path: str, rounds: int, connections: int
 ) -> tuple[list[Row], float]:
-    """Every sample `rounds` times over that many connections, and how long it took."""
+    """Send each sample `rounds` times; return the results and the seconds that it took."""
     chosen = samples()
     work = [(n, sample) for n, sample in enumerate(chosen * rounds)]
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What `bench` and `tune` take: the milter, the messages, the load, where the figures go."""
+"""The options that `bench` and `tune` share: the milter, the messages, the load, the output."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from sharded_milter.testing.generated import generated
 from sharded_milter.testing.load import UNLIMITED
 from sharded_milter.testing.mail_files import read
 
-# Different ones, so that a milter that remembers what it has scanned has something to do.
+# The number of generated messages. They differ, so that a milter with a cache has work to do.
 GENERATED = 64
 
-# For each worker: one that is scanned, and enough that wait for there to be always a next one.
+# One has the message that is scanned; the others keep messages waiting, so that no worker is idle.
 CONNECTIONS_PER_WORKER = 4
 
-# Of what is no terminal: the widest table.
+# Columns of output that is not a terminal: the width of the widest table.
 WIDTH = 100
 
-# What stands for standard output.
+# The FILE that means standard output.
 STDOUT = Path("-")
 STDOUT_DESCRIPTOR = 1
 
@@ -60,14 +60,16 @@ class Counts(ParamType):
         pieces = [piece.strip() for piece in str(value).split(",")]
         counts = [int(piece) for piece in pieces if piece.isascii() and piece.isdigit()]
         if len(counts) < len(pieces) or 0 in counts:
-            self.fail(f"{value!r} is not a number of workers, or several with commas", param, ctx)
+            self.fail(
+                f"{value!r} is not a number of workers, or several separated by commas", param, ctx
+            )
         return tuple(dict.fromkeys(counts))
 
 
 class OutputFile(click.Path):
-    """A file that can be written; said before minutes are spent on what is to be in it.
+    """A file that can be written. This is checked before the measurement, which takes minutes.
 
-    `-`, where it is allowed, is standard output.
+    `-` is standard output, if `allow_dash`.
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -82,32 +84,33 @@ class OutputFile(click.Path):
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.argument("milters", metavar="[MILTER]...", nargs=-1),
     click.option("--pymilter", type=click.Path(), metavar="FILE",
-                 help="Measure an existing pymilter script; the arguments are the script's."),
+                 help="Measure an existing pymilter script; the arguments are passed to it."),
     click.option("--in-master", multiple=True, metavar="MILTER",
-                 help="A milter that runs in the master, as for the daemon."),
+                 help="A milter that runs in the master, as for sharded-milter."),
     click.option("--config", type=click.Path(), metavar="FILE",
-                 help="The daemon's configuration file; its sockets and workers are not used."),
+                 help="Configuration file of sharded-milter. Its sockets and its number of"
+                 " workers are not used."),
     click.option("--messages", type=click.Path(exists=True, path_type=Path), metavar="PATH",
-                 help="A directory of .eml files, a Maildir, an mbox file, or one message; by"
-                 f" default {GENERATED} made-up messages of 10 KB."),
+                 help="Messages to send: a directory of .eml files, a Maildir, an mbox file, or"
+                 f" one message. By default {GENERATED} generated messages of 10 KB."),
     click.option("--connections", type=click.IntRange(min=1), metavar="N",
-                 help="MTA connections that send without a pause; by default"
-                 f" {CONNECTIONS_PER_WORKER} for each worker of the largest number."),
+                 help="MTA connections at a time, each with one message after the other. By"
+                 f" default {CONNECTIONS_PER_WORKER} for each worker of the largest number."),
     click.option("--count", type=click.IntRange(min=1), metavar="N",
-                 help="Messages of each measurement, instead of --seconds."),
+                 help="Number of messages of each measurement, instead of --seconds."),
     click.option("--json", "json_path", type=OutputFile(dir_okay=False, allow_dash=True),
-                 metavar="FILE", help="Write all figures there too; - is standard output, and"
-                 " the tables then go to standard error."),
+                 metavar="FILE", help="Write all figures to this JSON file. With -, they are"
+                 " written to standard output, and the tables to standard error."),
 )  # fmt: skip
 
 
 def with_load_options(seconds: float) -> Callable[[F], F]:
-    """Decorates a click command so that it is called with what `plan` takes."""
+    """Decorate a click command with the options that `plan` takes."""
     of_each = click.option(
         "--seconds",
         type=Seconds(min=0, min_open=True),
         metavar="S",
-        help=f"How long each measurement takes; {seconds:g} by default.",
+        help=f"Seconds of each measurement. By default {seconds:g}.",
     )
     return lambda command: reduce(
         lambda decorated, option: option(decorated), reversed((*OPTIONS, of_each)), command
@@ -116,16 +119,16 @@ def with_load_options(seconds: float) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class Screen:
-    """Where results go, and where what is only for the eye: bars and warnings."""
+    """`out` takes the results; `err` takes progress bars and warnings."""
 
     out: Console
     err: Console
 
     @classmethod
     def make(cls, json_path: Path | None = None) -> Screen:
-        """Both, as wide as they are; where that means nothing, as wide as a table needs.
+        """Return a screen; output that is not a terminal is WIDTH columns wide.
 
-        Figures on standard output have it for themselves.
+        If the JSON figures go to standard output, the results go to standard error.
         """
 
         def console(stderr: bool) -> Console:
@@ -137,34 +140,34 @@ class Screen:
         return cls(console(json_path == STDOUT), console(True))
 
     def print_line(self, line: str) -> None:
-        """A line of the result; wrapped only where it is read at once."""
+        """Print a line of the result; it is wrapped only on a terminal. Raise NotWritten."""
         self.print(line, soft_wrap=not self.out.is_terminal)
 
     def print(self, what: RenderableType, *, soft_wrap: bool = False) -> None:
-        """A part of the result; raises NotWritten."""
+        """Print a part of the result; raise NotWritten."""
         try:
             self.out.print(what, soft_wrap=soft_wrap)
         except OSError as error:
             raise _not_written("standard output", error) from None
 
     def warn(self, line: str) -> None:
-        """A line about the result."""
+        """Print a warning."""
         self.err.print(line, soft_wrap=not self.err.is_terminal)
 
 
 def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: Screen) -> Plan:
-    """What is to be run, and a line about it; raises UsageError."""
+    """Return what to run, and print a line about it; raise UsageError."""
     if values["count"] and values["seconds"]:
-        raise UsageError("--count and --seconds exclude each other")
+        raise UsageError("--count and --seconds cannot be given together")
     if in_master_only(values) and _is_given("workers"):
-        raise UsageError("a milter in the master has no workers; leave --workers out")
+        raise UsageError("a milter in the master has no workers; leave out --workers")
     connections = values["connections"] or CONNECTIONS_PER_WORKER * max(counts)
     descriptors.check_limit(connections, max(counts))
     mails = _mails(values["messages"], screen)
     cores = usable_cpus()
     until = values["seconds"] or seconds
     size = sum(len(mail.raw) for mail in mails) / len(mails)
-    what = counted(len(mails), f"{'different' if values['messages'] else 'made-up'} message")
+    what = counted(len(mails), f"{'different' if values['messages'] else 'generated'} message")
     screen.print_line(
         f"{what} of {_size(size)} on average over {counted(connections, 'connection')},"
         f" {values['count'] or f'{until:g} s'} each; {counted(cores, 'core')}"
@@ -176,12 +179,12 @@ def plan(values: dict[str, Any], counts: Sequence[int], seconds: float, screen: 
 
 
 def in_master_only(values: dict[str, Any]) -> bool:
-    """Whether no milter is for workers."""
+    """Return True if all milters run in the master."""
     return bool(values["in_master"]) and not values["milters"] and not values["pymilter"]
 
 
 def _is_given(option: str) -> bool:
-    """Whether the operator gave it."""
+    """Return True if the option was given, on the command line or as a variable."""
     return click.get_current_context().get_parameter_source(option) not in (
         ParameterSource.DEFAULT,
         None,
@@ -202,7 +205,7 @@ def _mails(path: Path | None, screen: Screen) -> Sequence[Mail]:
 
 
 def _arguments(values: dict[str, Any]) -> tuple[str, ...]:
-    """The daemon's."""
+    """Return the arguments of the daemon."""
     options = [f"--{name}={values[name]}" for name in ("config", "pymilter") if values[name]]
     options += [f"--in-master={milter}" for milter in values["in_master"]]
     return (*options, "--", *values["milters"]) if values["milters"] else tuple(options)
@@ -211,7 +214,7 @@ def _arguments(values: dict[str, Any]) -> tuple[str, ...]:
 def save(
     path: Path | None, made: Plan, runs: Sequence[Measurement], more: dict[str, Any] | None = None
 ) -> None:
-    """Writes the figures with what they depend on, if there is a path."""
+    """Write the figures, and the machine and load that they depend on; nothing without a path."""
     if path is None:
         return
     content = {
@@ -231,7 +234,7 @@ def save(
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file, or to standard output; raises NotWritten."""
+    """Write a file, or to standard output; raise NotWritten."""
     try:
         if path == STDOUT:
             sys.stdout.write(text)
@@ -244,7 +247,7 @@ def write(path: Path, text: str) -> None:
 
 def _not_written(where: str, error: OSError) -> NotWritten:
     if where == "standard output":
-        # What is still in its buffer must not fail again at the end, with a traceback.
+        # Python writes its buffer again at exit, and must not fail then with a traceback.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), STDOUT_DESCRIPTOR)
     return NotWritten(f"{where}: {error.strerror}")

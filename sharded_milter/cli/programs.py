@@ -1,4 +1,4 @@
-"""What both programs share: every error of the operator is one line and an exit code."""
+"""Run a click command as a program: an operator's mistake gives one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sharded_milter.ops.config import ENVIRONMENT_PREFIX, origin_of
 
 
 def run(command: click.Command, name: str) -> NoReturn:
-    """Runs a click command as a program and exits with its code, by sysexits(3).
+    """Run a click command as a program, and exit with the code that it returns.
 
-    What the command returns is the exit code. A StartError is printed as one line, below the
-    author's traceback when it has one; a usage error likewise, with 64, or 78 where the bad value
-    came from a file or the environment. Anything else is our bug and keeps its traceback.
+    A StartError is printed as one line, after the author's traceback if it has one; its exit code
+    is that of sysexits(3). A usage error has exit code 64, or 78 if the bad value came from a file
+    or the environment. Any other exception is a defect of this package and keeps its traceback.
     """
     try:
         code = command.main(
@@ -32,10 +32,10 @@ def run(command: click.Command, name: str) -> NoReturn:
         code = error.exit_code
         report(name, str(error))
     except (click.Abort, KeyboardInterrupt):
-        code = 130  # as the shell says it of a program ended by SIGINT
+        code = 130  # the exit code that a shell gives for SIGINT
     sys.exit(code or 0)
 
 
 def report(name: str, message: str) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)

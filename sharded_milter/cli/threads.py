@@ -1,6 +1,6 @@
-"""Threads of milters that run in the master: none of them holds up the end of the service.
+"""End the process even if threads of milters in the master still run.
 
-Python and Twisted wait for threads that are not daemons, and for those of pools, for ever.
+Python and Twisted would wait without a limit for non-daemon threads and those of thread pools.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-# How long threads have to end once the service has, seconds: as long as a worker.
+# Seconds that threads have to end after the service has ended: as long as a worker has.
 GRACE = 5.0
 
 
 def exit_after(grace: float, code: int, say: Callable[[str], object]) -> None:
-    """Ends the process that long from now, unless it has ended by itself; `say` tells why."""
+    """End the process with `code` in `grace` seconds, unless it has ended before.
+
+    `say` is called before that with the names of the threads that still run.
+    """
     own = threading.current_thread()
 
     def leave() -> None:
@@ -37,7 +40,7 @@ def exit_after(grace: float, code: int, say: Callable[[str], object]) -> None:
 
 
 def describe_threads(threads: Iterable[threading.Thread]) -> str:
-    """The names of threads, with what they run where that is known."""
+    """Return the names of threads, with the function that each runs if it is known."""
     return ", ".join(sorted(_describe(thread) for thread in threads)) or "none"
 
 

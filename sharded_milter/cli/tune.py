@@ -1,4 +1,4 @@
-"""`sharded-milterctl tune`: how many workers to run, and how far one master carries."""
+"""`sharded-milterctl tune`: recommend a number of workers, and find the limit of one master."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from sharded_milter.sizing.runs import Plan, measure, middle
 from sharded_milter.sizing.svg import Chart, Line
 from sharded_milter.sizing.tables import tables
 
-# Of each measurement; the rounds make up for its being short.
+# Seconds of each measurement. It is short, because each number is measured in several rounds.
 SECONDS = 3.0
 
-# In turn, so that a busy minute hits all numbers of workers; the middle one of three is none that
-# was hit.
+# How often each number is measured. A busy minute of the machine disturbs one round of each number
+# rather than all rounds of one, and the median of three ignores it.
 ROUNDS = 3
 
-# The figures at the right belong to the bars at the left, also on a wide terminal.
+# Columns of the curve, also on a wider terminal: the figures must stay close to their bars.
 PLOT_WIDTH = 80
 
 
@@ -48,25 +48,25 @@ PLOT_WIDTH = 80
     default=lambda: tuple(sweep(usable_cpus())),
     show_default="1 to twice the CPUs",
     metavar="N,N...",
-    help="The numbers of worker processes to try.",
+    help="Numbers of worker processes to try.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=ROUNDS,
     show_default=True,
-    help="How often each is measured; the middle one counts.",
+    help="How often each number is measured; the median counts.",
 )
 @click.option("--svg", type=OutputFile(dir_okay=False), metavar="FILE",
-              help="Draw the scaling curve there.")  # fmt: skip
+              help="Write the scaling curve to this SVG file.")  # fmt: skip
 def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any) -> int:
     """Try several numbers of workers with MILTER and recommend one.
 
     Prints the scaling curve, what limits the recommended number, and the message rate above
-    which one master is not enough. MILTER is named as for sharded-milter.
+    which one master is not enough. MILTER is given as for sharded-milter.
     """
     if in_master_only(values):
-        raise UsageError("a milter in the master has no workers whose number could be tuned")
+        raise UsageError("a milter in the master has no workers, so there is nothing to tune")
     screen = Screen.make(values["json_path"])
     counts = tuple(sorted(workers))
     made = plan(values, counts, SECONDS, screen)
@@ -80,7 +80,9 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
     _advise(screen, runs[best], best, limit)
     if rising(rates):
         further = f"{2 * best},{4 * best}"
-        screen.print_line(f"still rising at the largest number tried; try --workers {further}")
+        screen.print_line(
+            f"the rate still rises at the largest number tried; try --workers {further}"
+        )
     warn(screen, list(runs.values()))
     _warn_of_others(screen, _others(runs.values()), made.cores)
     if svg is not None:
@@ -96,7 +98,7 @@ def tune(workers: tuple[int, ...], rounds: int, svg: Path | None, **values: Any)
 def _sweep(
     screen: Screen, made: Plan, counts: tuple[int, ...], rounds: int
 ) -> dict[int, Measurement]:
-    """The middle round of each number of workers."""
+    """Measure each number of workers in several rounds; return the median round of each."""
     every: dict[int, list[Measurement]] = {count: [] for count in counts}
     with progress(screen, made, rounds * len(counts)) as next_run:
         for number in range(rounds):
@@ -120,7 +122,7 @@ def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | No
     )
     screen.print_line(f"bottleneck with {some(best)}: {bottleneck(run.use)}")
     if limit is None:
-        screen.print_line("the master used too little CPU to tell how far it carries")
+        screen.print_line("the master used too little CPU to compute its limit")
         return
     screen.print_line(
         f"one master becomes the limit at about {limit.rate:,.0f} messages/s of this kind"
@@ -131,7 +133,7 @@ def _advise(screen: Screen, run: Measurement, best: int, limit: MasterLimit | No
 
 
 def _others(runs: Iterable[Measurement]) -> float:
-    """Cores that the milter would have used; scans that wait for something else use none."""
+    """Return the most cores that other programs used in runs that were limited by the CPU."""
     return max(
         (run.use.others for run in runs if bottleneck(run.use).limit is not Limit.QUEUE),
         default=0.0,
@@ -141,13 +143,13 @@ def _others(runs: Iterable[Measurement]) -> float:
 def _warn_of_others(screen: Screen, others: float, cores: int) -> None:
     if others >= NOTABLE_SHARE * cores:
         screen.warn(
-            f"warning: other programs used up to {others:.1f} of {cores} cores; more workers then"
-            " only win a larger part of what is left, so tune again when the machine is idle"
+            f"warning: other programs used up to {others:.1f} of {cores} cores; this makes more"
+            " workers seem better than they are, so tune again when the machine is idle"
         )
 
 
 def chart(rates: Mapping[int, float], made: Plan) -> Chart:
-    """Messages a second against workers, and what they would be if each added the same."""
+    """Return a chart of the message rate by number of workers, with linear scaling beside it."""
     first = min(rates)
     ideal = [rates[first] * count / first for count in rates]
     what = " ".join(made.arguments).removeprefix("-- ") or "content scanner"

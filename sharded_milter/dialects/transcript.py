@@ -46,7 +46,7 @@ from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, PAYLOAD
 _MACRO_ORDER = b"CHMRTNE"
 
 _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
-# EnvelopeReader that are kept read: more conversations than one worker has before their content.
+# Envelopes that are kept read: more conversations than one worker has before their content.
 MAX_ENVELOPES = 64
 
 _HEADER, _REFUSED = HeaderCommand.letter[0], Reject.letter[0]

@@ -1,8 +1,8 @@
-"""The configuration: one table of options, each also a key in the file and a variable.
+"""The configuration: one table of options. Each is also a key of the file and a variable.
 
-Defaults < file < environment < command line. The file is TOML; a key is the option's name
-without its dashes (`eom-deadline = 60`), and one of a table is joined to the table's name
-(`[scanner] rules = "/etc/rules"` is `--scanner-rules`). The file is long because the table is.
+The command line overrides the environment, which overrides the file, which overrides the defaults.
+The file is TOML. A key is the option's name without the leading dashes (`eom-deadline = 60`); the
+name of a table is joined to its keys (`[scanner] rules = "/etc/rules"` is `--scanner-rules`).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ else:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything an operator can say, checked."""
+    """The values of all options, checked."""
 
-    milters: tuple[str, ...]  # or the arguments of the script
+    milters: tuple[str, ...]  # with `pymilter`, the arguments of the script
     pymilter: str | None
     in_master: tuple[str, ...]
     listen: tuple[ListenAddress, ...]
@@ -93,7 +93,7 @@ class OctalMode(ParamType):
 
 
 class CpuList(ParamType):
-    """`none`, `spread` (all that this process may use), or CPU numbers as taskset takes them."""
+    """`none`, `spread` (all CPUs that this process may use), or a list of CPUs such as 0-3,8."""
 
     name = "cpus"
 
@@ -111,12 +111,16 @@ class CpuList(ParamType):
         except ValueError:
             cpus = []
         if not cpus or not set(cpus) <= set(usable):
-            self.fail(f"{value!r} is not a list of CPUs out of {usable}", param, ctx)
+            self.fail(
+                f"{value!r} is not none, spread or a list such as 0-3,8 of the CPUs {usable}",
+                param,
+                ctx,
+            )
         return tuple(cpus)
 
 
 class WordList(ParamType):
-    """WordList out of a list, with commas between them."""
+    """Words from a list, separated by commas."""
 
     name = "words"
 
@@ -131,20 +135,20 @@ class WordList(ParamType):
         words = tuple(dict.fromkeys(word.strip() for word in str(value).split(",")))
         if not set(words) <= set(self._known):
             known = " or ".join(self._known)
-            self.fail(f"{value!r} is not {known}, or several with commas", param, ctx)
+            self.fail(f"{value!r} is not {known}, or both with a comma", param, ctx)
         return words
 
 
-# How workers are shut in, and what can be allowed to them there.
+# When workers are sandboxed, and the permissions that --sandbox-allow can give them.
 SANDBOXES = ("auto", "on", "off")
 SANDBOX_ALLOW = ("network", "subprocess")
 
-# Copies of poisonous messages: a dozen large ones.
+# Bytes of all copies of poisonous messages: about ten large messages.
 KEEP_QUOTA = 256 * 1024 * 1024
 
 
 class Seconds(click.FloatRange):
-    """A time that ends."""
+    """A finite number of seconds."""
 
     name = "seconds"
 
@@ -156,7 +160,7 @@ class Seconds(click.FloatRange):
 
 
 class Parsed(ParamType):
-    """What `parse` understands, or refuses with a UsageError."""
+    """A value that `parse` converts; it raises UsageError for a bad one."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -173,46 +177,80 @@ _MILTER = Parsed("milter", checked_spec)
 _SECONDS = Seconds(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)
 
-# TOML reads 0o660 as the number 432, refuses 0660, and means 660 by 660; chmod means the same by
-# all three. So a mode's digits are read as a string: only a number with a leading 0 needs that.
+# Finds a socket mode with a leading 0, to put it in quotes. TOML reads 0o660 as the number 432 and
+# refuses 0660, but chmod takes 660, 0660 and 0o660 as the same mode.
 _MODE = re.compile(
     r"""((?:^|[{,])[ \t]*["']?(?:socket["']?[-_.]["']?)?mode["']?[ \t]*=[ \t]*)(0\w+)""",
     re.MULTILINE,
 )
 
-# What may be given several times.
+# Options that may be given several times.
 _REPEATABLE = ("listen", "milters", "in_master", "allowed_peers", "sandbox_read", "sandbox_write")
 
-# The limits that an operator may set, with what they mean.
+# The options for `Limits`, with their types and help texts.
 _LIMITS: Mapping[str, tuple[Any, str]] = {
-    "command_deadline": (_SECONDS, "Seconds for the answer to a command before the content."),
-    "eom_deadline": (_SECONDS, "Seconds for the answer to a whole message."),
-    "queue_wait": (_SECONDS, "Seconds that a message may wait for a worker."),
-    "max_queue": (click.IntRange(min=0), "How many messages may wait for a worker."),
-    "reserve": (click.IntRange(min=0), "Workers that large scans leave to light callbacks."),
-    "max_messages": (click.IntRange(min=0), "Answers after which a worker is replaced; 0: never."),
+    "command_deadline": (
+        _SECONDS,
+        "Seconds in which a milter must answer a command before end of message; then --on-error.",
+    ),
+    "eom_deadline": (
+        _SECONDS,
+        "Seconds in which a milter must answer at end of message, with the time in the queue;"
+        " then --on-error, and its worker is killed.",
+    ),
+    "queue_wait": (_SECONDS, "Seconds that a message may wait for a worker; then it gets 451."),
+    "max_queue": (
+        click.IntRange(min=0),
+        "Messages that may wait for a worker at a time; more get 451.",
+    ),
+    "reserve": (
+        click.IntRange(min=0),
+        "Number of workers that run no heavy callbacks, so that light ones need not wait.",
+    ),
+    "max_messages": (
+        click.IntRange(min=0),
+        "Replace a worker after this number of answers; 0: never.",
+    ),
     "worker_lifetime": (
         Seconds(min=0),
-        "Seconds after which a worker is replaced; 0: never.",
+        "Replace a worker after this number of seconds; 0: never.",
     ),
     "worker_max_rss": (
         click.IntRange(min=0),
-        "Bytes of memory above which a worker is replaced; 0: never.",
+        "Replace a worker whose resident memory exceeds this number of bytes; 0: never.",
     ),
-    "max_connections": (_COUNT, "MTA connections at a time; more are told to come back."),
-    "max_inflight_bytes": (_COUNT, "Bytes held for MTAs; above it new messages get a 452."),
-    "retries": (click.IntRange(min=0), "How often a message goes on when its worker died."),
-    "worker_start_timeout": (_SECONDS, "Seconds for a worker to import the milter."),
-    "idle_timeout": (_SECONDS, "Seconds after which a silent MTA connection is closed."),
-    "graceful_timeout": (_SECONDS, "Seconds for open sessions to end on TERM."),
-    "progress_interval": (_SECONDS, "Seconds between signs of life to a waiting MTA."),
+    "max_connections": (_COUNT, "MTA connections at a time; more are refused with 451."),
+    "max_inflight_bytes": (
+        _COUNT,
+        "Bytes of memory for messages in progress; above it new messages get 452.",
+    ),
+    "retries": (
+        click.IntRange(min=0),
+        "How often a message is scanned again after its worker died; then --on-error.",
+    ),
+    "worker_start_timeout": (
+        _SECONDS,
+        "Seconds in which a worker must import the milter; then it is killed.",
+    ),
+    "idle_timeout": (
+        _SECONDS,
+        "Close an MTA connection on which nothing has arrived for this number of seconds.",
+    ),
+    "graceful_timeout": (
+        _SECONDS,
+        "Seconds that open sessions may go on after TERM; then they get 451.",
+    ),
+    "progress_interval": (
+        _SECONDS,
+        "Seconds between two PROGRESS replies to an MTA that waits for a verdict.",
+    ),
     "max_data_size": (
         click.Choice(tuple(DATA_SIZES)),
         "Bytes of the largest packets, if the MTA offers more than 64K (smfi_setmaxdatasize).",
     ),
     "max_message_size": (
         _COUNT,
-        "Bytes of the largest message, with envelope and macros; more gets a 552.",
+        "Bytes of the largest message, with envelope and macros; larger ones get 552.",
     ),
 }
 
@@ -240,30 +278,31 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--listen",
         type=Parsed("socket", parse_listen),
         multiple=True,
-        show_default=f"that of the script, or {DEFAULT_LISTEN}",
+        show_default=f"the script's, or {DEFAULT_LISTEN}",
         metavar="SOCKET",
-        help="inet:PORT@HOST, inet:HOST:PORT or unix:/PATH; may be given several times.",
+        help="Socket for MTAs: inet:PORT@HOST, inet:HOST:PORT or unix:/PATH. May be given several"
+        " times.",
     ),
     click.option(
         "--in-master",
         type=_MILTER,
         multiple=True,
         metavar="MILTER",
-        help="A light, asynchronous milter that runs in the master, before those in the workers;"
-        " may be given several times.",
+        help="A light, asynchronous milter that runs in the master. Its functions are called"
+        " before those in the workers. May be given several times.",
     ),
     click.option(
         "--workers",
         type=_COUNT,
         default=usable_cpus,
-        show_default="the CPUs it may use",
-        help="Worker processes.",
+        show_default="one for each usable CPU",
+        help="Number of worker processes.",
     ),
     click.option(
         "--scanner-rules",
         metavar="DIR",
         type=click.Path(),
-        help="A directory of YARA rules (*.yar) for the content scanner, beside its own.",
+        help="Directory with YARA rules (*.yar) for the content scanner, in addition to its own.",
     ),
     click.option(
         "--socket-mode",
@@ -273,66 +312,70 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Permissions of a UNIX socket.",
     ),
     click.option(
-        "--socket-group", default="", metavar="GROUP", help="Group of a UNIX socket: postfix."
+        "--socket-group",
+        default="",
+        metavar="GROUP",
+        help="Group of a UNIX socket, for example postfix.",
     ),
     click.option(
         "--user",
         default="",
         metavar="USER",
-        help="Whom master and workers run as, by name or number, when the service is started as"
-        " root: it binds its sockets first.",
+        help="If started as root, run master and workers as this user (name or number). The"
+        " sockets are bound before that.",
     ),
     click.option(
         "--group",
         default="",
         metavar="GROUP",
-        help="That user's group, by name or number; its own by default.",
+        help="Group of --user (name or number). By default the user's own group.",
     ),
     click.option(
         "--allow-root",
         is_flag=True,
-        help="Run --pymilter and the content scanner as root too.",
+        help="Allow --pymilter and the content scanner to run as root.",
     ),
     click.option(
         "--allowed-peers",
         type=Parsed("peers", parse_peers),
         multiple=True,
         metavar="PEER,...",
-        help="Who may connect: networks (192.0.2.0/24, ::1) to inet: sockets, user:NAME and"
-        " group:NAME to UNIX sockets; all others hear 451. May be given several times.",
+        help="Peers that may connect: networks (192.0.2.0/24, ::1) to inet: sockets, user:NAME"
+        " and group:NAME to UNIX sockets. All others get 451. May be given several times.",
     ),
     click.option(
         "--on-error",
         type=click.Choice(CHOICES),
         default="tempfail",
         show_default=True,
-        help="What the MTA hears when a milter fails on a message.",
+        help="Verdict on a message on which a milter fails.",
     ),
     click.option(
         "--on-poison",
         type=click.Choice(CHOICES),
         default="tempfail",
         show_default=True,
-        help="What the MTA hears about a message that has killed two workers.",
+        help="Verdict on a message that has killed two workers.",
     ),
     click.option(
         "--keep-dir",
         type=click.Path(exists=True, file_okay=False, writable=True),
         metavar="DIR",
-        help="Where copies of such messages are kept; none by default.",
+        help="Directory for copies of messages that have killed two workers. By default no copy"
+        " is kept.",
     ),
     click.option(
         "--keep-quota",
         type=click.IntRange(min=0),
         default=KEEP_QUOTA,
         show_default=True,
-        help="Bytes of all copies.",
+        help="Disk quota of --keep-dir, in bytes.",
     ),
     click.option(
         "--join-retries",
         is_flag=True,
-        help="When a client repeats a message whose scan has run for 10 s, the repeat waits for"
-        " that scan's answer. The milter then saw only the first one's queue id.",
+        help="If a client sends a message again whose scan has run for 10 s, give the second one"
+        " the verdict of that scan. The milter then has only the queue id of the first.",
     ),
     *map(_limit_option, _LIMITS),
     click.option(
@@ -340,29 +383,31 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=CpuList(),
         default="none",
         show_default=True,
-        help="Pin workers to CPUs: none, spread, or a list such as 0-3,8.",
+        help="CPUs for workers: none (no pinning), spread (over all CPUs), or a list such as"
+        " 0-3,8.",
     ),
     click.option(
         "--nice",
         type=click.IntRange(0, 19),
         default=0,
         show_default=True,
-        help="How much lower the priority of workers is.",
+        help="Niceness that is added to workers; a higher number gives them less CPU time.",
     ),
     click.option(
         "--worker-memory-limit",
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Bytes of address space of a worker, a hard limit; 0: none.",
+        help="Hard limit on the address space of a worker, in bytes; 0: no limit.",
     ),
     click.option(
         "--sandbox",
         type=click.Choice(SANDBOXES),
         default="auto",
         show_default=True,
-        help="Shut workers in once their milters are imported. auto: those of the content scanner"
-        " and of milters that opt in, as far as the machine can; on: all, or do not start.",
+        help="Sandbox the workers after their milters are imported. auto: only for the content"
+        " scanner and milters that opt in, with what the kernel supports. on: all workers; the"
+        " service does not start if the kernel cannot do it.",
     ),
     *(
         click.option(
@@ -370,7 +415,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
             type=click.Path(exists=True, resolve_path=True),
             multiple=True,
             metavar="PATH",
-            help=f"A file or folder that sandboxed workers may {text}; may be given several times.",
+            help=f"File or folder that sandboxed workers may {text}. May be given several times.",
         )
         for word, text in (("read", "read"), ("write", "read and write"))
     ),
@@ -379,21 +424,21 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=WordList(SANDBOX_ALLOW),
         default=(),
         metavar="WORDS",
-        help="What sandboxed workers may use: network (IP, no UNIX sockets), subprocess, or both"
-        " with a comma.",
+        help="Permissions of sandboxed workers: network (IP, no UNIX sockets), subprocess, or"
+        " both with a comma.",
     ),
     click.option(
         "--log-level",
         type=click.Choice(LEVELS),
         default="info",
         show_default=True,
-        help="The least severe messages that are logged.",
+        help="Minimum severity of logged messages.",
     ),
     click.option(
         "--ready-fd",
         type=click.IntRange(min=0),
         metavar="N",
-        help="Write a newline to this descriptor when the service is ready.",
+        help="Write a newline to this file descriptor when the service is ready.",
     ),
     click.option(
         "--config",
@@ -402,15 +447,15 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         is_eager=True,
         expose_value=False,
         callback=lambda context, _, path: _use_file(context, path),
-        help="A TOML file with any of these options.",
+        help="TOML file with any of these options.",
     ),
-    # Eager, because what the arguments are depends on it; behind --config, which may set it.
+    # Eager, because it decides what the arguments mean; after --config, which may set it.
     click.option(
         "--pymilter",
         type=click.Path(),
         metavar="FILE",
         is_eager=True,
-        help="An existing pymilter script, which runs unmodified in every worker.",
+        help="An existing pymilter script. It runs unmodified in every worker.",
     ),
 )
 
@@ -418,19 +463,19 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
 def _milters(
     context: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The milters, checked; with --pymilter these are the script's arguments, whatever they are."""
+    """Check the milters. With --pymilter they are the script's arguments and are not checked."""
     if context.params.get("pymilter"):
         return values
     return tuple(_MILTER.convert(value, param, context) for value in values)
 
 
 def with_options(command: F) -> F:
-    """Decorates a click command so that it is called with all options."""
+    """Decorate a click command with all options."""
     return reduce(lambda decorated, option: option(decorated), reversed(OPTIONS), command)
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
-    """The settings of the values that a command `with_options` got."""
+    """Return the settings from the values of a command that is decorated by `with_options`."""
     limits = Limits(
         **{field.name: values[field.name] for field in fields(Limits) if field.name in values}
     )
@@ -451,15 +496,16 @@ def _use_file(context: click.Context, path: str | None) -> None:
 
 
 def config_file() -> str | None:
-    """The file that --config names, within the command that has read it."""
+    """Return the path that --config gave to the running command; None if there is none."""
     context = click.get_current_context(silent=True)
     return None if context is None else context.meta.get(__name__)
 
 
 def read_file(path: str, known: set[str]) -> dict[str, Any]:
-    """The options in a TOML file by parameter name.
+    """Return the options of a TOML file by parameter name.
 
-    Raises ConfigError, naming the file and the key, for what cannot be read or is not `known`.
+    Raise ConfigError, which names the file and the key, if the file cannot be read or a key is not
+    in `known`.
     """
     try:
         with open(path, "rb") as file:
@@ -482,19 +528,21 @@ def read_file(path: str, known: set[str]) -> dict[str, Any]:
 
 
 def _as_typed(name: str, setting: Any, place: str) -> Any:
-    """A setting as an operator would type it, so that a file is read as strictly."""
+    """Return a setting as it would be typed on the command line, so that the same checks apply."""
     settings = setting if isinstance(setting, list) else [setting]
     if any(isinstance(each, list | dict) for each in settings) or not settings:
-        raise ConfigError(f"{place} = {setting!r} is not a value")
+        raise ConfigError(
+            f"{place} = {setting!r} is not a string, number, boolean or list of these"
+        )
     if name in _REPEATABLE:
         return [str(each) for each in settings]
     if len(settings) > 1:
-        raise ConfigError(f"{place} can have one value only")
+        raise ConfigError(f"{place} = {setting!r} has more than one value")
     return str(settings[0])
 
 
 def origin_of(error: click.UsageError) -> str:
-    """Where a bad value came from: a file's name, `environment`, or empty for the command line."""
+    """Return where a bad value came from: the file, `environment`, or "" for the command line."""
     if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
         return ""
     source = error.ctx.get_parameter_source(error.param.name or "")

@@ -1,4 +1,4 @@
-"""How many CPUs this process may really use."""
+"""Count the CPUs that this process may use, with the quotas of its cgroups."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from pathlib import Path, PurePosixPath
 OWN_CGROUPS = Path("/proc/self/cgroup")
 MOUNT = Path("/sys/fs/cgroup")
 
-# The unified hierarchy in a list of cgroups, and the files of a quota and its period in both.
+# The number of the unified hierarchy (cgroup v2) in /proc/self/cgroup, and the files with a quota
+# and its period in v2 and v1.
 V2 = "0"
 V2_FILES = ("cpu.max",)
 V1_FILES = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 
 
 def usable_cpus(own: Path = OWN_CGROUPS, mount: Path = MOUNT) -> int:
-    """The CPUs of this process's affinity mask, or fewer where a cgroup has a quota; at least 1.
+    """Return the number of CPUs in the affinity mask, or a smaller cgroup quota; at least 1.
 
-    `own` is the list of the process's cgroups, `mount` where the system shows them.
+    `own` is the file with the process's cgroups, `mount` the folder of the cgroup file system.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, round(min([allowed or 1, *quotas(own, mount)])))
 
 
 def quotas(own: Path, mount: Path) -> Iterator[float]:
-    """The quotas, in CPUs, of the process's cgroups and of all those above them."""
+    """Yield the quotas, in CPUs, of the process's cgroups and of all their parents."""
     for line in _lines(own):
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == V2:
             yield from _written(_upwards(mount, path), V2_FILES)
         elif "cpu" in controllers.split(","):
-            # Whatever else is mounted with it, the controller has its own name too.
+            # The controller may be mounted together with others; "cpu" is a link to it then.
             yield from _written(_upwards(mount / "cpu", path), V1_FILES)
 
 
@@ -40,14 +41,14 @@ def _lines(own: Path) -> list[str]:
         # A cgroup's name may hold any byte.
         lines = os.fsdecode(own.read_bytes()).split("\n")
     except OSError:
-        lines = [f"{V2}::/"]  # without a /proc, at least what is at the top counts
+        lines = [f"{V2}::/"]  # no /proc: read at least the quota of the root cgroup
     return [line for line in lines if line.count(":") >= 2]
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """The folder of a cgroup and those above it; in a container only the mount may be there."""
+    """Return the folders of a cgroup and its parents; in a container only the last may exist."""
     inside = PurePosixPath(path.lstrip("/"))
-    if ".." in inside.parts:  # outside of what the mount shows
+    if ".." in inside.parts:  # the cgroup is outside of the mount
         return [mount]
     return [mount / each for each in (inside, *inside.parents)]
 

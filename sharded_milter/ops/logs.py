@@ -1,4 +1,4 @@
-"""Log lines on standard error: for a terminal with time and level, for journald with its prefix."""
+"""Log lines on standard error: with time and level, or for journald with its severity prefix."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from sharded_milter.protocol.text import printable
 NAMESPACE = "sharded_milter"
 LEVELS = ("debug", "info", "warn", "error")
 
-# Stands for the lines about messages, which have no event of their own.
+# An event like those of the lines about messages, which are written without an event.
 _MESSAGE: LogEvent = {"log_namespace": NAMESPACE, "log_level": LogLevel.info}
 
-# Characters of a line: a worker's are shorter (pool/output), and an MTA's values could be 64 KB.
+# Characters of a line. Values from an MTA can have 64 KB; worker lines are shorter (pool/output).
 MAX_LINE = 16_384
 
 
@@ -48,17 +48,18 @@ _SYSLOG = {
 
 
 class TextSink(Protocol):
-    """Where lines go."""
+    """An object that takes text, one or more whole lines at a time."""
 
     def write(self, text: str, /) -> object: ...
 
 
 @implementer(ILogObserver)
 class LineObserver:
-    """TextSink each event as one line; a traceback follows as several.
+    """Writes each event as one line, with a traceback in further lines.
 
-    Whatever a message, a worker or an MTA says stays within its line (`printable`). Only the text
-    of an event that `has_details` may be several, which are indented: none looks like an event.
+    Text from a message, a worker or an MTA cannot begin a line of its own: `printable` escapes line
+    breaks. Only an event with `has_details` may have more lines; these are indented, so that none
+    looks like an event.
     """
 
     def __init__(self, stream: TextSink, *, journald: bool) -> None:
@@ -68,7 +69,7 @@ class LineObserver:
         self._text = ""
 
     def _stamp(self, when: float) -> str:
-        """The time to the second, which is the same for many lines."""
+        """Return the time, to the second, as text; it is kept for the next lines."""
         second = int(when)
         if second != self._second:
             self._second, self._text = second, formatTime(second)
@@ -90,11 +91,11 @@ class LineObserver:
             )
 
     def message(self, line: str) -> None:
-        """Write an info line of one message, past Twisted's logger: there are most of these."""
+        """Write the info line about a message, without Twisted's logger: most lines are these."""
         self._stream.write(self.text(LogLevel.info, time.time(), [printable(line)]))
 
     def text(self, level: Any, when: float, lines: list[str]) -> str:
-        """The lines of one event as they are written."""
+        """Return the lines of one event with their prefixes."""
         lines = [line if len(line) <= MAX_LINE else _cut(line) for line in lines]
         if self._journald:  # each line is an entry of its own
             prefix = f"<{_SYSLOG[level]}>"
@@ -103,11 +104,11 @@ class LineObserver:
 
 
 def _cut(line: str) -> str:
-    return f"{line[:MAX_LINE]}... and {len(line) - MAX_LINE} characters more"
+    return f"{line[:MAX_LINE]}... ({len(line) - MAX_LINE} more characters)"
 
 
 def _traceback(failure: Failure) -> list[str]:
-    """The lines of a traceback; the exception's own words are one of them."""
+    """Return the lines of a traceback; the exception's message is one line."""
     text = failure.getTraceback().rstrip("\n")
     words = failure.getErrorMessage().rstrip("\n")
     if words and text.endswith(words):
@@ -116,7 +117,7 @@ def _traceback(failure: Failure) -> list[str]:
 
 
 class LineSink:
-    """Takes whole lines, which are escaped already."""
+    """Takes whole lines that are already escaped."""
 
     def __init__(self, writer: LogWriter, encoding: str) -> None:
         self.writer = writer
@@ -127,10 +128,10 @@ class LineSink:
 
 
 class LogStream(io.TextIOBase):
-    """Standard error once the log has begun: it takes text, whatever that is, as lines."""
+    """Replaces `sys.stderr`: text that is written to it is escaped and logged line by line."""
 
     def __init__(self, lines: LineSink, descriptor: int) -> None:
-        self.message_log: Callable[[str], None] | None = None  # where the level has such lines
+        self.message_log: Callable[[str], None] | None = None  # None if the level has no such lines
         self._lines = lines
         self._descriptor = descriptor
         self._rest = ""
@@ -157,28 +158,28 @@ class LogStream(io.TextIOBase):
         return len(text)
 
     def end(self) -> None:
-        """TextSink what lacks its line's end, and gives what still waits a moment."""
+        """Write an incomplete last line, and wait up to END_GRACE for the buffer to be written."""
         if self._rest:
             self.write("\n")
         self._lines.writer.close()
 
 
 def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Sends what we log from `level` on, and others' warnings, to standard error from now on.
+    """Begin to log: our events from `level` on, and warnings of other packages, to standard error.
 
-    That waits for no reader from then on, whoever writes to it: what it does not take is dropped
-    and counted. At the exit of the process what still waits gets END_GRACE.
+    From then on no write to `sys.stderr` blocks: lines that its reader does not take are dropped
+    and counted. When the process ends, buffered lines have END_GRACE seconds to be written.
     """
     predicate = LogLevelFilterPredicate(defaultLogLevel=LogLevel.warn)
     predicate.setLogLevelForNamespace(NAMESPACE, LogLevel.levelWithName(level))
-    # Without a standard error its number may be a connection's by now.
+    # If standard error was closed, its descriptor number may be that of a connection by now.
     there = sys.stderr is not None
     descriptor = sys.stderr.fileno() if there else os.open(os.devnull, os.O_WRONLY)
     encoding = sys.stderr.encoding if there else "utf-8"
 
     def notice(dropped: int) -> bytes:
-        said = f"{dropped} log lines were dropped: standard error did not take them"
-        return observer.text(LogLevel.warn, time.time(), [said]).encode(encoding)
+        line = f"{dropped} log lines were dropped: standard error did not take them"
+        return observer.text(LogLevel.warn, time.time(), [line]).encode(encoding)
 
     lines = LineSink(LogWriter(descriptor, notice), encoding)
     stream = LogStream(lines, descriptor)
@@ -193,11 +194,11 @@ def begin(level: str, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def message_log() -> Callable[[str], None] | None:
-    """Return what writes the line about a message; None where the log has no such lines."""
+    """Return the function that writes the line about a message; None if it is not logged."""
     return sys.stderr.message_log if isinstance(sys.stderr, LogStream) else None
 
 
 def finish() -> None:
-    """Gives the lines that still wait END_GRACE; for a process that ends now."""
+    """Write the buffered lines before the process ends, in at most END_GRACE seconds."""
     if isinstance(sys.stderr, LogStream):
         sys.stderr.end()

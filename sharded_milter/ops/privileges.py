@@ -1,8 +1,8 @@
-"""Which user the service runs as: root may bind its sockets, another user reads the mail.
+"""The user that the service runs as: root may bind the sockets, another user reads the mail.
 
-Mail is hostile, and what it takes over in a worker has the worker's rights. So a service that was
-started as root becomes --user once its sockets are bound and its log is open; master and workers
-alike, and for good.
+Mail is hostile, and code that it injects into a worker has the worker's rights. So a service that
+was started as root switches to --user once its sockets are bound and its log is open: master and
+workers, and for ever.
 """
 
 from __future__ import annotations
@@ -18,36 +18,38 @@ from sharded_milter.errors import ConfigError, NotPermitted, SystemRefused, Usag
 
 ROOT = 0
 
-REMEDY = "say --user NAME"
+REMEDY = "give --user NAME"
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Account:
-    """A user with its groups, as the system knows it."""
+    """A user and its groups, from the system's databases."""
 
     name: str
     uid: int
     gid: int
-    groups: tuple[int, ...]  # all of them
+    groups: tuple[int, ...]  # with gid
     home: str
 
 
 def account(user: str, group: str) -> Account | None:
-    """The account of --user and --group, by name or number; None where no user is named.
+    """Return the account of --user and --group (names or numbers); None without --user.
 
-    Without a group it is the user's own. Raises ConfigError for one that there is not, and
-    UsageError for a group without a user.
+    Without --group it has the user's own group. Raise ConfigError if there is no such user or
+    group, UsageError for --group without --user.
     """
     if not user:
         if group:
-            raise UsageError(f"--group {group} is for --user, which is not given")
+            raise UsageError(f"--group {group} needs --user, which is not given")
         return None
     entry = _found("--user", user, accounts.user_entry)
     if entry is None:
         if not group:
-            raise ConfigError(f"--user {user}: that number has no entry; say --group too")
+            raise ConfigError(
+                f"--user {user}: the user database has no entry for this number; give --group too"
+            )
         gid = _found("--group", group, accounts.group_id)
         return Account(user, accounts.user_id(user), gid, (gid,), "/")
     gid = _found("--group", group, accounts.group_id) if group else entry.pw_gid
@@ -64,36 +66,36 @@ def _found(option: str, text: str, look_up: Callable[[str], T]) -> T:
 
 
 def check(wanted: Account | None, refused: str, *, allow_root: bool) -> None:
-    """Raises NotPermitted where the service could not become `wanted`, or should not stay root.
+    """Raise NotPermitted if the service cannot switch to `wanted`, or must not run as root.
 
-    `refused` is what must not run as root unless `allow_root`; empty for nothing.
+    `refused` names the milter that must not run as root unless `allow_root`; "" if there is none.
     """
     now = os.geteuid()
     if wanted is not None and now != ROOT and not _is_current(wanted):
         raise NotPermitted(
-            f"cannot become --user {wanted.name}: start as root, or as that user and group without"
-            " these options"
+            f"cannot become --user {wanted.name}: start the service as root, or as that user and"
+            " group without these options"
         )
     uid = now if wanted is None else wanted.uid
     if uid == ROOT and refused and not allow_root:
         raise NotPermitted(
             f"{refused} does not run as root, because it reads hostile mail; {REMEDY}, or"
-            " --allow-root if it must"
+            " --allow-root to run it as root"
         )
 
 
 def _is_current(wanted: Account) -> bool:
-    """Whether this process runs as that account already."""
+    """Return True if this process already runs as that account."""
     return (os.geteuid(), os.getegid()) == (wanted.uid, wanted.gid)
 
 
 def become(wanted: Account) -> None:
-    """Makes this process, and what it starts from now on, run as `wanted` for good.
+    """Switch this process to `wanted` for ever; processes that it starts inherit that.
 
-    Raises NotPermitted or SystemRefused; the process must not go on then.
+    Raise NotPermitted or SystemRefused; then the process must end.
     """
     if os.geteuid() != ROOT:
-        return  # `check` has seen that it is the account already
+        return  # it is the account already, or `check` had raised
     uid, gid = wanted.uid, wanted.gid
     try:
         os.setgroups(wanted.groups)
@@ -104,7 +106,7 @@ def become(wanted: Account) -> None:
     except OSError as error:
         raise SystemRefused(f"cannot become --user {wanted.name}: {error.strerror}") from None
     if uid != ROOT and _can_regain_root():
-        raise SystemRefused(f"--user {wanted.name} could become root again")
+        raise SystemRefused(f"--user {wanted.name}: the process could become root again")
     os.environ.update(HOME=wanted.home, USER=wanted.name, LOGNAME=wanted.name)
     if not os.access(sys.executable, os.X_OK, effective_ids=True):
         raise NotPermitted(f"--user {wanted.name} cannot run {sys.executable}, as its workers must")
@@ -119,7 +121,7 @@ def _can_regain_root() -> bool:
 
 
 def check_folder(option: str, path: str) -> None:
-    """Raises NotPermitted where the process, as it is now, cannot make files in a directory."""
+    """Raise NotPermitted if this process cannot create files in the directory `path`."""
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         user = accounts.user_name(os.geteuid())
-        raise NotPermitted(f"{option} {path}: user {user} cannot write there")
+        raise NotPermitted(f"{option} {path}: user {user} cannot write to it")

@@ -104,7 +104,7 @@ def test_an_mbox_is_sent_to_a_milter_that_fails(own: Path, tmp_path: Path) -> No
     assert "tempfail 5" in done.stdout
     assert (
         "warning: with 1 worker the milter failed on 5 of 5 messages (5 times: at eom: ValueError:"
-        " no table); their figures are those of failures\n"
+        " no table); the figures include these failures\n"
     ) in done.stderr
 
 
@@ -129,8 +129,8 @@ def test_a_milter_that_answers_nothing_cannot_be_measured(own: Path, tmp_path: P
     )  # fmt: skip
     assert done.returncode == os.EX_CONFIG
     assert done.stderr.splitlines()[-1] == (
-        "sharded-milterctl: the milter cannot be measured: 2 messages were sent and none was"
-        " answered"
+        "sharded-milterctl: the milter cannot be measured: 2 messages were sent and none got a"
+        " verdict"
     )
     assert (done.stderr.count("\n"), "Traceback" in done.stderr) == (1, False)
 
@@ -180,11 +180,11 @@ def test_tune_recommends_and_draws(own: Path, tmp_path: Path) -> None:
         (["--messages", "nothing"], os.EX_USAGE, "'nothing' does not exist"),
         (["--messages", "empty"], os.EX_USAGE, "no message in empty"),
         (["--config", "nothing"], os.EX_CONFIG, "configuration file nothing"),
-        (["--count", "1", "--seconds", "1"], os.EX_USAGE, "exclude each other"),
+        (["--count", "1", "--seconds", "1"], os.EX_USAGE, "cannot be given together"),
         (["--json", "nothing/x"], os.EX_USAGE, "'nothing/x' cannot be written"),
         (["--connections", "99999999"], os.EX_USAGE, "--connections 99999999 is too high: "),
         (["--workers", "1,99999999"], os.EX_USAGE, "--workers 99999999 is too high: "),
-        (["--in-master", "x:y", "--workers", "1,4"], os.EX_USAGE, "leave --workers out"),
+        (["--in-master", "x:y", "--workers", "1,4"], os.EX_USAGE, "leave out --workers"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(

@@ -96,8 +96,11 @@ def test_workers_are_for_those_milters_only_that_run_in_them(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["a:b", "--scanner-rules", "/etc"], "--scanner-rules is for the scanner, but the milter"),
-        (["--in-master", "a:b", "--scanner-rules", "/etc"], "but the milter is a:b"),
+        (
+            ["a:b", "--scanner-rules", "/etc"],
+            "--scanner-rules needs the content scanner, but",
+        ),
+        (["--in-master", "a:b", "--scanner-rules", "/etc"], "but the milters given are a:b"),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(
@@ -247,7 +250,7 @@ def test_a_scripts_socket_that_the_user_may_not_bind_is_told_with_the_cure(
     for user in ([], [f"--user={os.getuid()}"]):
         assert running(script, *user, "--pymilter", "x.py") == 0
         monkeypatch.setattr(module, "serve", serve)
-    assert said == ["cannot listen", "cannot listen; name it with --listen, which root binds"]
+    assert said == ["cannot listen", "cannot listen; give it with --listen, then root binds it"]
 
 
 @pytest.mark.parametrize("wanted", ["", "fd:3"])
@@ -279,7 +282,7 @@ def test_root_is_warned_of_itself_with_the_cure_when_it_serves(
     with capturedLogs() as events:
         assert running(begin_and_end, "--listen", f"inet:{free_port()}@127.0.0.1", "x:y") == 0
     said = [event["log_format"].format(**event) for event in events]
-    assert [line.endswith("; say --user NAME") for line in said] == [True] * (uid == 0) + [False]
+    assert [line.endswith("; give --user NAME") for line in said] == [True] * (uid == 0) + [False]
 
 
 def test_what_has_started_is_not_looked_at_by_collections(running: Any, socket_path: Path) -> None:
@@ -373,7 +376,8 @@ def test_workers_are_started_as_the_operator_says(
     monkeypatch.setattr(
         spawning, "Spawned", lambda workplace, slot, reactor: spawned.append((workplace, slot))
     )
-    shard = module.shard_maker(chosen, (SCANNER,), None, Clock(), 1024)(2, None)
+    unused: Any = None
+    shard = module.shard_maker(chosen, (SCANNER,), unused, Clock(), 1024)(2, unused)
     ((place, slot),) = spawned
     assert slot == shard.slot == 2
     assert (place.specs, place.nice, place.memory_limit) == ((SCANNER,), 3, 10)

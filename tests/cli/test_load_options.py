@@ -67,7 +67,9 @@ def test_what_is_not_said_is_sensible() -> None:
     assert (made.arguments, made.connections) == ((), 2 * CONNECTIONS_PER_WORKER)
     assert (made.seconds, made.messages) == (7.0, UNLIMITED)
     assert len(made.content) == GENERATED
-    assert said.startswith("64 made-up messages of 11.1 KB on average over 8 connections, 7 s each")
+    assert said.startswith(
+        "64 generated messages of 11.1 KB on average over 8 connections, 7 s each"
+    )
     assert (said.count("\n"), warned) == (1, "")
 
 
@@ -80,7 +82,7 @@ def test_a_number_of_messages_instead_of_a_time() -> None:
     made, said, _ = planned("--count", "12", "--connections", "3")
     assert (made.seconds, made.messages, made.connections) == (float("inf"), 12, 3)
     assert "over 3 connections, 12 each" in said
-    with pytest.raises(UsageError, match="--count and --seconds exclude each other"):
+    with pytest.raises(UsageError, match="--count and --seconds cannot be given together"):
         planned("--count", "12", "--seconds", "1")
 
 
@@ -155,12 +157,12 @@ def test_failures_are_no_speed() -> None:
     failed = ("qid=1 at eom: ValueError: x", "qid=2 at eom: ValueError: x", "odd")
     assert warnings(failed=failed) == (
         "warning: with 2 workers the milter failed on 3 of 100 messages (2 times: at eom:"
-        " ValueError: x); their figures are those of failures\n"
+        " ValueError: x); the figures include these failures\n"
     )
     assert "(1 time: odd)" in warnings(failed=("odd",))
     load = Result(1.0, [0.1] * 2, {"tempfail": 1, "accept": 1})
     assert warnings(load=load) == (
-        "warning: with 2 workers 1 of 2 messages were tempfailed by the milter\n"
+        "warning: with 2 workers the milter tempfailed 1 of 2 messages\n"
     )
 
 
@@ -171,11 +173,11 @@ def test_what_spoils_a_run_is_said() -> None:
     )
     load = Result(10.0, [0.1] * 4, {"accept": 4}, unanswered=3)
     assert warnings(load=load, window=20.0) == (
-        "warning: with 2 workers 3 messages had no answer after 20.0 s; the figures are those of"
-        " the others\n"
+        "warning: with 2 workers 3 messages had no verdict after 20.0 s; the figures do not include"
+        " them\n"
     )
     assert warnings(load=Result(0.25, [0.1], {"accept": 1})) == (
-        "warning: with 2 workers only 0.25 s were measured: figures of so short a run mean little\n"
+        "warning: with 2 workers only 0.25 s were measured: this is too short for exact figures\n"
     )
 
 

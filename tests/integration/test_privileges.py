@@ -156,7 +156,7 @@ def test_root_is_warned_and_told_the_cure(folder: Path) -> None:
     with Daemon(*options, cwd=folder, program=WITHOUT_LEAVE) as daemon:
         [warning] = [line for line in daemon.log().splitlines() if "runs as root" in line]
     assert " warn " in warning
-    assert warning.endswith("; say --user NAME")
+    assert warning.endswith("; give --user NAME")
 
 
 @pytest.mark.parametrize("what", [[], ["--pymilter", "./who.py"]], ids=["scanner", "pymilter"])
@@ -185,9 +185,9 @@ def test_the_scanner_runs_as_another_user(folder: Path, python: str) -> None:
         (["--user=no-such-user"], os.EX_CONFIG, "there is no such user"),
         (["--socket-group=99999999999"], os.EX_CONFIG, "the highest number is 4294967294"),
         (["--user=nobody", "--group=no-such-group"], os.EX_CONFIG, "there is no such group"),
-        (["--user=12345678"], os.EX_CONFIG, "say --group too"),
-        (["--group=mail"], os.EX_USAGE, "--group mail is for --user"),
-        (["--user=nobody", "--keep-dir=."], os.EX_NOPERM, "user nobody cannot write there"),
+        (["--user=12345678"], os.EX_CONFIG, "give --group too"),
+        (["--group=mail"], os.EX_USAGE, "--group mail needs --user"),
+        (["--user=nobody", "--keep-dir=."], os.EX_NOPERM, "user nobody cannot write to it"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -217,7 +217,7 @@ def test_only_root_becomes_another_user(folder: Path, python: str) -> None:
     refusal = run_as_nobody(folder, python, "--user=mail", "./who.py:milter")
     assert refusal.returncode == os.EX_NOPERM, refusal
     [line] = refusal.stderr.splitlines()
-    assert "cannot become --user mail: start as root" in line
+    assert "cannot become --user mail: start the service as root" in line
 
 
 def run_as_nobody(folder: Path, python: str, *options: str) -> subprocess.CompletedProcess[str]:

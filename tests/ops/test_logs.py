@@ -86,7 +86,7 @@ def test_an_exception_without_words_is_named() -> None:
 
 def test_an_endless_line_is_cut() -> None:
     text = logged(journald=True, x="x" * (MAX_LINE + 5))
-    assert text == f"<6>{'x' * MAX_LINE}... and 5 characters more\n"
+    assert text == f"<6>{'x' * MAX_LINE}... (5 more characters)\n"
 
 
 def test_braces_in_a_value_are_no_format() -> None:

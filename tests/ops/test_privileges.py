@@ -53,7 +53,7 @@ def test_a_group_may_be_another_one(by_name: bool) -> None:
 
 def test_a_number_without_an_entry_needs_a_group() -> None:
     assert account(str(UNUSED), "7") == Account(str(UNUSED), UNUSED, 7, (7,), "/")
-    with pytest.raises(ConfigError, match=f"--user {UNUSED}: that number has no entry; say --gr"):
+    with pytest.raises(ConfigError, match=f"--user {UNUSED}: the user database has no entry for"):
         account(str(UNUSED), "")
 
 
@@ -65,7 +65,7 @@ def test_a_number_without_an_entry_needs_a_group() -> None:
         ("-1", "", ConfigError, "--user '-1': there is no such user"),
         ("4294967295", "", ConfigError, "--user '4294967295': the highest number is 4294967294"),
         ("nobody", "99999999999", ConfigError, "--group '99999999999': the highest number is"),
-        ("", "mail", UsageError, "--group mail is for --user, which is not given"),
+        ("", "mail", UsageError, "--group mail needs --user, which is not given"),
     ],
 )
 def test_what_there_is_not_is_named(user: str, group: str, kind: type[Exception], why: str) -> None:
@@ -92,8 +92,8 @@ def test_root_runs_what_reads_hostile_mail_only_if_it_must() -> None:
     with pytest.raises(NotPermitted) as caught:
         check(None, "the content scanner", allow_root=False)
     assert str(caught.value) == (
-        "the content scanner does not run as root, because it reads hostile mail; say --user NAME,"
-        " or --allow-root if it must"
+        "the content scanner does not run as root, because it reads hostile mail; give --user NAME,"
+        " or --allow-root to run it as root"
     )
     with pytest.raises(NotPermitted):
         check(Account("root", 0, 0, (0,), "/root"), "the content scanner", allow_root=False)
@@ -108,7 +108,7 @@ def test_only_root_becomes_somebody_else() -> None:
     check(SOMEBODY, "the content scanner", allow_root=False)
     become(SOMEBODY)
     other = Account("other", 5, 5, (5,), "/")
-    with pytest.raises(NotPermitted, match="cannot become --user other: start as root, or as that"):
+    with pytest.raises(NotPermitted, match="cannot become --user other: start the service as root"):
         check(other, "", allow_root=False)
 
 
@@ -151,7 +151,7 @@ def test_a_way_back_to_root_ends_the_start(way: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(os, "getresuid", lambda: (SOMEBODY.uid, SOMEBODY.uid, 0))
     else:
         monkeypatch.setattr(os, "setresuid", lambda *uids: None)
-    with pytest.raises(SystemRefused, match="--user somebody could become root again"):
+    with pytest.raises(SystemRefused, match="--user somebody: the process could become root"):
         become(SOMEBODY)
 
 
@@ -216,7 +216,7 @@ def test_what_was_given_up_is_not_regained() -> None:
     )
     uid, gid = NOBODY.pw_uid, NOBODY.pw_gid
     assert done.stdout == f"{(uid,) * 3} {(gid,) * 3} {[gid]}\n"
-    assert done.stderr.endswith("NotPermitted: --keep-dir /: user nobody cannot write there\n")
+    assert done.stderr.endswith("NotPermitted: --keep-dir /: user nobody cannot write to it\n")
 
 
 def test_a_folder_is_asked_for_before_it_is_needed(
@@ -224,5 +224,5 @@ def test_a_folder_is_asked_for_before_it_is_needed(
 ) -> None:
     check_folder("--keep-dir", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: UNUSED)
-    with pytest.raises(NotPermitted, match=f"/none: user {UNUSED} cannot write there"):
+    with pytest.raises(NotPermitted, match=f"/none: user {UNUSED} cannot write to it"):
         check_folder("--keep-dir", f"{tmp_path}/none")
