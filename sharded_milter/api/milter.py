@@ -1,6 +1,7 @@
-"""`Milter`: the functions an author registers by stage, and what each stage may answer.
+"""`Milter`: the functions that an author registers by stage, and the verdicts of each stage.
 
-Registering is negotiating: a stage without a function is not sent by the MTA, or not waited for.
+The functions decide what is negotiated: the MTA does not send a stage that has no function, or
+does not wait for its reply.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from sharded_milter.api.values import Address, Connection, Envelope, Headers, Me
 from sharded_milter.api.verdicts import Accept, Discard, Reject, TempFail, Verdict
 from sharded_milter.errors import InvalidValue, InvalidVerdict
 
-# What each stage may answer. An Accept before the end of the message carries no actions, which
-# only the run-time check can see. A recipient is refused or not: Accept and Discard would be of
-# the whole message with all its recipients.
+# The verdicts of each stage. An Accept before end of message has no actions; only the check at run
+# time can see that. Accept and Discard at `rcpt` would apply to the whole message with all its
+# recipients, so a recipient can only be refused.
 ClientVerdict = Accept | Reject | TempFail | None
 EnvelopeVerdict = Accept | Reject | TempFail | Discard | None
 RefusalVerdict = Reject | TempFail | None
@@ -34,10 +35,10 @@ VERDICTS: Mapping[str, tuple[type, ...]] = {
     "unknown": _REFUSALS,
 }
 
-# Macros can be chosen for every stage but `unknown`.
+# The protocol has macro lists for all stages except `unknown`.
 MACRO_STAGES = tuple(stage for stage in VERDICTS if stage != "unknown")
 
-# Sendmail takes at most 50 names a stage; 20 are left for those that the MTAs send anyway.
+# Names for each stage. Sendmail takes at most 50, and sends up to 20 in any case.
 MAX_MACROS = 30
 _MACRO = re.compile(r"[!-z|~]|\{[!-z|~]+\}")
 
@@ -64,7 +65,7 @@ UnknownF = TypeVar(
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A registered function and its promise."""
+    """A registered function. `light` is the author's promise that it is cheap."""
 
     function: Callable[..., Any]
     light: bool
@@ -73,15 +74,16 @@ class Callback:
 class Milter:
     """A mail filter made of functions.
 
-    `name` stands in logs. `macros` are the MTA's macros to ask for by stage, besides those that
-    it sends anyway: `{"eom": ["{auth_authen}"]}`. `shard_by` keeps messages with an equal key on
-    the same worker while it is healthy, so that its caches stay warm. `sandbox=True` says that the
-    milter works in the sandbox: once imported, it only reads its own folder, writes nothing, and
-    uses no network and no other programs, unless the operator allows that.
+    `name` is used in logs. `macros` are the MTA's macros to request for each stage, in addition to
+    those that it sends in any case: `{"eom": ["{auth_authen}"]}`. `shard_by` sends messages with
+    an equal key to the same worker while that is possible, so that its caches stay warm.
+    `sandbox=True` promises that the milter works in the sandbox: after it is imported, it only
+    reads its own folder, writes nothing, and uses no network and no other programs, except as the
+    operator allows.
 
-    A function registered with `light=True` promises to be cheap and never to block; it may
-    overtake heavy ones. Each may be `async def`. What it raises is logged with its traceback, and
-    the message gets the operator's `--on-error` verdict. Raises InvalidValue for bad arguments.
+    Register a function with `light=True` if it is cheap and never blocks; it may then run before
+    heavy ones. Any function may be `async def`. An exception is logged with its traceback, and the
+    message gets the operator's `--on-error` verdict. Raise InvalidValue for bad arguments.
     """
 
     def __init__(
@@ -95,10 +97,10 @@ class Milter:
         if not name or not name.isprintable():
             raise InvalidValue(f"milter name {name!r} is empty or not printable")
         if shard_by not in SHARD_BY:
-            raise InvalidValue(f"shard_by {shard_by!r} is none of {', '.join(SHARD_BY[1:])}")
+            raise InvalidValue(f"shard_by {shard_by!r} is not one of {', '.join(SHARD_BY[1:])}")
         self.name = name
         if not isinstance(macros or {}, Mapping):
-            raise InvalidValue(f"macros {macros!r:.80} are not by stage, like {{'eom': ['i']}}")
+            raise InvalidValue(f"macros {macros!r:.80} are not a mapping such as {{'eom': ['i']}}")
         self.macros = {stage: _checked_macros(stage, m) for stage, m in (macros or {}).items()}
         self.shard_by = shard_by
         self.sandbox = sandbox
@@ -122,7 +124,7 @@ class Milter:
     @overload
     def connect(self, *, light: bool = False) -> Callable[[ConnectF], ConnectF]: ...
     def connect(self, callback: Any = None, *, light: bool = False) -> Any:
-        """A client connected: `f(connection)`."""
+        """Register `f(connection)`, called when a client has connected."""
         return self._register("connect", callback, light)
 
     @overload
@@ -130,7 +132,7 @@ class Milter:
     @overload
     def helo(self, *, light: bool = False) -> Callable[[HeloF], HeloF]: ...
     def helo(self, callback: Any = None, *, light: bool = False) -> Any:
-        """The client greeted, maybe again: `f(connection)`, its `helo` set."""
+        """Register `f(connection)`, called at each HELO or EHLO, with `connection.helo` set."""
         return self._register("helo", callback, light)
 
     @overload
@@ -138,7 +140,7 @@ class Milter:
     @overload
     def mail(self, *, light: bool = False) -> Callable[[MailF], MailF]: ...
     def mail(self, callback: Any = None, *, light: bool = False) -> Any:
-        """A sender was named: `f(envelope)`."""
+        """Register `f(envelope)`, called at MAIL, with the sender."""
         return self._register("mail", callback, light)
 
     @overload
@@ -146,7 +148,7 @@ class Milter:
     @overload
     def rcpt(self, *, light: bool = False) -> Callable[[RcptF], RcptF]: ...
     def rcpt(self, callback: Any = None, *, light: bool = False) -> Any:
-        """A recipient was named: `f(recipient, envelope)`; the envelope has those before it."""
+        """Register `f(recipient, envelope)`, called at RCPT; `envelope` has those before it."""
         return self._register("rcpt", callback, light)
 
     @overload
@@ -154,7 +156,7 @@ class Milter:
     @overload
     def data(self, *, light: bool = False) -> Callable[[DataF], DataF]: ...
     def data(self, callback: Any = None, *, light: bool = False) -> Any:
-        """The client said DATA: `f(envelope)`."""
+        """Register `f(envelope)`, called at DATA."""
         return self._register("data", callback, light)
 
     @overload
@@ -162,7 +164,7 @@ class Milter:
     @overload
     def eoh(self, *, light: bool = False) -> Callable[[EohF], EohF]: ...
     def eoh(self, callback: Any = None, *, light: bool = False) -> Any:
-        """The header is complete: `f(envelope, headers)`."""
+        """Register `f(envelope, headers)`, called when the header is complete."""
         return self._register("eoh", callback, light)
 
     @overload
@@ -170,7 +172,7 @@ class Milter:
     @overload
     def eom(self, *, light: bool = False) -> Callable[[EomF], EomF]: ...
     def eom(self, callback: Any = None, *, light: bool = False) -> Any:
-        """The message is complete: `f(message)`; only here `Accept` may carry actions."""
+        """Register `f(message)`, called at end of message; only it may return actions."""
         return self._register("eom", callback, light)
 
     @overload
@@ -178,25 +180,25 @@ class Milter:
     @overload
     def unknown(self, *, light: bool = False) -> Callable[[UnknownF], UnknownF]: ...
     def unknown(self, callback: Any = None, *, light: bool = False) -> Any:
-        """The client sent a command that the MTA does not know: `f(command, connection)`."""
+        """Register `f(command, connection)`, called for a command that the MTA does not know."""
         return self._register("unknown", callback, light)
 
 
 def check_verdict(stage: str, verdict: object) -> Verdict:
-    """The verdict, if the stage can give it.
+    """Return the verdict if it is legal at the stage.
 
-    Raises InvalidVerdict, which names the stage, what came back, and what may.
+    Raise InvalidVerdict, which names the stage, the value, and the verdicts that are legal.
     """
     allowed = VERDICTS[stage]
     if verdict is not None and not isinstance(verdict, allowed):
         names = ", ".join(kind.__name__ for kind in allowed)
-        hint = " (was it awaited?)" if inspect.isawaitable(verdict) else ""
+        hint = " (is an `await` missing?)" if inspect.isawaitable(verdict) else ""
         raise InvalidVerdict(
             f"the {stage} callback returned {verdict!r:.200}{hint}; it may return {names} or None"
         )
     if isinstance(verdict, Accept) and verdict.actions and stage != "eom":
         raise InvalidVerdict(
-            f"the {stage} callback returned actions; only eom may change a message"
+            f"the {stage} callback returned actions; only an eom callback may return actions"
         )
     return verdict  # type: ignore[return-value]  # narrowed by the table
 
@@ -208,5 +210,5 @@ def _checked_macros(stage: str, names: Sequence[str]) -> tuple[str, ...]:
         raise InvalidValue(f"macros for {stage} are not a list of at most {MAX_MACROS} names")
     for name in names:
         if not isinstance(name, str) or not _MACRO.fullmatch(name):
-            raise InvalidValue(f"macro {name!r}: write one character bare, longer names in braces")
+            raise InvalidValue(f"macro {name!r} is not one character, or a longer name in braces")
     return tuple(names)

@@ -1,8 +1,8 @@
-"""What the MTA has said so far, as frozen values.
+"""Frozen values that callbacks get: the client, the envelope, the header, the message.
 
 Everything that SMTP's grammar names (addresses, header fields, macros, HELO) is `str`, decoded
-as UTF-8 with surrogateescape so that any byte survives the way there and back; content is
-`bytes`. A stage that knows more gets another type, not an optional field that is filled in.
+as UTF-8 with surrogateescape, so that any byte can be sent back unchanged; content is `bytes`. A
+later stage gets another type, not the same one with an optional field set.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class Lazy(Generic[T]):
-    """What is decoded when somebody looks at it: an iterable that calls `decode(*given)`.
+    """An iterable that is decoded at its first use, by `decode(*given)`.
 
-    Threads that look at a value for the first time each decode all of it, and put what they found,
-    which is the same, in its place in one step; so none waits, and none sees a part.
+    Several threads that use a value for the first time each decode all of it, and replace this
+    object with equal results in one step. So no thread waits, and none sees a part of the result.
     """
 
     __slots__ = ("_decode", "_given")
@@ -38,9 +38,9 @@ class Lazy(Generic[T]):
 
 
 class Macros(Mapping[str, str]):
-    """The MTA's macros by name, spelled as the MTA does: `i`, `{auth_authen}`.
+    """The MTA's macros by name, in the MTA's spelling: `i`, `{auth_authen}`.
 
-    A name of one character is found with and without braces, as libmilter's getsymval does.
+    A name of one character is found with and without braces, as in libmilter's smfi_getsymval.
     """
 
     __slots__ = ("_source",)
@@ -76,13 +76,13 @@ class Macros(Mapping[str, str]):
 def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     values: dict[str, str] = {}
     for name, value in pairs:
-        values.pop(other_spelling(name), None)  # a later one hides it, however spelled
+        values.pop(other_spelling(name), None)  # a later value replaces both spellings
         values[name] = value
     return values
 
 
 def other_spelling(name: str) -> str:
-    """`{x}` for `x` and `x` for `{x}`; longer names have one spelling only."""
+    """Return `{x}` for `x` and `x` for `{x}`; a longer name is returned unchanged."""
     if len(name) == 1:
         return "{" + name + "}"
     return name[1] if len(name) == 3 and name[0] == "{" and name[2] == "}" else name
@@ -92,8 +92,8 @@ def other_spelling(name: str) -> str:
 class Address:
     """An envelope address.
 
-    `str()` is the bare address without angle brackets (`""` for the null sender), `raw` the
-    client's own spelling, `esmtp` the parameters that came with it (`SIZE=100`).
+    `str()` gives the address without angle brackets (`""` for the null sender). `raw` is the
+    client's spelling, `esmtp` the ESMTP parameters (`SIZE=100`).
     """
 
     raw: str
@@ -105,22 +105,22 @@ class Address:
 
     @property
     def local(self) -> str:
-        """What stands before the last `@`; the whole where there is none."""
+        """The part before the last `@`; the whole address if there is none."""
         local, at, domain = str(self).rpartition("@")
         return local if at else domain
 
     @property
     def domain(self) -> str:
-        """What stands behind the last `@`; empty where there is none."""
+        """The part after the last `@`; `""` if there is none."""
         _, at, domain = str(self).rpartition("@")
         return domain if at else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One header field. `value` keeps its folding (bare LF and blanks), as the MTA sent it.
+    """One header field. `value` is folded with a bare LF and whitespace, as the MTA sent it.
 
-    `space` is the blank behind the colon, which is no part of the value: `" "` or `""`.
+    `space` is the space after the colon, which is not part of the value: `" "` or `""`.
     """
 
     name: str
@@ -128,20 +128,20 @@ class Header:
     space: str = " "
 
     def __bytes__(self) -> bytes:
-        """The field as RFC 5322 writes it, with CRLF at every line end."""
+        """Return the field in RFC 5322 form, with CRLF at every line end."""
         text = to_wire(f"{self.name}:{self.space}{self.value}")
         return text.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n") + b"\r\n"
 
 
 class Headers:
-    """The header fields in the order of the message; looking a name up ignores its case.
+    """The header fields in the order of the message; names are looked up without regard to case.
 
-    `headers["subject"]` is the first such value (KeyError if there is none),
-    `headers.get("subject")` the same or None, `headers.get_all("received")` all of them,
-    `headers[0]` the first field whatever its name.
+    `headers["subject"]` is the first value of that name (KeyError if there is none),
+    `headers.get("subject")` the same or None, `headers.get_all("received")` all values,
+    `headers[0]` the first field of any name.
     """
 
-    # A Sequence in all but name: to type checkers that would hold fields only, and no names.
+    # Not derived from Sequence: for type checkers, `in` and `[]` would take no names then.
     __slots__ = ("_source",)
 
     def __init__(self, fields: Iterable[Header] = ()) -> None:
@@ -191,22 +191,22 @@ class Headers:
         return f"Headers({list(self._fields)!r})"
 
     def get(self, name: str, default: str | None = None) -> str | None:
-        """The value of the first field of that name."""
+        """Return the value of the first field of that name, or `default`."""
         return next(iter(self.get_all(name)), default)
 
     def get_all(self, name: str) -> list[str]:
-        """The values of all fields of that name, in order."""
+        """Return the values of all fields of that name, in order."""
         wanted = name.lower()
         return [header.value for header in self._fields if header.name.lower() == wanted]
 
 
 @dataclass(frozen=True)
 class Connection:
-    """The client.
+    """The client of the MTA.
 
     `hostname` is its verified name, or its address in brackets. `family` is `"inet"`, `"inet6"`,
-    `"unix"` or `"unknown"`; `address` is the IP address or the path, empty when unknown; `port`
-    is 0 when unknown. `helo` is the client's greeting, empty before it.
+    `"unix"` or `"unknown"`; `address` is the IP address or the path, `""` if unknown; `port` is 0
+    if unknown. `helo` is the argument of HELO or EHLO, `""` before that.
     """
 
     hostname: str
@@ -219,7 +219,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Who sends to whom. `recipients` are those accepted so far."""
+    """Sender and recipients. `recipients` are those that were accepted so far."""
 
     connection: Connection
     sender: Address
@@ -228,15 +228,15 @@ class Envelope:
 
     @property
     def queue_id(self) -> str:
-        """The MTA's queue id (macro `i`); empty as long as it has none."""
+        """The MTA's queue id (macro `i`); `""` before the MTA has assigned one."""
         return self.macros.get("i", "")
 
 
 @dataclass(frozen=True)
 class Message:
-    """A whole mail: envelope, header fields, body. `bytes(message)` is the RFC 5322 message.
+    """A message: envelope, header fields, body. `bytes(message)` is its RFC 5322 form.
 
-    The body is joined from `chunks` when it is first looked at, which copies it.
+    The body is joined from `chunks`, and so copied, when it is read for the first time.
     """
 
     envelope: Envelope
@@ -275,8 +275,8 @@ class Message:
         return (memoryview(self.body),) if chunks is None else chunks
 
     def __bytes__(self) -> bytes:
-        # Kept as cached_property would keep it; but that of Python 3.11 lets threads wait for each
-        # other, even those that look at different messages.
+        # Cached without cached_property: in Python 3.11 that has one lock for all messages, for
+        # which threads would wait.
         kept = self.__dict__
         raw: bytes | None = kept.get("_raw")
         if raw is None:
@@ -305,12 +305,12 @@ class Message:
 
     @property
     def size(self) -> int:
-        """The length of `bytes(message)`, which is not made for it."""
+        """The length of `bytes(message)` in bytes."""
         return sum(map(len, map(bytes, self.headers))) + 2 + sum(map(len, self.chunks))
 
     def parsed(self) -> EmailMessage:
-        """The message as the standard library's EmailMessage, parsed anew at each call."""
-        # Here, because importing them takes longer than all the rest of the author's names.
+        """Return the message as an `email.message.EmailMessage`; each call parses it again."""
+        # Imported here, because it takes longer than the import of the whole API.
         from email import message_from_bytes, policy
 
         return message_from_bytes(bytes(self), policy=policy.SMTP)

@@ -1,7 +1,7 @@
-"""What a milter answers: verdicts, and the actions that an `Accept` at end of message carries.
+"""Verdicts, and the actions of an `Accept` at end of message.
 
-All are values: they cross a process border, and comparing them is the test. A constructor
-refuses what the wire cannot carry and names it (InvalidValue).
+All are values: tests can compare them. A constructor raises InvalidValue, which names the value,
+if it cannot be sent to an MTA.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from sharded_milter.errors import InvalidValue
 from sharded_milter.protocol.text import to_wire
 
-# RFC 5322 3.6.8: printable US-ASCII without the colon. The length is RFC 5322's line limit.
+# RFC 5322 3.6.8: printable US-ASCII except the colon. The length is RFC 5322's line limit.
 _HEADER_NAME = re.compile(r"[!-9;-~]{1,998}")
 
 # RFC 3463: class, subject, detail; libmilter takes up to three digits each.
 _XCODE = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 
-# A reply is one packet of at most 65,535 bytes: a header's name and index, and two NULs, must fit
-# in beside its value.
+# Bytes of a text. A reply is one packet of at most 65,535 bytes, which a header's value shares with
+# its name, its index and two NULs.
 MAX_TEXT = 64_000
 
 
@@ -32,9 +32,9 @@ def _check_text(what: str, text: str, *, forbidden: str = "\0") -> None:
     try:
         size = len(to_wire(text))
     except UnicodeEncodeError:
-        raise InvalidValue(f"{what} {text[:80]!r} is not text that can be encoded") from None
+        raise InvalidValue(f"{what} {text[:80]!r} cannot be encoded as UTF-8") from None
     if size > MAX_TEXT:
-        raise InvalidValue(f"{what} of {size} bytes exceeds {MAX_TEXT}")
+        raise InvalidValue(f"{what} has {size} bytes; at most {MAX_TEXT} can be sent")
 
 
 def _check_header(name: str, value: str) -> None:
@@ -45,7 +45,8 @@ def _check_header(name: str, value: str) -> None:
     for line in re.split("\r\n|\r|\n", value)[1:]:
         if line[:1] not in (" ", "\t"):
             raise InvalidValue(
-                f"value {value[:80]!r} of header {name} breaks the line without a blank behind"
+                f"value {value[:80]!r} of header {name}: a continuation line must start with a"
+                " space or tab"
             )
 
 
@@ -53,7 +54,7 @@ def _check_address(what: str, address: str, esmtp: tuple[str, ...] = ()) -> None
     _check_text(what, address, forbidden="\0\r\n")
     if not isinstance(esmtp, tuple):
         raise InvalidValue(
-            f"ESMTP parameters of {what} {address[:80]!r} are not a tuple: {esmtp!r:.80}"
+            f"ESMTP parameters of {what} {address[:80]!r} must be a tuple, not {esmtp!r:.80}"
         )
     for parameter in esmtp:
         _check_text("ESMTP parameter", parameter, forbidden="\0\r\n \t")
@@ -64,12 +65,12 @@ def _check_address(what: str, address: str, esmtp: tuple[str, ...] = ()) -> None
 
 def _check_index(index: int, lowest: int) -> None:
     if not isinstance(index, int) or not lowest <= index <= 0x7FFFFFFF:
-        raise InvalidValue(f"header index {index!r} is not within {lowest} and 2147483647")
+        raise InvalidValue(f"header index {index!r} is not between {lowest} and 2147483647")
 
 
 @dataclass(frozen=True, slots=True)
 class AddHeader:
-    """A new field at the end of the header (smfi_addheader)."""
+    """Add a field at the end of the header (smfi_addheader)."""
 
     name: str
     value: str
@@ -80,9 +81,9 @@ class AddHeader:
 
 @dataclass(frozen=True, slots=True)
 class InsertHeader:
-    """A new field at `index` (smfi_insheader); 0 is the top, above all other fields.
+    """Insert a field at `index` (smfi_insheader); 0 is before all other fields.
 
-    Indexes but 0 do not mean the same place to Postfix and to Sendmail.
+    An index other than 0 does not mean the same place in Postfix and in Sendmail.
     """
 
     index: int
@@ -96,9 +97,9 @@ class InsertHeader:
 
 @dataclass(frozen=True, slots=True)
 class ChangeHeader:
-    """A new value for the `index`-th field called `name`, counted from 1 (smfi_chgheader).
+    """Change the value of the `index`-th field called `name`, from 1 (smfi_chgheader).
 
-    Where there is none it is added.
+    If there is no such field, one is added at the end.
     """
 
     name: str
@@ -109,12 +110,15 @@ class ChangeHeader:
         _check_index(self.index, 1)
         _check_header(self.name, self.value)
         if not self.value:
-            raise InvalidValue(f"an empty value deletes header {self.name}: use DeleteHeader")
+            raise InvalidValue(f"an empty value would delete header {self.name}; use DeleteHeader")
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteHeader:
-    """The `index`-th field called `name` as the milter saw it, counted from 1, is removed."""
+    """Delete the `index`-th field called `name`, from 1 (smfi_chgheader).
+
+    The index counts in the header that the milter got, also if other fields are deleted.
+    """
 
     name: str
     index: int = 1
@@ -126,7 +130,7 @@ class DeleteHeader:
 
 @dataclass(frozen=True, slots=True)
 class AddRecipient:
-    """A further recipient (smfi_addrcpt, smfi_addrcpt_par); `esmtp` like `("NOTIFY=NEVER",)`."""
+    """Add a recipient (smfi_addrcpt, smfi_addrcpt_par); `esmtp` such as `("NOTIFY=NEVER",)`."""
 
     address: str
     esmtp: tuple[str, ...] = ()
@@ -139,7 +143,7 @@ class AddRecipient:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRecipient:
-    """One recipient less (smfi_delrcpt); `address` as the client wrote it, brackets or not."""
+    """Delete a recipient (smfi_delrcpt); `address` in the client's spelling, brackets optional."""
 
     address: str
 
@@ -151,7 +155,7 @@ class DeleteRecipient:
 
 @dataclass(frozen=True, slots=True)
 class ChangeSender:
-    """Another envelope sender (smfi_chgfrom); `""` is the null sender."""
+    """Change the envelope sender (smfi_chgfrom); `""` is the null sender."""
 
     address: str
     esmtp: tuple[str, ...] = ()
@@ -162,7 +166,7 @@ class ChangeSender:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceBody:
-    """Another body (smfi_replacebody), all of it, line ends CRLF."""
+    """Replace the whole body (smfi_replacebody); its line ends must be CRLF."""
 
     body: bytes
 
@@ -173,7 +177,7 @@ class ReplaceBody:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """The message is held for an operator (smfi_quarantine)."""
+    """Hold the message for an administrator (smfi_quarantine)."""
 
     reason: str
 
@@ -199,7 +203,9 @@ Action = (
 def _check_refusal(text: str, code: int, xcode: str, first_digit: int) -> None:
     _check_text("reply text", text)
     if not isinstance(code, int) or not first_digit * 100 <= code <= first_digit * 100 + 99:
-        raise InvalidValue(f"reply code {code!r} is not within {first_digit}00 and {first_digit}99")
+        raise InvalidValue(
+            f"reply code {code!r} is not between {first_digit}00 and {first_digit}99"
+        )
     _check_text("enhanced code", xcode)
     if not _XCODE.fullmatch(xcode) or xcode[0] != str(first_digit):
         raise InvalidValue(f"enhanced code {xcode!r} is not of the form {first_digit}.x.x")
@@ -207,22 +213,22 @@ def _check_refusal(text: str, code: int, xcode: str, first_digit: int) -> None:
 
 @dataclass(frozen=True, init=False)
 class Accept:
-    """Enough seen: let it pass. At end of message it carries actions, applied in their order."""
+    """Accept without further callbacks. At end of message, `actions` are applied in their order."""
 
     actions: tuple[Action, ...]
 
     def __init__(self, *actions: Action) -> None:
         for action in actions:
             if not isinstance(action, Action):
-                raise InvalidValue(f"Accept takes actions, not {action!r}")
+                raise InvalidValue(f"Accept takes actions, not {action!r:.80}")
         if sum(isinstance(action, ReplaceBody) for action in actions) > 1:
-            raise InvalidValue("Accept takes one ReplaceBody: it is all of the new body")
+            raise InvalidValue("Accept takes one ReplaceBody, with the whole new body")
         object.__setattr__(self, "actions", actions)
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A permanent refusal: `550 5.7.1 text`. Line breaks in `text` make a multi-line reply."""
+    """Refuse permanently: `550 5.7.1 text`. Line breaks in `text` make a multi-line reply."""
 
     text: str
     code: int = 550
@@ -234,7 +240,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class TempFail:
-    """A temporary refusal: `451 4.7.1 text`; code 421 also ends the client's connection."""
+    """Refuse temporarily: `451 4.7.1 text`; code 421 also closes the client's connection."""
 
     text: str
     code: int = 451
@@ -246,7 +252,7 @@ class TempFail:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Say yes to the client and deliver nothing."""
+    """Accept the message from the client, but do not deliver it."""
 
 
 Verdict = Accept | Reject | TempFail | Discard | None

@@ -95,9 +95,9 @@ def test_a_header_index_is_a_number_that_both_mtas_understand(index: Any) -> Non
 
 def test_only_insertion_counts_from_zero() -> None:
     assert InsertHeader(0, "X", "v").index == 0
-    with pytest.raises(InvalidValue, match="within 1 and"):
+    with pytest.raises(InvalidValue, match="between 1 and"):
         ChangeHeader("X", 0, "v")
-    with pytest.raises(InvalidValue, match="within 1 and"):
+    with pytest.raises(InvalidValue, match="between 1 and"):
         DeleteHeader("X", 0)
 
 
@@ -126,7 +126,7 @@ def test_an_esmtp_parameter_is_one_word(build: Any, parameter: Any) -> None:
 @pytest.mark.parametrize("build", [AddRecipient, ChangeSender])
 @pytest.mark.parametrize("esmtp", ["NOTIFY=NEVER", ["NOTIFY=NEVER"], None])
 def test_esmtp_parameters_are_a_tuple_and_not_a_text(build: Any, esmtp: Any) -> None:
-    with pytest.raises(InvalidValue, match="not a tuple"):
+    with pytest.raises(InvalidValue, match="must be a tuple"):
         build("a@b", esmtp)
 
 

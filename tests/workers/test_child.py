@@ -331,7 +331,7 @@ def test_what_is_no_question_is_answered_by_amp_itself() -> None:
         ("fail(asyncio.CancelledError())", b"asyncio.exceptions.CancelledError"),
         ("fail(ValueError(json.loads('\"\\\\ud800\"')))", b"ValueError: \\ud800"),
         ("'accept'", b"sharded_milter.errors.InvalidVerdict: the eom callback returned 'accept'"),
-        ("Reject('x', 250)", b"sharded_milter.errors.InvalidValue: reply code 250 is not within"),
+        ("Reject('x', 250)", b"sharded_milter.errors.InvalidValue: reply code 250 is not between"),
         ("(", b"File \"<string>\", line 1 ( ^ SyntaxError: '(' was never closed"),
     ],
 )  # fmt: skip
