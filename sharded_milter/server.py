@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 
@@ -152,6 +151,6 @@ class Server(ServerContext):
             if self._grace is not None and self._grace.active():
                 self._grace.cancel()
             # Objects end before their workers do, but only FLUSH_GRACE is waited for that.
-            clock = cast("IReactorTime", self.reactor)
+            clock: Any = self.reactor
             ended = self.dispatcher.when_sessions_ended().addTimeout(FLUSH_GRACE, clock)
             ended.addBoth(lambda _: self.pool.stop().chainDeferred(self.stopped))

@@ -42,8 +42,8 @@ ALLOWED: dict[str, set[str]] = {
         ".errors", ".transports", "twisted", "zope",
     },
     ".pool": {
-        ".pool", ".dispatch", ".forks", ".ipc", ".limits", ".prctl", ".protocol", ".errors",
-        ".transports", "twisted", "psutil", "ampoule",
+        ".pool", ".dispatch", ".alarms", ".forks", ".ipc", ".limits", ".prctl", ".protocol",
+        ".errors", ".transports", "twisted", "psutil", "ampoule",
     },
     ".context": {".mta", ".dispatch", ".alarms", ".ipc", ".limits"},
     ".server": {

@@ -9,8 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 
-from twisted.internet.interfaces import IReactorTime
-
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Attempt, Job
 from sharded_milter.dispatch.pipeline import Pipeline
@@ -31,7 +30,7 @@ class Assignment:
         self,
         limits: Limits,
         counters: Counter[str],
-        reactor: IReactorTime,
+        reactor: ReactorTime,
         job_timeouts: JobTimeouts,
         failed: Callable[[Job, JobFailed], object],
     ) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
 
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.dispatch.assignment import Assignment
 from sharded_milter.dispatch.job import Job
 from sharded_milter.dispatch.retries import Retries
@@ -23,7 +23,7 @@ class Completion:
     """Completes jobs, and tracks the end-of-session notices that are in flight."""
 
     def __init__(
-        self, limits: Limits, counters: Counter[str], reactor: IReactorTime, retries: Retries
+        self, limits: Limits, counters: Counter[str], reactor: ReactorTime, retries: Retries
     ) -> None:
         self.timeouts = JobTimeouts(limits, counters, reactor, self)
         self.assignment = Assignment(limits, counters, reactor, self.timeouts, self.fail)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import Counter
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.completion import Completion
 from sharded_milter.dispatch.job import Attempt, Job, Loss, result_of
@@ -43,7 +43,7 @@ class Dispatcher:
 
     log = Logger()
 
-    def __init__(self, limits: Limits, reactor: IReactorTime, keep: KeepDir | None = None) -> None:
+    def __init__(self, limits: Limits, reactor: ReactorTime, keep: KeepDir | None = None) -> None:
         self.counters: Counter[str] = Counter()
         self._limits = limits
         self._reactor = reactor

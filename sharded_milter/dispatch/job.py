@@ -17,10 +17,9 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall
 from twisted.python.failure import Failure
 
-from sharded_milter.alarms import Alarm
+from sharded_milter.alarms import Alarm, DelayedCall
 from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.poison import digest
 from sharded_milter.ipc.memory import Memory, view_of
@@ -142,7 +141,7 @@ class Attempt:
         self.pipeline = pipeline
         self.began = 0.0  # the reactor's time when it became the first of its shard
         self.withdrawn = False  # the shard was asked not to begin it, and has not answered yet
-        self.deadline_call: IDelayedCall | None = None  # kills a shard whose answer is not awaited
+        self.deadline_call: DelayedCall | None = None  # kills a shard whose answer is not awaited
 
 
 def result_of(answer: Deferred[bytes]) -> bytes | Deferred[bytes]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from twisted.internet.interfaces import IReactorTime
-
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.dispatch.affinity import ObjectAffinity
 from sharded_milter.dispatch.job import Attempt, Blame, Job, Loss
 from sharded_milter.dispatch.pipeline import Pipeline, ShardControl
@@ -25,7 +24,7 @@ class Shards:
         self,
         queue: Queue[Job, Pipeline],
         timeouts: AttemptTimeouts,
-        reactor: IReactorTime,
+        reactor: ReactorTime,
         match: Callable[[], None],
     ) -> None:
         self.pipelines: dict[ShardControl, Pipeline] = {}

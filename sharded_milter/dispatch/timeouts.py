@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from sharded_milter.alarms import Alarm, ReactorTime
@@ -62,7 +61,7 @@ class AttemptTimeouts:
         self,
         limits: Limits,
         counters: Counter[str],
-        reactor: IReactorTime,
+        reactor: ReactorTime,
         behind_too_long: Callable[[Attempt], object],
     ) -> None:
         self._limits = limits
@@ -119,7 +118,7 @@ class JobTimeouts:
     log = Logger()
 
     def __init__(
-        self, limits: Limits, counters: Counter[str], reactor: IReactorTime, owner: JobOwner
+        self, limits: Limits, counters: Counter[str], reactor: ReactorTime, owner: JobOwner
     ) -> None:
         self._limits = limits
         self._counters = counters

@@ -20,9 +20,9 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.process import reapProcessHandlers
 
+from sharded_milter.alarms import DelayedCall, ReactorTime
 from sharded_milter.forks import MARKED_LIMIT
 from sharded_milter.prctl import set_subreaper
 
@@ -50,7 +50,7 @@ class Descendants:
     `shares` says that milters run in this process, too, and reap their own children.
     """
 
-    def __init__(self, reactor: IReactorTime, *, shares: bool = False) -> None:
+    def __init__(self, reactor: ReactorTime, *, shares: bool = False) -> None:
         self._reactor = reactor
         self._reap_after = REAP_AFTER_SWEEPS if shares else 0
         self._first = _first_mark()
@@ -58,7 +58,7 @@ class Descendants:
         self._live_marks: set[int] = set()  # of workers that are not gone
         self._children = -1  # the descriptor of the list of children
         self._zombies: dict[int, int] = {}  # sweeps since they have ended, by process id
-        self._call: IDelayedCall | None = None
+        self._call: DelayedCall | None = None
 
     def begin(self) -> None:
         """Become a subreaper and start sweeping; without Linux only process groups are killed."""

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.dispatch.job import Blame, Loss
 from sharded_milter.errors import ConfigError, MilterError, SystemRefused
 from sharded_milter.limits import Limits
@@ -105,7 +105,7 @@ class Generation:
     log = Logger()
 
     def __init__(
-        self, size: int, limits: Limits, owner: GenerationOwner, reactor: IReactorTime
+        self, size: int, limits: Limits, owner: GenerationOwner, reactor: ReactorTime
     ) -> None:
         self.state = GenerationState.LOADING
         self.slots = [Slot(number) for number in range(1, size + 1)]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
-
+from sharded_milter.alarms import DelayedCall, ReactorTime
 from sharded_milter.pool.places import PlaceOwner
 
 # Bytes of a line that are logged: a long line of a traceback has some hundreds.
@@ -36,7 +35,7 @@ class Output:
     """
 
     def __init__(
-        self, owner: PlaceOwner, hold: Callable[[bool], None], reactor: IReactorTime
+        self, owner: PlaceOwner, hold: Callable[[bool], None], reactor: ReactorTime
     ) -> None:
         self.held = False
         self._owner = owner
@@ -44,7 +43,7 @@ class Output:
         self._reactor = reactor
         self._began: dict[int, bytes] = {}  # incomplete lines, by stream
         self._cut: set[int] = set()  # streams that are inside a line which was too long
-        self._over_call: IDelayedCall | None = (
+        self._over_call: DelayedCall | None = (
             None  # while there is something to say at the second's end
         )
         self._new_second(reactor.seconds())

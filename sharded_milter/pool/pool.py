@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from sharded_milter.alarms import DelayedCall, ReactorTime
 from sharded_milter.errors import MilterError
 from sharded_milter.limits import Limits
 from sharded_milter.pool.generation import Generation, GenerationEvent, description
@@ -51,7 +51,7 @@ class Pool:
         size: int,
         limits: Limits,
         dispatcher: PoolDispatcher,
-        reactor: IReactorTime,
+        reactor: ReactorTime,
     ) -> None:
         self._make_shard = make_shard
         self._size = size
@@ -66,7 +66,7 @@ class Pool:
         self._stopped: Deferred[None] | None = None
         self._ticks = 0
         self._sandbox = ("", False)  # the last report in the log
-        self._tick_call: IDelayedCall | None = None
+        self._tick_call: DelayedCall | None = None
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:

@@ -20,9 +20,9 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from twisted.internet import error
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
+from sharded_milter.alarms import DelayedCall, ReactorTime
 from sharded_milter.dispatch.job import Blame, Job, Loss
 from sharded_milter.errors import BrokenRule, MilterError, MilterLoadError
 from sharded_milter.ipc.channel import MasterChannel
@@ -183,7 +183,7 @@ class Shard:
         place: Place,
         dispatcher: ShardDispatcher,
         owner: ShardOwner,
-        reactor: IReactorTime,
+        reactor: ReactorTime,
     ) -> None:
         self.slot = slot
         self.place = place
@@ -205,7 +205,7 @@ class Shard:
         self._heartbeat = Heartbeat()
         self._shutdown_sent = False
         self._is_closed = False  # its socket is closed, or it has exited
-        self._calls: list[IDelayedCall] = []  # timeouts
+        self._calls: list[DelayedCall] = []  # timeouts
 
     def __repr__(self) -> str:
         return f"shard {self.slot} (pid {self.place.pid})"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
-
+from sharded_milter.alarms import DelayedCall, ReactorTime
 from sharded_milter.dispatch.job import Blame, Loss
 from sharded_milter.limits import Limits
 from sharded_milter.pool.shard import Shard
@@ -31,11 +30,11 @@ class Slot:
         self.current: Shard | None = None  # serves
         self.successor: Shard | None = None  # starts, or is READY and waits for the others
         self.served_since = 0.0
-        self.pending: IDelayedCall | None = None  # starts the next successor
+        self.pending: DelayedCall | None = None  # starts the next successor
         self.delay = 0.0  # before its latest start, seconds
 
     def start_after(
-        self, delay: float, reactor: IReactorTime, start: Callable[[Slot], None]
+        self, delay: float, reactor: ReactorTime, start: Callable[[Slot], None]
     ) -> None:
         """Call `start` with the slot after `delay` seconds."""
         self.cancel_pending()
