@@ -1,8 +1,8 @@
-"""What a child must not do that a milter forks: go on as the process from which it was forked.
+"""Guards against children that a milter forks and that continue as if they were their parent.
 
-A child has a copy of all that its parent has: the connection to the master, the reactor, whose
-epoll it even shares, and the milter's caller, to which it returns when it falls out of a callback.
-So it gives up what is not its own, and ends where the milter's code ends.
+A child has a copy of everything: the connection to the master, the reactor, whose epoll it shares
+with the parent, and the call stack, on which it would return from the callback into our code. So it
+closes what belongs to the parent, and exits where the milter's code returns.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from contextlib import suppress
 from threading import get_ident
 from typing import Any, NoReturn
 
-# RLIMIT_LOCKS, which Python has no name for: a limit that nothing is checked against. A worker's is
-# a number by which the master knows all that descends from it.
+# RLIMIT_LOCKS, which has no name in Python and which Linux does not enforce. A worker's value is a
+# mark, by which the master finds its descendants.
 MARKED_LIMIT = 10
 
 Handler = Callable[[int, Any], object]
 
 
 def guarded(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a milter's code; a child that it has forked, and which comes back, ends here.
+    """Call a milter's code and return its result; exit in a forked child that returns from it.
 
-    Such a child's exit code is what Python's would be at the end of its main program.
+    The child's exit code is the one that Python's main program would have.
     """
     process = os.getpid()
     try:
@@ -41,7 +41,7 @@ def guarded(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def end(error: BaseException | None = None) -> NoReturn:
-    """Ends a child at once, with the exit code that `error` stands for: nothing else is run."""
+    """Exit a child at once, with the exit code for `error`; no exit handlers run."""
     code = 0
     try:
         if isinstance(error, SystemExit):
@@ -63,14 +63,14 @@ def _exit_code(code: object) -> int:
 
 
 def run_in_children(call: Callable[[], object]) -> None:
-    """Has `call` called in each child that Python forks from now on, before anything else."""
+    """Call `call` in each child that Python forks from now on, before anything else."""
     os.register_at_fork(after_in_child=call)
 
 
 def handle_in_parent_only(numbers: Collection[int], handler: Handler) -> None:
-    """Sets the handler of signals; what is forked or executed has their default action.
+    """Set the handler of signals; forked and executed processes get their default action.
 
-    System calls of C code are not interrupted by them.
+    The signals do not interrupt system calls of C code.
     """
     for number in numbers:
         signal.signal(number, handler)
@@ -86,19 +86,19 @@ def handle_in_parent_only(numbers: Collection[int], handler: Handler) -> None:
 
     def reset() -> None:
         for number in numbers:
-            if signal.getsignal(number) is handler:  # else the milter has set its own
+            if signal.getsignal(number) is handler:  # the milter has not set its own
                 signal.signal(number, signal.SIG_DFL)
-        with suppress(ValueError):  # the parent's loop is not woken by a child's signals
+        with suppress(ValueError):  # a child's signals must not wake the parent's loop
             signal.set_wakeup_fd(-1)
         unblock()
 
-    # A signal that comes before the child has reset its handlers waits until then.
+    # Blocked, so that a signal waits until the child has reset its handlers.
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
 
 
 def install_asyncio_reactor() -> None:
-    """Installs Twisted's reactor on asyncio; a child that comes back to its loop ends."""
-    import asyncio  # here, because the master and a script's worker do without
+    """Install Twisted's asyncio reactor; a forked child that returns to its loop exits."""
+    import asyncio  # here, because the master and a script's worker do not need it
     import selectors
 
     from twisted.internet import asyncioreactor
@@ -115,7 +115,7 @@ def install_asyncio_reactor() -> None:
 
 
 def guard_loop_of(reactor: Any) -> None:
-    """A child that comes back to the loop of a reactor which has its own ends."""
+    """Make a forked child exit when it returns to the loop of a reactor without asyncio."""
 
     def stop_loop() -> None:
         reactor.doIteration = lambda delay: end()

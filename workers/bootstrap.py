@@ -19,11 +19,12 @@ from typing import Any
 from .. import forks
 from ..prctl import hide_memory, set_parent_death_signal
 
-# The master's end of the socket pair is on the other side of this descriptor.
+# The worker's end of the socket pair to the master.
 CHANNEL = 3
 
-# The master alone decides when a worker ends: a terminal's Ctrl-C and systemd's TERM go to the
-# whole group. They are not ignored, because what a milter executes would ignore them too.
+# Only the master stops a worker, but a terminal's Ctrl-C and systemd's TERM go to the whole group.
+# The signals have an empty handler; if they were ignored, programs that a milter executes would
+# ignore them too.
 _MASTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -39,26 +40,25 @@ def main(
     open_files: int = 0,
     sandbox: Mapping[str, Any] | None = None,
 ) -> None:
-    """Serves the milters `specs` to the process `master` until that ends or says so.
+    """Serve the milters `specs` to the process `master` until that exits or tells it to stop.
 
-    With `script` they are a pymilter script and its arguments instead.
-    `nice` is added to its priority, `memory_limit` bounds its address space in bytes (0: not),
-    `cpus` are those it may run on (none: any), `open_files` is its soft limit of descriptors (0:
-    the master's), `sandbox` the arguments of its `Sandbox`. By `mark` (0: none) the master knows
-    what descends from it.
+    With `script`, `specs` are a pymilter script and its arguments. `nice` is added to the
+    niceness, `memory_limit` limits the address space in bytes (0: no limit), `cpus` are the CPUs
+    to run on (empty: any), `open_files` is the soft limit of descriptors (0: the master's),
+    `sandbox` has the arguments of `Sandbox`. `mark` (0: none) identifies the worker's descendants.
     """
-    gc.disable()  # hardly anything is garbage until all is imported; looking takes a tenth of it
+    gc.disable()  # imports leave hardly any garbage, and collecting takes a tenth of their time
     _exit_with_master(master)
-    hide_memory()  # from other workers: it is going to hold mail
-    os.setsid()  # a process group of its own, which the master ends with the worker
+    hide_memory()  # from other workers: it will contain mail
+    os.setsid()  # a process group of its own, which the master kills with the worker
     _restrict(nice, memory_limit, cpus, open_files, mark)
     forks.handle_in_parent_only(_MASTER_SIGNALS, _ignore_signal)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
     if not script:
-        # The asyncio reactor, so that coroutines of authors can use both asyncio and Twisted. A
-        # script has none, and may want to run an asyncio loop of its own in a callback.
+        # With the asyncio reactor, authors' coroutines can use both asyncio and Twisted. A script
+        # has no coroutines, and may run an asyncio loop of its own in a callback.
         forks.install_asyncio_reactor()
     from twisted.internet import reactor
 
@@ -82,9 +82,9 @@ def main(
         channel = socket.fromfd(CHANNEL, socket.AF_UNIX, socket.SOCK_STREAM)
         os.close(CHANNEL)
         PassingTransport.connect(channel, child, reactor)
-        # The milters are loaded and the master knows it. What is here now is not looked at again
-        # by collections, each of which would take as long as hundreds of messages. It is freed all
-        # the same when nobody needs it any more, but for cycles.
+        # The milters are loaded and the master has been told. Frozen objects are left out of
+        # garbage collections, each of which would take as long as hundreds of messages. They are
+        # still freed by reference counts, but not in cycles.
         gc.collect()
         gc.freeze()
         reactor.run(installSignalHandlers=False)  # type: ignore[call-arg]
@@ -101,11 +101,11 @@ def main(
 
 
 def _ignore_signal(number: int, frame: object) -> None:
-    """Nothing is done about the signal."""
+    """Do nothing about a signal that is meant for the master."""
 
 
 def _log_warnings() -> None:
-    """What Twisted has to say goes to standard error, which is the master's log."""
+    """Write Twisted's warnings and errors to standard error, which goes to the master's log."""
     from twisted.logger import (
         FilteringLogObserver,
         LogLevel,
@@ -128,8 +128,8 @@ def _restrict(
     if memory_limit:
         resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
     if open_files:
-        # The master has raised it for its connections. What a milter starts may use select(), which
-        # knows 1024 descriptors, or close all that it could have.
+        # The master has raised its limit for its connections. A milter's programs may use
+        # select(), which supports 1024 descriptors, or close every possible descriptor.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, hard))
     if cpus:
@@ -137,7 +137,7 @@ def _restrict(
 
 
 def _exit_with_master(master: int) -> None:
-    """No worker outlives its master, however that ends; Linux only, elsewhere EOF must do."""
+    """Exit when the master does, in any way. Without Linux, only its closed socket says so."""
     set_parent_death_signal(signal.SIGKILL)
-    if os.getppid() != master:  # it died before the line above
+    if os.getppid() != master:  # it exited before the line above
         os._exit(os.EX_TEMPFAIL)

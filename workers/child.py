@@ -1,7 +1,7 @@
-"""The worker's end of the AMP connection: a job in, reply packets out.
+"""The worker's end of the AMP connection: it answers questions with reply packets.
 
-The law: nothing is ever raised through AMP, which would take the worker down with the next job.
-Whatever a milter's code does, an answer goes back.
+The law: no exception is raised through AMP, which would close the connection and lose the next
+jobs. Every question is answered, whatever a milter's code does.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ from .sandbox import NO_SANDBOX, Sandbox
 
 Bytes = bytes | memoryview
 
-# Reads of the master's socket before a question that has waited begins: it holds a few of them.
+# Reads of 64 KB from the master's socket in one go: it holds a few of them.
 MAX_CATCH_UP = 16
 
-# Questions that are begun in one turn of the reactor: a master that always has one more must not
-# keep the milter's own timers and threads from theirs.
+# Questions that are begun in one reactor iteration: a master that always has one more must not
+# block the milter's own timers and threads.
 MAX_PER_ITERATION = 16
 
 
 class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
-    """Loads its milters when the master is there, then answers jobs with them.
+    """Loads its milters when the connection is made, then answers questions with them.
 
-    `loading` makes a milter of what the operator has named, `socket` is where a script wants to
-    be found. `sandbox` is entered once they are loaded.
+    `loading` returns the milter of a spec. `socket` is the address that a script asks to listen
+    on. `sandbox` is entered after the milters are loaded.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._dialects: list[Dialect] = []
         self._questions: deque[amp.AmpBox] = deque()
         self._at_work = False
-        self._replies: list[Memory] = []  # kept until the socket has taken their descriptors
+        self._replies: list[Memory] = []  # kept until their descriptors are sent
 
     def connectionMade(self) -> None:
-        """Imports the milters and tells the master how that went."""
+        """Load the milters, enter the sandbox, and send the master the result."""
         super().connectionMade()
         self._arrived_more = select.poll()
         self._arrived_more.register(self.transport.fileno(), select.POLLIN)
@@ -108,17 +108,17 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self._send_command(Ready, milters=milters, code=code, socket=to_wire(self._socket))
 
     def stop(self) -> None:
-        """The milter itself ends this worker's loop; what it has answered is still sent."""
-        self.shutdown = True  # so that the end of the connection is no accident
+        """Close the connection after the answers so far: the milter itself ends the loop."""
+        self.shutdown = True  # so that ampoule treats the closed connection as intended
         self.transport.loseConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The master is gone, or wants no more: nothing is begun."""
+        """Begin no more questions: the master has exited or closed the connection."""
         self._questions.clear()
         super().connectionLost(reason)
 
     def after_fork(self) -> None:
-        """This is a child that the milter has forked: the master is not its own."""
+        """Close the connection in a process that the milter has forked."""
         self._questions.clear()
         if self.transport is not None:
             self.transport.socket.close()
@@ -127,13 +127,13 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         self.callRemote(command, **arguments)
 
     def dataReceived(self, data: bytes) -> None:
-        """Takes all that has arrived, then works on it."""
+        """Take all boxes that have arrived, then answer the questions in them."""
         super().dataReceived(data)
         if not self._at_work:
             self._answer_questions()
 
     def ampBoxReceived(self, box: amp.AmpBox) -> None:
-        """Questions are answered without AMP's own machinery, which takes longer than reading."""
+        """Take a box; questions bypass AMP's own dispatch, which takes longer than parsing."""
         command = box.get(amp.COMMAND)
         if command == Ask.commandName:
             self._questions.append(box)
@@ -147,7 +147,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
         return {}
 
     def _withdraw(self, tag: bytes) -> None:
-        """The master has given a question to another worker, or needs no answer to it."""
+        """Drop a question that has not begun, and confirm it."""
         for box in self._questions:
             if box[amp.ASK] == tag:
                 self._questions.remove(box)
@@ -156,9 +156,9 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
                 return
 
     def _answer_questions(self, *, waited: bool = False) -> None:
-        """Answers one question after the other: the master blames the first for a death.
+        """Answer the questions in order: the master blames the first for a death.
 
-        One that has `waited` may have been withdrawn meanwhile, so it begins once all is read.
+        If they have `waited`, read the socket first: one of them may have been withdrawn.
         """
         self._at_work = True
         for _ in range(MAX_PER_ITERATION):
@@ -168,19 +168,19 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
                 self._at_work = False
                 return
             if not self._ask(self._questions.popleft()):
-                return  # it goes on when the coroutine has ended
+                return  # continued when the coroutine has ended
             waited = True
         _next_iteration(lambda: self._answer_questions(waited=True))
 
     def claim(self, inode: int, size: int) -> memoryview:
-        """The memory of a question, mapped; raises OSError where it was lost on the way."""
+        """Return the memory of a question, mapped; raise OSError if its descriptor was lost."""
         fd = self._arrived.claim(inode)
-        if fd is None:  # the kernel has dropped it: there was no number left for it
+        if fd is None:  # the kernel has dropped it: no descriptor number was free
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return Received(fd, size).mapped()
 
     def _ask(self, box: amp.AmpBox) -> bool:
-        """Answers one job; False if that comes later, because the milter is a coroutine."""
+        """Answer one question; return False if a coroutine will answer it later."""
         tag = box[amp.ASK]
         try:
             question = read_question(box, self)
@@ -200,17 +200,17 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
                 later.addCallback(lambda _: self._answer_questions(waited=True))
                 return False
             answer = Answer(replies)
-        except BaseException:  # also an exit: no job ends the worker
+        except BaseException:  # SystemExit, too: no job may end the worker
             answer = self._failed(Failure())
         self._answer(answer, tag, views)
         return True
 
     def _replies_to(self, question: Question, views: list[Bytes]) -> Any:
-        """What the milter says to a question; `views` gets what is to be released after it."""
+        """Call the milter for a question; append the views that must be unmapped after it."""
         head = question.head
-        news = question.message[head.start :]  # of memory it is a view of its own
-        views += (news, question.connection, question.message, question.command)
-        message = bytes(news) + bytes(question.command) if question.command else news
+        rest = question.message[head.start :]  # of memory, it is a separate view
+        views += (rest, question.connection, question.message, question.command)
+        message = bytes(rest) + bytes(question.command) if question.command else rest
         stage = STAGES.get(head.stage[0])
         answer = self._dialects[head.milter].answer
         return guarded(answer, stage, bytes(question.connection), message, head.session)
@@ -248,7 +248,7 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
 
 
 def _next_iteration(call: Callable[[], None]) -> None:
-    from twisted.internet import reactor  # it is chosen after this module's import, if need be
+    from twisted.internet import reactor  # not at the top: it is installed after that
 
     reactor.callLater(0, call)
 
@@ -269,5 +269,5 @@ def _manifest_fields(manifest: Manifest) -> dict[str, bytes]:
 
 
 def _log_text(text: str) -> bytes:
-    """Bytes of a text that may hold anything an author's code has put into an exception."""
+    """Encode a text of an author's code, which may contain any character."""
     return text.encode(ENCODING, "backslashreplace")

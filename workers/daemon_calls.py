@@ -1,8 +1,8 @@
-"""What the master does, a script must not: while its main program runs, the functions with which
-a daemon is made do nothing but say so once.
+"""Replaces daemonising calls with no-ops while a script's main program runs.
 
-Its pid file goes to a directory of this worker, because every worker would write it. None of this
-holds while the milter serves: a callback may fork, and read whatever it likes.
+The master does this work. Each replaced function logs once that it is ignored. A pid file goes to a
+directory of this worker, because every worker would write it. The calls work as usual while the
+milter serves: a callback may fork and open any file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# What they return: as if they had done it.
+# Ignored functions of `os`, with the result that they return.
 _IGNORED: dict[str, object] = {
     **dict.fromkeys(("setuid", "setgid", "seteuid", "setegid", "setreuid", "setregid")),
     **dict.fromkeys(("setresuid", "setresgid", "setgroups", "initgroups", "setsid", "chroot")),
     "setpgid": None,
 }
 
-# The master's, and the one that has a worker write its stacks.
+# Signals of the master, and the one that makes a worker write its stacks.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 # Functions of `os` whose first argument is a path.
@@ -33,7 +33,7 @@ _ON_PATHS = ("open", "stat", "lstat", "access", "remove", "unlink", "chown", "ch
 
 
 class DaemonCalls:
-    """Takes these functions from a script; `say` gets a line the first time that it calls one."""
+    """The replacements of the functions; `say` gets a line on the first call of each."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -45,7 +45,7 @@ class DaemonCalls:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The script's main program runs meanwhile."""
+        """Replace the functions while the script's main program runs."""
         self._kept = _open_descriptors()
         self._begin()
         try:
@@ -58,7 +58,7 @@ class DaemonCalls:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The milter serves meanwhile."""
+        """Restore the functions while the milter serves."""
         self._end()
         try:
             yield
@@ -110,7 +110,7 @@ class DaemonCalls:
 
     def _fork(self, fork: Callable[[], int]) -> Callable[[], int]:
         def forked() -> int:
-            """In a daemon's child, as it were; processes of multiprocessing are real."""
+            """Return 0, as in a daemon's child; but fork for multiprocessing."""
             if _caller().startswith("multiprocessing."):
                 return fork()
             self._once("os.fork()", "the worker is the master's child already")
@@ -118,7 +118,7 @@ class DaemonCalls:
 
         return forked
 
-    # Descriptors: the way to the master and to the log, and what the reactor has
+    # Descriptors of the channel, of the log and of the reactor, which must stay open
 
     def _close(self, close: Callable[[int], None]) -> Callable[[int], None]:
         def closed(fd: int) -> None:
@@ -175,7 +175,7 @@ class DaemonCalls:
 
 
 def _caller() -> str:
-    """The module that has called the function which asks."""
+    """Return the name of the module that has called the caller of this function."""
     return str(sys._getframe(2).f_globals.get("__name__", ""))
 
 
@@ -188,7 +188,7 @@ def _open_descriptors() -> frozenset[int]:
 
 
 def _is_open(fd: int) -> bool:
-    """That of the listing itself is closed by now."""
+    """Return whether a descriptor is open; the one of the listing itself is closed by now."""
     try:
         os.fstat(fd)
     except OSError:

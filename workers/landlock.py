@@ -1,8 +1,7 @@
-"""Landlock: which files a thread may use from now on, and which processes it may reach.
+"""Landlock: restricts the files that a thread may use, and the processes that it may reach.
 
-What the kernel can restrict depends on the version of its interface (ABI); each right is asked
-for only where it is known. Everything that is restricted and not allowed is refused with EACCES
-(signals and abstract sockets: EPERM).
+The kernel's interface version (ABI) says what can be restricted; only known rights are requested.
+A restricted operation that is not allowed fails with EACCES (signals and abstract sockets: EPERM).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PATH_BENEATH = struct.Struct("=Qi")
 
 
 class Right(IntFlag):
-    """What can be done with a file, or with what is below a directory."""
+    """A right on a file, or on everything below a directory."""
 
     EXECUTE = 1 << 0
     WRITE_FILE = 1 << 1
@@ -45,7 +44,7 @@ class Right(IntFlag):
     IOCTL_DEV = 1 << 15
 
 
-# The ABI that a right came with; the others are as old as Landlock.
+# The ABI that introduced a right; the other rights have existed since version 1.
 _SINCE = {Right.REFER: 2, Right.TRUNCATE: 3, Right.IOCTL_DEV: 5}
 
 READ = Right.READ_FILE | Right.READ_DIR
@@ -70,11 +69,11 @@ _BIND_TCP, _CONNECT_TCP = 1 << 0, 1 << 1
 SCOPES_SINCE = 6
 _ABSTRACT_SOCKETS, _SIGNALS = 1 << 0, 1 << 1
 
-# Without it a worker that is taken over could fill the kernel's audit log.
+# Turns audit logging off: a compromised worker could fill the kernel's audit log.
 _LOGGING_SINCE = 7
 _LOG_OFF = 1 << 0
 
-# All threads of the process are restricted, not only the one that asks.
+# Restricts all threads of the process, not only the calling one.
 ALL_THREADS_SINCE = 8
 _ALL_THREADS = 1 << 3
 
@@ -82,7 +81,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def abi(most: int | None = None) -> int:
-    """The version of the kernel's interface, at most `most`; 0 where it has no Landlock."""
+    """Return the version of the kernel's interface, at most `most`; 0 without Landlock."""
     try:
         version = _call(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     except OSError:  # not compiled in, switched off, or forbidden by a container
@@ -91,11 +90,12 @@ def abi(most: int | None = None) -> int:
 
 
 def restrict(paths: Mapping[str, Right], version: int, *, network: bool) -> None:
-    """Restricts this thread to `paths`, by the interface's `version`, which is not 0.
+    """Restrict this thread to `paths`, with the interface's `version`, which must not be 0.
 
-    Threads that it starts inherit that, as do processes; others of the process are restricted
-    from version 8 on. What is not there, or cannot be reached, is left out. TCP is forbidden
-    without `network`. `prctl.set_no_new_privileges` must have been called. Raises OSError.
+    Threads and processes that it starts inherit this; the other threads of the process are
+    restricted from version 8 on. Paths that are missing or not accessible are skipped. TCP is
+    forbidden without `network`. Call `prctl.set_no_new_privileges` before. Raise OSError where
+    the kernel refuses.
     """
     known = _known(version)
     tcp = _BIND_TCP | _CONNECT_TCP if version >= _TCP_SINCE and not network else 0

@@ -1,7 +1,7 @@
 """A pymilter script as the main program of a worker.
 
-Its `milter` module is our stand-in; its own call of runmilter() is the worker's loop, and returns
-when the worker is told to stop. Whatever else it does instead, the master is told in one line.
+Its `milter` module is ours; its call of runmilter() runs the worker's loop, and returns when the
+worker is told to stop. If the script fails before that, the master gets one line that says why.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .child import Child
 from .daemon_calls import DaemonCalls
 from .sandbox import NO_SANDBOX, Sandbox
 
-# Where Debian's python3-milter is; a virtual environment does not look there.
+# The directory of Debian's python3-milter, which is not in the path of a virtual environment.
 DEBIANS = "/usr/lib/python3/dist-packages"
 
-# Numbers of uniqueID() for each process, in digits: they begin behind its process id.
+# Digits of the counter in uniqueID(), which follow the process id.
 UNIQUE_DIGITS = 9
 
 
 class Script:
-    """A script that is to be run with `arguments`.
+    """A script and its arguments.
 
-    `serve` is the worker's loop, and `halt` ends it from any thread. The sandbox is entered when
-    the loop begins.
+    `serve` runs the worker's loop, and `halt` stops it from any thread. The sandbox is entered
+    when the loop begins.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Script:
         self._sandbox = sandbox
         self._child: Child | None = None  # that answers jobs
         self._failure: MilterLoadError | None = None
-        self._factories: list[Any] = []  # every one that the script has set
+        self._factories: list[Any] = []  # all factories that the script has set
         self._daemon_calls = DaemonCalls(self._say)
         self._registration = Registration()
         self._registration.loop = self._loop
         self._registration.halt = self._stop
 
     def run(self) -> None:
-        """Runs it to its end; raises what it raises after it has served."""
+        """Run the script to its end; raise any exception that it raises after it has served."""
         try:
             self._prepare()
             with self._daemon_calls.active():
@@ -117,7 +117,7 @@ class Script:
         sys.path.insert(0, str(Path(self._path).resolve().parent))
 
     def _watch(self, python_half: ModuleType) -> None:
-        """Notes the factories that are set, and makes uniqueID() unique among the workers."""
+        """Record the factories that are set, and make uniqueID() unique among the workers."""
         vars(python_half)["_seq"] = os.getpid() * 10**UNIQUE_DIGITS
         factories = self._factories
 
@@ -165,7 +165,7 @@ def _raising(failure: MilterLoadError) -> Callable[[str], Dialect]:
 
 
 def _python_half() -> ModuleType:
-    """The package `Milter` of pymilter, which finds our stand-in as its C half."""
+    """Import and return pymilter's package `Milter`, which uses our module as its C half."""
     if importlib.util.find_spec("Milter") is None and os.path.isdir(f"{DEBIANS}/Milter"):
         sys.path.append(DEBIANS)
     try:
@@ -180,7 +180,7 @@ def _python_half() -> ModuleType:
 
 
 def _wait_for_threads(served: Callable[[], bool]) -> None:
-    """The script may have called runmilter() in a thread of its own, as Python waits for those."""
+    """Wait for the script's threads, as Python does: one of them may call runmilter()."""
     for thread in threading.enumerate():
         while (
             thread is not threading.current_thread()
@@ -192,7 +192,7 @@ def _wait_for_threads(served: Callable[[], bool]) -> None:
 
 
 def _own_traceback(error: BaseException, path: str) -> str:
-    """The traceback from the script's first frame on."""
+    """Return the traceback from the script's first frame on."""
     frames = traceback.extract_tb(error.__traceback__)
     starts = [n for n, frame in enumerate(frames) if frame.filename == path]
     own = frames[starts[0] :] if starts else []

@@ -1,9 +1,9 @@
-"""Which files a sandboxed worker may read: those of Python, of its libraries and of its milters.
+"""The files that a sandboxed worker may read: those of Python, of its libraries and its milters.
 
-A right that Landlock gives for a folder holds for all below it, and cannot be taken back for a
-part. So a folder that has something hidden in it (the master's sockets, kept messages) is given
-piece by piece, without that; and of a folder that is too wide, such as a home directory, only the
-Python code that lies directly in it.
+A right that Landlock grants for a folder holds for everything below it, and cannot be revoked for
+a part. So of a folder with something hidden in it (the master's sockets, kept messages) each other
+entry is granted, and of a folder that is too wide, such as a home directory, only the Python code
+directly in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SYSTEM = (
     *("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu"),
 )
 
-# What names are resolved and certificates checked with.
+# Files for resolving names and checking certificates.
 NETWORK = (
     *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf"),
     *("/etc/services", "/etc/protocols", "/etc/ssl/certs", "/etc/pki/tls", "/etc/pki/ca-trust"),
@@ -31,9 +31,9 @@ _CODE = (".py", ".pyc", ".so", ".zip")
 
 
 def readable(milters: Collection[str], hidden: Collection[str]) -> list[str]:
-    """Files and folders that a process with the code of `milters` (files) needs to read.
+    """Return files and folders that a process with the code of `milters` (files) must read.
 
-    It must have imported them. Nothing of `hidden` is among these or below them.
+    The process must have imported them. No path in `hidden` is returned or below a returned one.
     """
     hidden = [os.path.realpath(path) for path in hidden]
     milters = [os.path.realpath(path) for path in milters]
@@ -41,7 +41,7 @@ def readable(milters: Collection[str], hidden: Collection[str]) -> list[str]:
     found: list[str] = []
     covered: tuple[str, ...] = ()
     for place in (*folders, *_packages()):
-        if f"{place}/".startswith(covered):  # most are: following links takes far longer
+        if f"{place}/".startswith(covered):  # most are, and following links takes far longer
             continue
         path = os.path.realpath(place)
         if not f"{path}/".startswith(covered):
@@ -51,7 +51,7 @@ def readable(milters: Collection[str], hidden: Collection[str]) -> list[str]:
 
 
 def is_wide(folder: str) -> bool:
-    """Whether it is the root, at the top of the file system (and not a system's), or in /home."""
+    """Return whether a folder is `/`, a non-system folder directly in `/`, or directly in /home."""
     parent = os.path.dirname(folder)
     return folder not in SYSTEM and parent in ("/", "/home")
 
@@ -62,7 +62,7 @@ def _prefixes() -> Iterator[str]:
 
 
 def _search_path(milters: Collection[str]) -> Iterator[str]:
-    """Where modules are found; the current directory only if a milter was found there."""
+    """Yield the module search path; the current directory only if a milter is there."""
     here = os.path.realpath(".")
     for place in map(os.path.realpath, filter(None, sys.path)):
         if place != here or any(_is_in(file, [here]) for file in milters):
@@ -70,11 +70,11 @@ def _search_path(milters: Collection[str]) -> Iterator[str]:
 
 
 def _packages() -> Iterator[str]:
-    """Packages and modules that were found elsewhere, as those of editable installs are."""
+    """Yield packages and modules outside of the search path, as in editable installs."""
     yield os.path.dirname(__file__)  # in a checkout it is behind a symbolic link
     for name, module in list(sys.modules.items()):
         if "." not in name:
-            with suppress(Exception):  # what stands in for a module may be anything
+            with suppress(Exception):  # an entry of sys.modules may be any object
                 yield from getattr(module, "__path__", None) or [module.__file__ or ""]
 
 
@@ -83,7 +83,7 @@ def _is_in(path: str, folders: Iterable[str]) -> bool:
 
 
 def _without(path: str, hidden: Collection[str]) -> Iterator[str]:
-    """The path; if something hidden lies below it, all that lies beside that."""
+    """Yield the path; if something hidden is below it, everything beside that."""
     if not any(_is_in(each, [path]) for each in hidden):
         yield path
     elif path not in hidden:
@@ -98,7 +98,7 @@ def _code_in(folder: str) -> Iterator[str]:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, without symbolic links: they may lead anywhere."""
+    """Return the entries of a folder, without symbolic links, which may lead anywhere."""
     with suppress(OSError), os.scandir(folder) as entries:
         return [entry for entry in entries if not entry.is_symlink()]
     return []

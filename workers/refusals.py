@@ -1,7 +1,7 @@
-"""What the sandbox has refused to a milter, and which option would allow it.
+"""Hints for the log: the option that would allow an operation which the sandbox has refused.
 
-An exception says no more than that a permission was denied, and sometimes a path. So the path is
-looked at as the sandbox sees it, and the lines of code that led there are searched for words.
+An exception only says that permission was denied, and sometimes has a path. So the path is checked
+inside the sandbox, and the lines of code in the traceback are searched for words.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import traceback
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
-# Frames from the innermost on whose code may say what was tried.
+# Frames that are searched, from the innermost on.
 MAX_FRAMES = 12
 
-# Exceptions that another was raised from.
+# Exceptions in a chain of causes that are searched.
 MAX_CAUSES = 10
 
 _PROGRAMS = re.compile(r"subprocess|multiprocessing|spawn|fork|exec[lv]|popen|os\.system", re.I)
 _SOCKETS = re.compile(r"socket|connect|getaddrinfo|gethostby|urlopen|http|smtplib|ssl", re.I)
 _WORDS = {"subprocess": _PROGRAMS, "network": _SOCKETS}
 
-# Landlock has no say in these, so the sandbox never allows them.
+# Landlock cannot restrict these, so the sandbox never allows them.
 _NEVER = re.compile(r"chmod|chown|utime|copystat|copy2|copymode|link|mkfifo|mknod|setxattr")
 
 
 def hint(error: BaseException, allowed: Collection[str]) -> str:
-    """A line for the log that says which option would allow what was refused; else empty.
+    """Return a line that names the option which would allow the operation, or an empty string.
 
-    `allowed` are the operator's words of --sandbox-allow.
+    `allowed` has the values of --sandbox-allow.
     """
     for cause in _causes(error):
         option = ""
-        if isinstance(cause, socket.gaierror):  # a name that is looked up without a network
+        if isinstance(cause, socket.gaierror):  # a name lookup without network access
             option = _unless_allowed("network", allowed)
         elif isinstance(cause, PermissionError) and cause.filename is None:
             option = _of_words(cause, allowed)
@@ -63,7 +63,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of_path(error: PermissionError) -> str:
-    """The option for the path, unless its own permissions would have refused it, too."""
+    """Return the option for the error's path, unless file permissions also refuse it."""
     with suppress(OSError, TypeError, ValueError):
         path = os.path.abspath(os.fsdecode(error.filename))
         if os.path.exists(path) and os.access(path, os.R_OK) and not _opens(path):
@@ -91,7 +91,7 @@ def _of_words(error: PermissionError, allowed: Collection[str]) -> str:
 
 
 def _code(error: BaseException) -> Iterator[str]:
-    """The file, the function and the line of code of each frame, the innermost first."""
+    """Yield file, function and line of code of each frame, the innermost first."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)[-MAX_FRAMES:]):
         line = linecache.getline(frame.filename, frame.lineno or 0)
         yield f"{os.path.basename(frame.filename)} {frame.name} {line}"

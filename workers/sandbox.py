@@ -1,4 +1,4 @@
-"""A worker shuts itself in: what it has imported stays usable, and nothing else of the machine is.
+"""The sandbox of a worker: after its imports it can use almost nothing else of the machine.
 
 | part         | what it does                                                             |
 |--------------|--------------------------------------------------------------------------|
@@ -8,9 +8,9 @@
 | Landlock     | only named files can be opened; no signals or abstract sockets to others |
 | seccomp      | only named system calls                                                  |
 
-It is entered once the milters are imported, before the master hears that they are, and there is
-no way out. `auto` is for processes whose milters have all opted in, goes on without a part that
-the machine does not have, and says so; `on` is for every process and fails then.
+A worker enters it after the milters are imported and before it sends Ready, and cannot leave it.
+`auto` applies if all milters of the worker have opted in; it continues without a part that the
+machine does not have, and logs that. `on` applies to every worker and fails if a part is missing.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .landlock import Right
 from .readable import NETWORK, readable
 from .refusals import hint
 
-# What is often enough for one process (ulimit -n of a user); the master's own limit is far higher.
+# Descriptors: a user's common limit (ulimit -n); the master's own limit is far higher.
 MAX_DESCRIPTORS = 1024
 
-# Anonymous memory is a file, too. No answer is larger: messages have 100 MB by default.
+# Bytes of a file or of anonymous memory. Answers are smaller: messages have 100 MB by default.
 MAX_FILE = 1024 * 1024 * 1024
 
 _NULL = "/dev/null"
 
 
 class Report(NamedTuple):
-    """What became of it, in a sentence for the log; empty where nothing is to be said.
+    """The state of the sandbox, as a sentence for the log; empty if there is nothing to log.
 
-    `incomplete` where something is not as it should be; `entered` where the process is shut in.
+    `incomplete`: a part of the sandbox is missing; `entered`: the process is sandboxed.
     """
 
     text: str = ""
@@ -51,7 +51,7 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How the workers are to be shut in, in the operator's words (`--sandbox...`).
+    """The sandbox options (`--sandbox...`).
 
     `hidden` are files and folders that are never readable by default. `max_abi` is for tests: the
     highest version of Landlock that is used.
@@ -65,9 +65,9 @@ class Sandbox:
     max_abi: int | None = None
 
     def enter(self, milters: Sequence[Dialect], specs: Sequence[str]) -> Report:
-        """Shuts this process in, if it is to be; raises MilterLoadError where it must and cannot.
+        """Enter the sandbox if the mode applies; raise MilterLoadError if `on` cannot be met.
 
-        The milters were made of `specs`.
+        `milters` were loaded from `specs`.
         """
         if self.mode == "off":
             return Report()
@@ -81,7 +81,7 @@ class Sandbox:
         set_no_new_privileges()
         version = landlock.abi(self.max_abi)
         lacks_files = self._restrict_files(version, specs)
-        # Where Landlock does not have all of the process, seccomp must do without it.
+        # If Landlock does not restrict the whole process, seccomp must not rely on it.
         lacks_calls = self._restrict_calls(0 if lacks_files else version)
         missing = list(filter(None, (lacks_files, lacks_calls)))
         if missing and self.mode == "on":
@@ -94,7 +94,7 @@ class Sandbox:
         return Report(f"workers are sandboxed, with Landlock {version}", entered=True)
 
     def _restrict_files(self, version: int, specs: Sequence[str]) -> str:
-        """Enters Landlock; returns what is missing."""
+        """Enter Landlock; return the part that is missing, for the log, or an empty string."""
         if not version:
             return "Landlock (the kernel has none; it came with Linux 5.13)"
         threads = _other_threads() if version < landlock.ALL_THREADS_SINCE else 0
@@ -110,7 +110,7 @@ class Sandbox:
         return ""
 
     def _restrict_calls(self, version: int) -> str:
-        """Enters seccomp, and nothing else can be entered then; returns what is missing."""
+        """Enter seccomp, which must come last; return what is missing, or an empty string."""
         try:
             seccomp.restrict(seccomp.library(), self._rules(version))
         except seccomp.Unavailable as error:
@@ -118,9 +118,9 @@ class Sandbox:
         return ""
 
     def hint(self, error: BaseException) -> str:
-        """Which option would allow what was refused to a process that is shut in.
+        """Return a line that names the option which would allow a refused operation.
 
-        Empty where the sandbox is not to blame.
+        Empty if the sandbox is not the cause.
         """
         return hint(error, self.allow)
 
@@ -149,10 +149,10 @@ NO_SANDBOX = Sandbox()
 
 
 def restrict_resources() -> None:
-    """No core dump, which would hold mail, and a bound on what a process can fill.
+    """Forbid core dumps, which would contain mail, and limit files, descriptors and processes.
 
-    It may have half of the user's processes and threads, so that the master, which has the same
-    user, can still start others.
+    The limit is half of the user's processes and threads, so that the master, which runs as the
+    same user, can still start others.
     """
     processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     for limit, wanted in (
@@ -168,7 +168,7 @@ def restrict_resources() -> None:
 
 
 def _other_threads() -> int:
-    """Threads of this process besides this one."""
+    """Return the number of other threads of this process."""
     try:
         return len(os.listdir("/proc/self/task")) - 1
     except OSError:  # a container without /proc

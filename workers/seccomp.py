@@ -1,11 +1,11 @@
-"""seccomp: the system calls that a process may make from now on; all others fail with EPERM.
+"""seccomp: restricts the system calls of a process; all that are not listed fail with EPERM.
 
-libseccomp, the C library, makes the filter; we say the names. It is called by ctypes: its own
-Python binding is in no package index, and the one that is there (pyseccomp) has had no release
-since January 2021 and starts a compiler to find the library.
+The C library libseccomp builds the filter from names. It is called with ctypes: its own Python
+binding is in no package index, and the one in the index (pyseccomp) has had no release since
+January 2021 and starts a compiler to find the library.
 
-The list is of what Python, the reactor and the channel to the master need, and of what can do no
-harm to others. Landlock knows paths, this filter does not; this filter knows everything else.
+The list has the calls that Python, the reactor and the channel to the master need, and calls that
+cannot harm other processes. Landlock restricts paths; this filter restricts everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 LIBRARY = "libseccomp.so.2"
 
-# Those whose calls have their arguments in the order in which the rules below have them.
+# Architectures whose system calls have the argument order that the rules below assume.
 ARCHITECTURES = ("x86_64", "aarch64")
 
 ALWAYS = (
@@ -57,11 +57,11 @@ ALWAYS = (
     "arch_prctl", "exit", "exit_group",
 )  # fmt: skip
 
-# As if the kernel were too old for them: their arguments lie in memory, which a filter cannot
-# read, and the C library then uses the older call, which the filter can judge.
+# These fail with ENOSYS, as in an old kernel: their arguments are in memory, which a filter cannot
+# read. The C library then uses the older call, whose arguments the filter can check.
 TOO_NEW = ("clone3", "openat2", "fchmodat2")
 
-# Landlock decides where. Modes, owners and times of files are never changed: it has no say there.
+# Landlock restricts the paths. It cannot restrict changes of modes, owners and times: none is here.
 WRITING = (
     "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "rename", "renameat", "renameat2",
     "link", "linkat", "sync_file_range",
@@ -82,7 +82,7 @@ _COMMANDS = (
 # TCGETS, TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Not TIOCSTI.
 _IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 
-# PR_SET_NAME, PR_GET_NAME (of a thread), PR_SET_VMA (names of memory). No undoing of the sandbox.
+# PR_SET_NAME, PR_GET_NAME (of a thread), PR_SET_VMA (names of memory). None can undo the sandbox.
 _PRCTLS = (15, 16, 0x53564D41)
 
 _CLONE_THREAD = 0x0001_0000
@@ -103,36 +103,36 @@ _BINARY_TREE = 2
 
 
 class Unavailable(Exception):
-    """There is no filter; the text says what is missing."""
+    """No filter can be installed; the text says what is missing."""
 
 
 class Compare(ctypes.Structure):
-    """An argument, by its number, is equal to `b`; or, masked with `a`, it is."""
+    """A condition: an argument equals `a`, or, masked with `a`, equals `b`."""
 
     _fields_ = [("arg", c_uint), ("op", c_int), ("a", c_uint64), ("b", c_uint64)]
 
 
 class Rule(NamedTuple):
-    """A system call, allowed when all comparisons hold."""
+    """A system call that is allowed when all comparisons hold."""
 
     call: str
     comparisons: tuple[Compare, ...] = ()
 
 
 def equal(arg: int, value: int) -> Compare:
-    """The argument is the value."""
+    """Return the condition that the argument equals the value."""
     return Compare(arg, _EQUAL, value, 0)
 
 
 def masked(arg: int, mask: int, value: int) -> Compare:
-    """The argument has the value in the bits of the mask."""
+    """Return the condition that the argument, masked, equals the value."""
     return Compare(arg, _MASKED_EQUAL, mask, value)
 
 
 def rules(
     *, network: bool, subprocess: bool, writes: bool, files_restricted: bool, signals_scoped: bool
 ) -> list[Rule]:
-    """What is allowed besides.
+    """Return the rules besides ALWAYS.
 
     `files_restricted` says that Landlock decides what may be opened, `writes` that there are
     places to write to, `signals_scoped` that Landlock keeps signals among this process and its
@@ -144,9 +144,9 @@ def rules(
         *(Rule("fcntl", (equal(1, command),)) for command in _COMMANDS),
         *(Rule("ioctl", (equal(1, request),)) for request in _IOCTLS),
         *(Rule("prctl", (equal(0, option),)) for option in _PRCTLS),
-        # One's own limits, to read them.
+        # Reading the process's own limits.
         *(Rule("prlimit64", (equal(0, who), equal(2, 0))) for who in (0, pid)),
-        # Sealed or not, executable or not, but not of huge pages, which all processes share.
+        # Any flags but huge pages, which all processes share.
         Rule("memfd_create", (masked(1, 0xFFFF_FFFF & ~_MEMFD_FLAGS, 0),)),
         # An unconnected datagram socket could send to any UNIX socket by its path.
         Rule("socketpair", (equal(0, socket.AF_UNIX), masked(1, _SOCK_TYPE, socket.SOCK_STREAM))),
@@ -175,8 +175,9 @@ def rules(
 
 
 def _opening(*, for_writing: bool) -> Iterable[Rule]:
-    """Opening without O_TRUNC, or for writing, so that Landlock asks for the right to write:
-    truncating alone it knows only from its third version on.
+    """Yield rules for opening without O_TRUNC, or for writing, for which Landlock needs the right.
+
+    Landlock restricts truncation alone only from its third version on.
     """
     for call, flags in (("open", 1), ("openat", 2)):
         if not for_writing:
@@ -189,7 +190,7 @@ def _opening(*, for_writing: bool) -> Iterable[Rule]:
 
 
 def library() -> Any:
-    """libseccomp; raises Unavailable, and says how to get it."""
+    """Load and return libseccomp; raise Unavailable with the package to install."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise Unavailable(f"no filter for {machine}, only for {' and '.join(ARCHITECTURES)}")
@@ -213,7 +214,7 @@ def library() -> Any:
 
 
 def restrict(found: Any, more: Iterable[Rule]) -> None:
-    """Restricts all threads of this process with `library()`; raises Unavailable."""
+    """Restrict all threads of this process with `library()`; raise Unavailable on failure."""
     refuse = _ERRNO | errno.EPERM
     context = found.seccomp_init(refuse)
     if not context:
@@ -233,7 +234,7 @@ def restrict(found: Any, more: Iterable[Rule]) -> None:
 
 
 _ATTRIBUTES: Mapping[int, int] = {
-    # Calls of another architecture (32 bits, x32) are refused like all that is not allowed.
+    # System calls of another architecture (32 bits, x32) are refused like all others.
     _BAD_ARCHITECTURE: _ERRNO | errno.EPERM,
     _ALL_THREADS: 1,
     _OPTIMIZE: _BINARY_TREE,

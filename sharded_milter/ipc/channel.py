@@ -1,10 +1,10 @@
 """The master's end of the connection to one worker: AMP over a socket.
 
-The law: nothing that comes out of a worker is believed. Whatever is not what a worker may say at
-that moment is a broken rule, which its shard hears of once; nothing is read from it any more.
+The law: nothing that a worker sends is trusted. Anything that a worker may not send in its state is
+a broken rule: its shard is told once, and nothing more is read from the worker.
 
 Questions and answers are written and read here without AMP's own bookkeeping, which costs more
-than all the rest of a short message. AMP only knows the answers to its own commands.
+than all the rest of a short message. AMP handles only the answers to its own commands.
 """
 
 from __future__ import annotations
@@ -41,35 +41,35 @@ from sharded_milter.ipc.messages import (
 )
 from sharded_milter.ipc.sockets import has_sent_all, read_now, send_now, unsent_bytes
 
-# Reads of 64 KB from a worker's socket before other work goes on: it holds a few of them.
+# Reads of 64 KB from a worker's socket in one go: it holds a few of them.
 MAX_CATCH_UP = 16
 
-# Bytes that wait because a worker does not read. It is given no more than 8 questions at a time,
-# each with 3 parts of up to 48 KB beside its memory: 1.2 MB, and a few words to withdraw them.
+# Bytes that may wait to be sent to a worker that does not read. It has at most 8 questions, each
+# with 3 inline parts of up to 48 KB: 1.2 MB, and some bytes to withdraw them.
 MAX_UNSENT = 4 * 1024 * 1024
 
-# Up to here memory is read at once, which takes the master less than a millisecond.
+# Memory up to this size is read at once, which takes less than a millisecond.
 MAX_READ_AT_ONCE = CHUNK // 4
 
-# The tag of a question's box. AMP's own tags are bare numbers.
+# The prefix and the form of a question's tag. AMP's own tags are plain numbers.
 _OURS = b"q"
 _TAG = _OURS + b"%x"
 
-# What a worker may say besides answers, once: the command, and its owner's method.
+# The commands that a worker may send, once each, and the owner's methods for them.
 _INTRODUCTIONS: dict[bytes, tuple[type[amp.Command], str]] = {
     Ready.commandName: (Ready, "ready"),
     LoadFailed.commandName: (LoadFailed, "load_failed"),
     Sandboxed.commandName: (Sandboxed, "sandboxed"),
 }
-# After these it says nothing more.
+# After one of these it may send no other command.
 _FINAL = frozenset((Ready.commandName, LoadFailed.commandName))
 
 
 class ChannelOwner(Protocol):
-    """Who hears what a worker says: its shard."""
+    """The shard, as its channel needs it."""
 
     def ready(self, milters: list[dict[str, bytes]], code: bytes, socket: bytes) -> None:
-        """Raises BrokenRule for milters that cannot be."""
+        """Take the worker's milters; raise BrokenRule for invalid ones."""
 
     def load_failed(self, reason: bytes, details: bytes) -> None: ...
     def sandboxed(self, text: bytes, incomplete: bytes) -> None: ...
@@ -80,7 +80,7 @@ class ChannelOwner(Protocol):
 
 
 class MasterChannel(Boxes, amp.AMP):
-    """The master's end: it asks and withdraws by number, and hands on what the worker says."""
+    """The master's end: asks and withdraws questions by number, and passes on what it receives."""
 
     log = Logger()
 
@@ -88,17 +88,15 @@ class MasterChannel(Boxes, amp.AMP):
         super().__init__()
         self._owner = owner
         self._reactor = reactor
-        self._unanswered: dict[
-            bytes, int
-        ] = {}  # numbers of questions without an answer, by their tags
-        self._to_send: list[bytes] = []  # boxes for a worker that has something to do
-        # Memory whose descriptor waits in the socket: a number that is closed and given to another
-        # file would give the worker that.
+        self._unanswered: dict[bytes, int] = {}  # numbers of questions, by tag
+        self._to_send: list[bytes] = []  # boxes for a busy worker
+        # Memory whose descriptor waits to be sent: if its number were closed and reused, the worker
+        # would receive another file.
         self._sending: list[Memory] = []
-        self._introductions: set[bytes] = set()  # the introductions that have come
+        self._introductions: set[bytes] = set()  # commands that were received
         self._stopped_reading = False
-        self._lost = 0  # descriptors that the kernel has dropped, and that were missed already
-        self._large: CooperativeTask[Iterator[None]] | None = None  # an answer that is being read
+        self._lost = 0  # descriptors that the kernel has dropped, and that are accounted for
+        self._large: CooperativeTask[Iterator[None]] | None = None  # reads a large answer
 
     # Questions
 
@@ -110,9 +108,9 @@ class MasterChannel(Boxes, amp.AMP):
         message: bytes | Memory,
         command: bytes | Memory = b"",
     ) -> None:
-        """Asks a question, whose answer will bear the number; raises OSError for want of memory.
+        """Send a question; its answer will have the same number. Raise OSError without memory.
 
-        Of memory that still grows the worker gets a copy.
+        Memory that still grows is copied.
         """
         parts = (connection, message, command)
         memory = [part for part in parts if isinstance(part, Memory)]
@@ -123,8 +121,8 @@ class MasterChannel(Boxes, amp.AMP):
         self._to_send.append(question_box(tag, head, *parts, self))
         self._unanswered[tag] = number
         self._sending += memory
-        # A descriptor waits in the transport already, which breaks if no data is behind it when
-        # the socket is writable.
+        # With memory, a descriptor waits in the transport already, which fails if no data follows
+        # it when the socket is writable.
         if len(self._unanswered) == 1 or memory:
             self._send_all()
         elif len(self._to_send) == 1:
@@ -132,28 +130,30 @@ class MasterChannel(Boxes, amp.AMP):
 
     @property
     def is_idle(self) -> bool:
-        """Whether the worker has answered all that it was asked."""
+        """Whether the worker has answered all questions."""
         return not self._unanswered
 
     def withdraw(self, number: int) -> None:
-        """Asks the worker not to begin a question; it answers that it has not, or answers it."""
+        """Ask the worker not to begin a question; it confirms that, or answers the question."""
         self._send_all()
         self.callRemote(Withdraw, tag=_TAG % number)
 
     def ping(self) -> None:
-        """Asks the worker whether it listens; its owner hears of the answer."""
+        """Ping the worker; its answer calls the owner's `ponged`."""
         self._send_all()
         self.callRemote(Ping).addCallbacks(lambda _: self._owner.ponged(), lambda _: None)
 
     def _send_all(self) -> None:
-        """At once, if the worker waits for it; else with whatever else comes in this turn."""
+        """Write all boxes that wait in one call."""
         boxes, self._to_send = self._to_send, []
         if boxes:
             has_left = send_now(self.transport, b"".join(boxes))
             if self._sending:
                 self._release_sent()
             if not has_left:
-                self._reactor.callLater(0, self._check_unsent)  # whoever asks is not to be killed
+                self._reactor.callLater(
+                    0, self._check_unsent
+                )  # not here: the caller's shard must not be killed now
 
     def _release_sent(self) -> None:
         if has_sent_all(self.transport):
@@ -162,12 +162,12 @@ class MasterChannel(Boxes, amp.AMP):
     def _check_unsent(self) -> None:
         waiting = unsent_bytes(self.transport) if self.transport is not None else 0
         if waiting > MAX_UNSENT:
-            self.broke_rule(f"it has not read {waiting} bytes (the limit is {MAX_UNSENT})")
+            self.broke_rule(f"it has left {waiting} bytes unread (the limit is {MAX_UNSENT})")
 
-    # What the worker says
+    # From the worker
 
     def ampBoxReceived(self, box: AmpBox) -> None:
-        """Takes an answer to a question or to a command of AMP's, or what a worker says first."""
+        """Take an answer to a question or to an AMP command, or one of the worker's commands."""
         if self._stopped_reading:
             return
         tag = box.get(amp.ANSWER)
@@ -178,21 +178,21 @@ class MasterChannel(Boxes, amp.AMP):
         elif tag in (self._outstandingRequests or ()):
             super().ampBoxReceived(box)
         else:
-            raise BrokenRule(f"it has answered {tag[:40]!r}, which it was not asked")
+            raise BrokenRule(f"it has answered {tag[:40]!r}, a question that it was not asked")
 
     def _receive_command(self, box: AmpBox) -> None:
         command = box.get(amp.COMMAND, b"")
         known = _INTRODUCTIONS.get(command)
         if known is None:
-            said = {key[:40]: value[:40] for key, value in box.items()}
-            raise BrokenRule(f"it has said what no worker says: {said!r:.200}")
+            fields = {key[:40]: value[:40] for key, value in box.items()}
+            raise BrokenRule(f"it has sent an unknown command: {fields!r:.200}")
         if command in self._introductions or not self._introductions.isdisjoint(_FINAL):
-            raise BrokenRule("it has introduced itself twice")
+            raise BrokenRule("it has sent its introduction twice")
         self._introductions.add(command)
         kind, method = known
         try:
             arguments = kind.parseArguments(box, self)
-        except Exception as error:  # whatever AMP makes of what is malformed
+        except Exception as error:  # AMP may raise anything for malformed input
             raise BrokenRule(f"its {kind.__name__} cannot be read: {error!r:.200}") from error
         getattr(self._owner, method)(**arguments)
 
@@ -213,7 +213,7 @@ class MasterChannel(Boxes, amp.AMP):
             self._owner.answered(number, Answer._make((*values, b"")))
 
     def claim(self, inode: int, size: int) -> bytes | Received:
-        """The memory of an answer, or its bytes where they are few."""
+        """Return the memory that an answer refers to, or its bytes if they are few."""
         fd = self._arrived.claim(inode)
         if fd is not None:
             memory = Received(fd, size)
@@ -223,7 +223,7 @@ class MasterChannel(Boxes, amp.AMP):
         self._lost += 1
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    # Large answers, which are read piece by piece between other work
+    # Large answers, which are read in chunks between reactor iterations
 
     def _read_large(self, number: int, values: list[Any]) -> None:
         self.pause()
@@ -235,7 +235,7 @@ class MasterChannel(Boxes, amp.AMP):
         try:
             for place, value in enumerate(values):
                 if isinstance(value, Received):
-                    whole = BytesIO()  # which hands its bytes on without a copy
+                    whole = BytesIO()  # returns its bytes without a copy
                     for piece in value.chunks():
                         whole.write(piece)
                         yield
@@ -254,7 +254,7 @@ class MasterChannel(Boxes, amp.AMP):
             self.resume()
 
     def _large_failed(self, failure: Failure) -> None:
-        """A defect of ours, unless it was given up."""
+        """Log a defect of ours; a cancelled read is none."""
         if failure.check(TaskStopped) is None:
             self.log.failure("an answer got lost", failure)
             self.abort()
@@ -267,43 +267,43 @@ class MasterChannel(Boxes, amp.AMP):
     # The end
 
     def broke_rule(self, rule: str) -> None:
-        """The worker has said what no worker says, or it does not read: its shard hears of it."""
+        """Tell the shard that the worker has broken a rule, unless it was told already."""
         if not self._stopped_reading:
             self._owner.broke_rule(rule)
 
     def unhandledError(self, failure: Failure) -> None:
-        """What AMP cannot make anything of."""
-        self.broke_rule(f"it has said something odd: {failure.getErrorMessage()}")
+        """Treat an AMP error of the worker as a broken rule."""
+        self.broke_rule(f"it has caused an AMP error: {failure.getErrorMessage()}")
 
     def fileDescriptorReceived(self, descriptor: int) -> None:
-        """Keeps one that an answer will speak of."""
+        """Keep a descriptor until an answer claims it."""
         if self._stopped_reading:
             close_in_background(descriptor)
         else:
             super().fileDescriptorReceived(descriptor)
 
     def catch_up(self) -> None:
-        """Takes the answers that the worker has sent until now, but for what is behind a large one.
+        """Read the answers that have arrived, up to one that is large and still being read.
 
-        An answer that is not read whole by the end of its worker is lost with it.
+        A large answer that is not complete when its worker exits is lost.
         """
         if getattr(self.transport, "connected", False) and not self._paused:
             read_now([self.transport], MAX_CATCH_UP)
 
     def shut_down(self) -> None:
-        """Tells the worker to exit, once it has answered what it was asked."""
+        """Tell the worker to exit after its answers."""
         done = self.callRemote(Shutdown)
         done.addCallbacks(lambda _: self.transport.loseConnection(), lambda _: None)
 
     def stop_reading(self) -> None:
-        """Takes nothing more from a worker that has broken a rule."""
+        """Read nothing more from a worker that has broken a rule."""
         self._stopped_reading = True
         self._cancel_large()
         self._arrived.close()
         self.pause()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The socket is closed; the exit that follows says why."""
+        """Tell the shard that the socket is closed; the worker's exit gives the reason."""
         self._to_send.clear()
         self._sending.clear()
         self._arrived.close()
@@ -311,7 +311,7 @@ class MasterChannel(Boxes, amp.AMP):
         self._owner.channel_closed()
 
     def abort(self) -> None:
-        """Closes the socket at once."""
+        """Close the socket at once."""
         self._cancel_large()
         transport: Any = self.transport
         if transport is not None:

@@ -1,9 +1,9 @@
-"""How values of messages are written into AMP's boxes and read: fields, and schemas of fields.
+"""Fields, which write and read the values of messages in AMP boxes, and schemas of fields.
 
-A `Field` says how one value is written and read. `Schema` writes and reads whole messages with
-the fields, which are also the arguments of AMP's commands: there is no second format. AMP limits
-a value to 65,535 bytes, so a part is inline while small, and anonymous memory when large, whose
-descriptor comes beside the box: the box says the memory's inode and size.
+A `Field` writes and reads one value, a `Schema` a whole message. Fields are also the arguments of
+the AMP commands, so that there is one format. AMP limits a value to 65,535 bytes. So a small part
+is inline, and a large one is anonymous memory, whose descriptor is sent beside the box: the box has
+the memory's inode and size.
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ _LENGTH = 2  # bytes of a length in AMP's boxes
 
 
 class Descriptors(Protocol):
-    """The end of a channel: it passes descriptors on beside the bytes."""
+    """The end of a channel, which sends and receives descriptors beside the bytes."""
 
     def _sendFileDescriptor(self, fd: int) -> int: ...
     def claim(self, inode: int, size: int) -> Any:
-        """The memory that has come with the inode; raises BrokenRule, or OSError if it is lost."""
+        """Return the received memory with the inode; raise BrokenRule, or OSError if lost."""
 
 
 def prefixed(data: bytes) -> bytes:
-    """A key or a value as AMP's boxes have it: behind its length."""
+    """Return a key or a value with AMP's length prefix."""
     return len(data).to_bytes(_LENGTH, "big") + data
 
 
 class Field(amp.Argument):
-    """One value of a message, which is bytes as it is, and no more of them than `most`."""
+    """One value of a message: at most `most` bytes, sent unchanged."""
 
     def __init__(self, most: int = MAX_TEXT, *, always: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = most
-        self.always = always  # it is in every box, also while it is empty
+        self.always = always  # it is in every box, even when empty
 
     def pack(self, value: Any, channel: Descriptors) -> bytes:
-        """The value as a box has it."""
+        """Return the value in the form that boxes have."""
         return bytes(value)
 
     def unpack(self, value: bytes, channel: Descriptors) -> Any:
-        """What `pack` was given, or what the channel makes of it where it is memory.
+        """Return the value that was packed; for memory, the result of the channel's `claim`.
 
-        Raises BrokenRule for what `pack` does not write, OSError for memory that got lost.
+        Raise BrokenRule for anything that `pack` does not write, OSError for lost memory.
         """
         self.check(len(value))
         return value
 
     def check(self, size: int) -> None:
-        """Raises BrokenRule for more bytes than a value may have."""
+        """Raise BrokenRule if a value may not have so many bytes."""
         if size > self.most:
             raise BrokenRule(f"a value of {size} bytes (the limit is {self.most})")
 
-    # What AMP calls, for messages that take its own way.
+    # Called by AMP, for commands that it sends and receives itself.
 
     def toBox(self, name: bytes, strings: Any, objects: Any, proto: Any) -> None:
         value = objects.pop(name.decode(), None)
@@ -93,9 +93,9 @@ class Head(Field):
 
 
 class Part(Field):
-    """Bytes of any length up to `most`: `bytes` or sealed `Memory` is sent.
+    """Up to `most` bytes, sent as `bytes` or sealed `Memory`.
 
-    `bytes` arrives, or what the channel makes of memory.
+    The receiver gets `bytes`, or the result of its channel's `claim`.
     """
 
     def pack(self, value: Any, channel: Descriptors) -> bytes:
@@ -117,31 +117,31 @@ class Part(Field):
 
 
 class Schema:
-    """The fields of a message in order. An empty value is left out of the box, as a rule."""
+    """The fields of a message in order. Empty values are not sent, unless a field is `always`."""
 
     def __init__(self, **fields: Field) -> None:
         self._fields = [(name.encode(), field) for name, field in fields.items()]
         self._keyed = [(prefixed(key), field) for key, field in self._fields]
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of fields."""
         return len(self._fields)
 
     def check(self, key: bytes, size: int) -> None:
-        """Raises BrokenRule for more bytes than that field may have."""
+        """Raise BrokenRule if the field may not have so many bytes."""
         dict(self._fields)[key].check(size)
 
     @property
     def arguments(self) -> list[tuple[bytes, amp.Argument]]:
-        """The message as AMP declares it."""
+        """The fields as arguments of an AMP command."""
         return list(self._fields)
 
     def write(
         self, kind: bytes, tag: bytes, values: tuple[Any, ...], channel: Descriptors
     ) -> bytes:
-        """The whole box with that tag; `kind` is what a box of its kind begins with.
+        """Return the whole box with the tag; `kind` has the bytes that begin a box of its kind.
 
-        Raises amp.TooLong for an inline value that no box can hold.
+        Raise amp.TooLong for an inline value that is too long for a box.
         """
         pieces = [kind, len(tag).to_bytes(_LENGTH, "big"), tag]
         for (key, field), value in zip(self._keyed, values, strict=True):
@@ -154,10 +154,10 @@ class Schema:
         return b"".join(pieces)
 
     def read(self, box: Mapping[bytes, bytes], channel: Descriptors) -> list[Any]:
-        """The values of a box in the fields' order; empty bytes where it has none.
+        """Return the values of a box in the fields' order; empty bytes for missing ones.
 
-        Raises BrokenRule for what `write` does not write, OSError for memory that got lost, and
-        MemoryError where there is none for it.
+        Raise BrokenRule for anything that `write` does not write, OSError for lost memory, and
+        MemoryError when there is none left.
         """
         values: list[Any] = []
         lost: Exception | None = None
@@ -168,7 +168,7 @@ class Schema:
                 except BrokenRule as rule:
                     raise BrokenRule(f"{key.decode()}: {rule}") from None
                 except (OSError, MemoryError) as error:
-                    lost = error  # what has come with the other fields is claimed all the same
+                    lost = error  # the memory of the other fields must still be claimed
             elif field.always:
                 raise BrokenRule(f"{key.decode()}: it is missing")
             else:
@@ -178,7 +178,7 @@ class Schema:
         return values
 
     def drop(self, box: Mapping[bytes, bytes], channel: Descriptors) -> None:
-        """Lets go of the memory that has come with a box which is not read."""
+        """Release the memory that came with a box which is not read."""
         for key, field in self._fields:
             if key in box:
                 with suppress(BrokenRule, OSError, MemoryError):

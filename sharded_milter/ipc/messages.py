@@ -1,17 +1,17 @@
-"""What master and workers say to each other, and how that becomes bytes: the one codec.
+"""The messages between master and workers, and their codec.
 
-| message    | way    | says                                                                 |
+| message    | to     | content                                                              |
 |------------|--------|----------------------------------------------------------------------|
 | Ready      | master | the milters are loaded: their manifests, the code's digest           |
 | LoadFailed | master | a milter cannot be loaded, and why                                   |
-| Sandboxed  | master | before Ready: what became of the sandbox, in a sentence for the log  |
+| Sandboxed  | master | before Ready: the state of the sandbox, as a sentence for the log    |
 | Ask        | worker | answer this question; its answer is an `Answer`                      |
-| Withdraw   | worker | do not begin that question; its answer is an `Answer` that says so   |
-| Ping       | worker | say that you listen                                                  |
+| Withdraw   | worker | do not begin that question; an `Answer` confirms it                  |
+| Ping       | worker | answer this at once                                                  |
 
-All travel in AMP's boxes over one UNIX socket for each worker. A question carries a transcript
-and its answer carries reply packets, both in the milter protocol's own bytes. What an answer may
-have is limited here, field by field: the worker keeps to it, and the master does not believe that.
+All are AMP boxes on one UNIX socket for each worker. A question has a transcript and its answer has
+reply packets, both in the milter protocol's own bytes. The fields of an answer have limits here,
+which the worker applies and the master checks again.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from sharded_milter.ipc.fields import Descriptors, Field, Head, Part, Schema, pr
 from sharded_milter.ipc.memory import Memory
 from sharded_milter.protocol.wire import PAYLOAD, packets
 
-# What is said of a verdict or an error in one line of the log; milters' own lines have no more.
+# Bytes of a reason or an error: one line of the log.
 MAX_LINE = 8192
 
-# The reply packets of one answer. The new body of a message of --max-message-size's default
-# (100 MB), and what the parts of it may have grown by.
+# Bytes of the reply packets of one answer: a new body for a message of --max-message-size's default
+# (100 MB), with some room to grow.
 MAX_ANSWER = 128 * 1024 * 1024
 
-# Of these packets. A body of MAX_ANSWER has 2,049; the rest are header fields and recipients, of
-# which no MTA takes half as many. To check them all takes 30 ms of the master's time.
+# Reply packets of one answer. A body of MAX_ANSWER has 2,049; the rest are header fields and
+# recipients, of which no MTA accepts half as many. To check them all takes the master 30 ms.
 MAX_PACKETS = 32_768
 
-# The notes and the log records of one answer, each: what is kept beside every message in hand.
+# Bytes of the notes and of the log records of one answer, each: they are kept with every message.
 MAX_NOTES = 1024 * 1024
 
 _COUNTED_AT_A_TIME = 4096
 
-# The letter of a question by which an object learns that its session is over; no answer counts.
+# The letter of the end-of-session notice to an object; its reply is ignored.
 SESSION_END = b"Q"
 
 
 class QuestionHead(NamedTuple):
-    """What a question is about.
+    """The fixed fields of a question.
 
-    `stage` is the letter of the stage, or SESSION_END. `milter` is the milter's place among those
-    that the worker serves. Where the milter is an object, `session` is the object's number and
-    the parts of the question are what the object has not been told yet, those of the message
-    beginning at `start`; else both are 0 and the parts are all there is.
+    `stage` is the letter of the stage, or SESSION_END. `milter` is the milter's index among those
+    that the worker serves. If the milter is an object, `session` is the object's number, and the
+    question has only the parts that the object has not received yet, with the message from byte
+    `start` on. Otherwise both are 0 and the question has the whole transcript.
     """
 
     stage: bytes
@@ -65,23 +65,23 @@ class QuestionHead(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question as it arrives in a worker: what was memory is a read-only view."""
+    """A question as a worker receives it: memory becomes a read-only view."""
 
     head: QuestionHead
     connection: bytes | memoryview
     message: bytes | memoryview
-    command: bytes | memoryview  # one that belongs to no transcript (UNKNOWN), for an object
+    command: bytes | memoryview  # a command that is in no transcript (UNKNOWN), for an object
 
 
 class Answer(NamedTuple):
-    """What becomes of a question.
+    """The answer to a question.
 
-    `replies` are reply packets. `error` is one line that says what the milter's code raised; the
-    worker has logged the traceback then. `withdrawn` says that the worker has not begun the
-    question, and will not. `reason`, `notes` and `records` are the milter's reason for its
-    verdict, its notes for later stages and its log records. `short` says in one line what the
-    worker lacks (descriptors, memory) to take the question or to pass its answer on. `lost` says
-    what the master has lacked to take the answer, and is never sent.
+    `replies` are reply packets. `error` is one line with the exception that the milter's code
+    raised; the worker has logged the traceback. `withdrawn` is not empty if the worker will not
+    begin the question. `reason`, `notes` and `records` are the milter's reason for its verdict,
+    its notes for later stages and its log records. `short` is one line that says which resource
+    (descriptors, memory) the worker lacked for the question or the answer. `lost` says which
+    resource the master lacked for the answer; it is never sent.
     """
 
     replies: bytes = b""
@@ -96,7 +96,7 @@ class Answer(NamedTuple):
 
 WITHDRAWN = Answer(withdrawn=b"1")
 
-# A worker believes what the master says, so that its questions have no limits here.
+# A worker trusts the master, so questions have no limits here.
 _NO_LIMIT = sys.maxsize
 QUESTION = Schema(
     head=Head(always=True),
@@ -105,7 +105,7 @@ QUESTION = Schema(
     command=Part(_NO_LIMIT),
 )
 ANSWER = Schema(
-    replies=Part(MAX_ANSWER, always=True),  # else a box with nothing in it would be an answer
+    replies=Part(MAX_ANSWER, always=True),  # an empty box is no answer
     error=Field(MAX_LINE),
     withdrawn=Field(1),
     reason=Field(MAX_LINE),
@@ -116,9 +116,9 @@ ANSWER = Schema(
 
 
 def count_packets(replies: bytes) -> Iterator[None]:
-    """Counts the packets of an answer, some in each step; raises BrokenRule above MAX_PACKETS.
+    """Count the packets of an answer, some in each step; raise BrokenRule above MAX_PACKETS.
 
-    What is no packet is for others to find: it ends the count.
+    An invalid packet ends the count; it is reported elsewhere.
     """
     with suppress(RemoteProtocolError):
         for count, _ in enumerate(packets(replies), 1):
@@ -129,7 +129,7 @@ def count_packets(replies: bytes) -> Iterator[None]:
 
 
 def check_answer(replies: bytes) -> None:
-    """Raises BrokenRule for reply packets that are more than an answer may have."""
+    """Raise BrokenRule for more bytes or packets than an answer may have."""
     if len(replies) > PAYLOAD * MAX_PACKETS:
         ANSWER.check(b"replies", len(replies))
         deque(count_packets(replies), 0)
@@ -143,9 +143,9 @@ def _optional(schema: Schema) -> list[tuple[bytes, amp.Argument]]:
 
 
 class Ask(amp.Command):
-    """Master to worker: answer this question. Its answer comes in its turn.
+    """Master to worker: answer this question.
 
-    Questions are answered in the order in which they were asked, but for those that are withdrawn.
+    Questions are answered in the order in which they were sent, except withdrawn ones.
     """
 
     arguments = _optional(QUESTION)
@@ -161,7 +161,7 @@ class Withdraw(amp.Command):
 
 
 class Ping(amp.Command):
-    """Master to worker: answer this as soon as you read it. There is one at a time."""
+    """Master to worker: answer this as soon as it is read. One is open at a time."""
 
     response = []  # noqa: RUF012
 
@@ -172,8 +172,8 @@ _MANIFEST = (b"name", b"negotiation", b"light", b"shard_by", b"affinity")
 class Ready(amp.Command):
     """Worker to master: the milters are loaded; these are their manifests, in order.
 
-    `code` is a digest of the files that they were loaded from; workers with equal ones run the
-    same code. `socket` is where a pymilter script wants to listen, or empty.
+    `code` is a digest of the files that they were loaded from; workers with equal digests run the
+    same code. `socket` is the address that a pymilter script asks to listen on, or empty.
     """
 
     arguments = [  # noqa: RUF012
@@ -186,7 +186,7 @@ class Ready(amp.Command):
 
 
 class LoadFailed(amp.Command):
-    """Worker to master: a milter cannot be loaded, for this reason."""
+    """Worker to master: a milter cannot be loaded; `details` may have a traceback."""
 
     arguments = [(b"reason", amp.String()), (b"details", amp.String())]  # noqa: RUF012
     response = []  # noqa: RUF012
@@ -194,9 +194,9 @@ class LoadFailed(amp.Command):
 
 
 class Sandboxed(amp.Command):
-    """Worker to master, before Ready: what became of the sandbox, in a sentence for the log.
+    """Worker to master, before Ready: the state of the sandbox, as a sentence for the log.
 
-    `incomplete` is not empty where it is not as it should be.
+    `incomplete` is not empty if a part of the sandbox is missing.
     """
 
     arguments = [(b"text", amp.String()), (b"incomplete", amp.String())]  # noqa: RUF012
@@ -216,21 +216,21 @@ def question_box(
     command: bytes | Memory,
     channel: Descriptors,
 ) -> bytes:
-    """The box that asks a question, whose answer bears the tag."""
+    """Return the box of a question; its answer will have the same tag."""
     return QUESTION.write(_ASKS, tag, (head, connection, message, command), channel)
 
 
 def read_question(box: Mapping[bytes, bytes], channel: Descriptors) -> Question:
-    """What such a box asks."""
+    """Return the question in a box; raise as `Schema.read` does."""
     head, *parts = QUESTION.read(box, channel)
     return Question(QuestionHead(*head), *parts)
 
 
 def drop_question(box: Mapping[bytes, bytes], channel: Descriptors) -> None:
-    """Lets go of what came with such a box, which is not read."""
+    """Release the memory that came with the box of a question, which is not read."""
     QUESTION.drop(box, channel)
 
 
 def answer_box(tag: bytes, answer: tuple[Any, ...], channel: Descriptors) -> bytes:
-    """The box that answers the question with the tag; parts of `answer` may be `Memory`."""
+    """Return the box of an answer to the question with the tag; parts may be `Memory`."""
     return ANSWER.write(_ANSWERS, tag, answer[: len(ANSWER)], channel)

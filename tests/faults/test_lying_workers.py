@@ -97,14 +97,17 @@ LIES = {
     "truncated": (
         "fd = memory(b'', 1 << 26, 0); send(said(fd, 1 << 26), fd);"
         " time.sleep(0.02); os.ftruncate(fd, 0)",
-        "something else than sealed memory",
+        "a descriptor that is not sealed memory",
     ),
-    "pipe": ("r, w = os.pipe(); send(said(r, 99), r)", "something else than sealed memory"),
+    "pipe": ("r, w = os.pipe(); send(said(r, 99), r)", "a descriptor that is not sealed memory"),
     "zero": (
         "fd = os.open('/dev/zero', 0); send(said(fd, 99), fd)",
-        "something else than sealed memory",
+        "a descriptor that is not sealed memory",
     ),
-    "other size": ("fd = memory(b'x'); send(said(fd, 4096), fd)", "memory of 1 bytes 4096 bytes"),
+    "other size": (
+        "fd = memory(b'x'); send(said(fd, 4096), fd)",
+        "memory of 1 bytes and says that it has 4096",
+    ),
     "not sent": ("send(box(_answer=tag(), replies=b'@0 9'))", "it has not sent the memory"),
     "huge": (
         "fd = memory(b'', 1 << 40); send(said(fd, 1 << 40), fd)",
@@ -120,21 +123,24 @@ LIES = {
     ),
     "commands": (
         "while True: send(box(_command=b'n' * 200, _ask=b'1') * 200)",
-        "it has said what no worker says",
+        "it has sent an unknown command",
     ),
     "descriptors": (
         "fd = memory(b'x'); send(b'\\0', *[fd] * 250); time.sleep(600)",
         "33 descriptors that no message claims (the limit is 32)",
     ),
-    "garbage": ("send(b'GET / HTTP/1.1\\r\\n')", "no box: a key of 18245 bytes (the limit is 255)"),
+    "garbage": (
+        "send(b'GET / HTTP/1.1\\r\\n')",
+        "a box with a key of 18245 bytes (the limit is 255)",
+    ),
     "empty answer": ("send(box(_answer=tag()))", "replies: it is missing"),
     "twice": (
         "send(box(_answer=tag(), replies=b'=') * 2)",
-        "which it was not asked",
+        "a question that it was not asked",
     ),
     "ready again": (
         "send(box(_command=b'Ready', milters=b'', code=b'', socket=b''))",
-        "it has introduced itself twice",
+        "it has sent its introduction twice",
     ),
     "huge reason": (
         "send(box(_answer=tag(), replies=b'=', reason=b'x' * 65535))",
