@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     ".forks": {"twisted"},
     ".transports": {"twisted"},
     ".reactor": {"twisted"},
-    ".ipc": {".ipc", ".protocol", ".errors", "twisted", "ampoule"},
+    ".ipc": {".ipc", ".alarms", ".protocol", ".errors", "twisted", "ampoule"},
     ".dispatch": {".dispatch", ".alarms", ".ipc", ".limits", ".protocol", ".errors", "twisted"},
     ".mta": {
         ".mta", ".dispatch", ".accounts", ".alarms", ".descriptors", ".ipc", ".limits", ".protocol",

@@ -24,6 +24,7 @@ from twisted.protocols import amp
 from twisted.protocols.amp import AmpBox
 from twisted.python.failure import Failure
 
+from sharded_milter.alarms import ReactorTime
 from sharded_milter.errors import BrokenRule
 from sharded_milter.ipc.arrivals import close_in_background
 from sharded_milter.ipc.boxes import Boxes
@@ -84,7 +85,7 @@ class MasterChannel(Boxes, amp.AMP):
 
     log = Logger()
 
-    def __init__(self, owner: ChannelOwner, reactor: Any) -> None:
+    def __init__(self, owner: ChannelOwner, reactor: ReactorTime) -> None:
         super().__init__()
         self._owner = owner
         self._reactor = reactor
