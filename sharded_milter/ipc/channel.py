@@ -228,7 +228,8 @@ class MasterChannel(Boxes, amp.AMP):
 
     def _read_large(self, number: int, values: list[Any]) -> None:
         self.pause()
-        cooperator = Cooperator(scheduler=partial(self._reactor.callLater, 0))
+        next_iteration: Any = partial(self._reactor.callLater, 0)
+        cooperator = Cooperator(scheduler=next_iteration)
         self._large = cooperator.cooperate(self._slices(number, values))
         self._large.whenDone().addErrback(self._large_failed)
 
