@@ -249,14 +249,14 @@ def test_macros_can_be_asked_for_at_several_stages() -> None:
 @pytest.mark.parametrize(
     ("lists", "text"),
     [
-        ([(7, "i")], "smfi_setsymlist: there is no stage 7"),
-        ([(-1, "i")], "smfi_setsymlist: there is no stage -1"),
-        ([("eom", "i")], "smfi_setsymlist: there is no stage 'eom'"),
-        ([(None, "i")], "smfi_setsymlist: there is no stage None"),
-        ([(5, "")], "smfi_setsymlist: '' are no names of macros"),
-        ([(5, " , ")], "smfi_setsymlist: ' , ' are no names of macros"),
-        ([(5, None)], "smfi_setsymlist: None are no names of macros"),
-        ([(5, ["i"])], "smfi_setsymlist: ['i'] are no names of macros"),
+        ([(7, "i")], "smfi_setsymlist: 7 is not a stage"),
+        ([(-1, "i")], "smfi_setsymlist: -1 is not a stage"),
+        ([("eom", "i")], "smfi_setsymlist: 'eom' is not a stage"),
+        ([(None, "i")], "smfi_setsymlist: None is not a stage"),
+        ([(5, "")], "smfi_setsymlist: '' has no macro names"),
+        ([(5, " , ")], "smfi_setsymlist: ' , ' has no macro names"),
+        ([(5, None)], "smfi_setsymlist: None has no macro names"),
+        ([(5, ["i"])], "smfi_setsymlist: ['i'] has no macro names"),
         ([(5, "i"), (5, "j")], "smfi_setsymlist: the macros of EOM are set already"),
     ],
     ids=repr,
@@ -273,10 +273,10 @@ def test_what_libmilter_would_not_take_is_refused(lists: list[Any], text: str) -
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("xxfi_env_from", "; it is xxfi_envfrom here"),
-        ("xxfi_env_rcpt", "; it is xxfi_envrcpt here"),
-        ("xxfi_mta_connect", "; it is xxfi_negotiate, the first callback of a connection here"),
-        ("xxfi_mta_close", "; it is xxfi_close here"),
+        ("xxfi_env_from", "; use xxfi_envfrom"),
+        ("xxfi_env_rcpt", "; use xxfi_envrcpt"),
+        ("xxfi_mta_connect", "; use xxfi_negotiate, the first callback of a connection"),
+        ("xxfi_mta_close", "; use xxfi_close"),
         ("xxfi_ehlo", ""),
         ("xxfi_", ""),
     ],
@@ -284,7 +284,7 @@ def test_what_libmilter_would_not_take_is_refused(lists: list[Any], text: str) -
 def test_a_callback_that_nobody_would_call_is_refused(name: str, hint: str) -> None:
     with pytest.raises(InvalidValue) as refused:
         type("Old", (Milter,), {name: lambda self: None})
-    assert str(refused.value) == f"Old.{name} is no callback of libmilter{hint}"
+    assert str(refused.value) == f"Old.{name} is not a callback of libmilter{hint}"
 
 
 @pytest.mark.parametrize("name", [*CALLBACKS.values(), *ENDS, "xxfi_negotiate"])

@@ -249,7 +249,7 @@ def test_a_call_is_allowed_where_libmilter_allows_it(call: str, caller: str) -> 
     watched.close()
     place = "xxfi_eom" if call in ONLY_AT_EOM else "xxfi_negotiate"
     allowed = call in ANYWHERE or caller == place
-    wanted = "" if allowed else f"{call} is allowed in {place} only, not in {caller}"
+    wanted = "" if allowed else f"{call} is only allowed in {place}, not in {caller}"
     assert set(heard) == {wanted}
 
 
@@ -266,7 +266,7 @@ def test_between_two_callbacks_nothing_can_be_changed(call: str) -> None:
     place = "xxfi_eom" if call in ONLY_AT_EOM else "xxfi_negotiate"
     with pytest.raises(CallRefused) as refused:
         getattr(kept[0], call)(*EVERY_CALL[call])
-    assert str(refused.value) == f"{call} is allowed in {place} only, not in no callback"
+    assert str(refused.value) == f"{call} is only allowed in {place}, not in no callback"
 
 
 def test_a_coroutine_may_call_after_it_has_waited() -> None:

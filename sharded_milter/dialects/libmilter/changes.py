@@ -1,7 +1,7 @@
-"""The changes of a message as libmilter's calls make them: packets, in the order of the calls.
+"""The changes of a message by libmilter's calls: packets, in the order of the calls.
 
-Only the new body moves: its pieces are sent in one run, because Postfix gives a milter up that
-says anything between two of them.
+Only the packets of a new body are moved together: Postfix closes the connection if another packet
+comes between two of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _HIGHEST_INDEX = 0x7FFFFFFF
 
 
 class Changes:
-    """What is to become of the message in hand.
+    """The changes of the current message.
 
-    `granted` are the actions that the MTA has agreed to, `space` is what the value of a header
-    field must begin with. Each method raises CallRefused for what was not granted or cannot be
-    sent, and then nothing is changed; `call` is how messages name the author's call.
+    `granted` are the actions that were negotiated with the MTA, `space` is the prefix of header
+    values. Each method raises CallRefused, and changes nothing, if its action was not negotiated
+    or its arguments cannot be sent; `call` is the name of the author's call, for the message.
     """
 
     def __init__(self) -> None:
@@ -32,12 +32,12 @@ class Changes:
         self._body_place = 0
 
     def clear(self) -> None:
-        """The message is another one now."""
+        """Forget the changes; a new message begins."""
         self._packets.clear()
         self._body = None
 
     def packets(self) -> bytes:
-        """All packets, in order."""
+        """Return all packets, in order."""
         body = self._body
         if body is None:
             return b"".join(self._packets)
@@ -51,11 +51,13 @@ class Changes:
         payload = _payload(call, packet)
         if not LEGAL[packet.letter[0]].payload.fullmatch(payload):
             raise CallRefused(
-                f"{call}: {payload[:80]!r} cannot be sent: a name, address or reason is one line"
-                " and not empty, and nothing holds a NUL"
+                f"{call}: {payload[:80]!r} cannot be sent: a name, address or reason must be one"
+                " line and not empty, and no value may have a NUL"
             )
         if len(payload) > MAX_CHUNK:
-            raise CallRefused(f"{call}: {len(payload)} bytes exceed the {MAX_CHUNK} of a packet")
+            raise CallRefused(
+                f"{call}: the values have {len(payload)} bytes; a packet takes {MAX_CHUNK}"
+            )
         self._packets.append(packet.encode())
 
     def _check_granted(self, call: str, packet: Packet | type[Packet]) -> None:
@@ -64,49 +66,49 @@ class Changes:
             raise CallRefused(f"{call}: the action {action.name} was not negotiated with the MTA")
 
     def add_header(self, call: str, name: str, value: str) -> None:
-        """smfi_addheader: where the MTA puts a new field of that name."""
+        """Do smfi_addheader: add a field at a position that the MTA chooses."""
         self._add(call, replies.AddHeader(_text(call, name), self._value(call, value)))
 
     def insert_header(self, call: str, index: int, name: str, value: str) -> None:
-        """smfi_insheader: 0 is the top."""
+        """Do smfi_insheader: insert a field; index 0 is the top."""
         _check_index(call, index)
         self._add(call, replies.InsertHeader(index, _text(call, name), self._value(call, value)))
 
     def change_header(self, call: str, name: str, index: int, value: str | None) -> None:
-        """smfi_chgheader: the index-th field of the name, from 1; no value deletes it."""
+        """Do smfi_chgheader: change the index-th field `name`, from 1; delete it if no value."""
         _check_index(call, index)
         text = self._value(call, value) if value else ""
         self._add(call, replies.ChangeHeader(index, _text(call, name), text))
 
     def change_sender(self, call: str, sender: str, esmtp: str | None) -> None:
-        """smfi_chgfrom."""
+        """Do smfi_chgfrom: change the envelope sender."""
         parameters = (_text(call, esmtp),) if esmtp else ()
         self._add(call, replies.ChangeSender(_text(call, sender), parameters))
 
     def add_recipient(self, call: str, recipient: str) -> None:
-        """smfi_addrcpt."""
+        """Do smfi_addrcpt: add a recipient."""
         self._add(call, replies.AddRecipient(_text(call, recipient)))
 
     def add_recipient_with(self, call: str, recipient: str, esmtp: str | None) -> None:
-        """smfi_addrcpt_par."""
+        """Do smfi_addrcpt_par: add a recipient with ESMTP parameters."""
         parameters = (_text(call, esmtp),) if esmtp else ()
         self._add(call, replies.AddRecipientPar(_text(call, recipient), parameters))
 
     def delete_recipient(self, call: str, recipient: str) -> None:
-        """smfi_delrcpt."""
+        """Do smfi_delrcpt: delete a recipient."""
         self._add(call, replies.DeleteRecipient(_text(call, recipient)))
 
-    def replace_body(self, call: str, piece: bytes) -> None:
-        """smfi_replacebody: the new body, or the next piece of it."""
+    def replace_body(self, call: str, chunk: bytes) -> None:
+        """Do smfi_replacebody: append a chunk to the new body."""
         self._check_granted(call, replies.ReplaceBody)
-        if not isinstance(piece, bytes | bytearray | memoryview):
-            raise CallRefused(f"{call}: the body is bytes, not {type(piece).__name__}")
+        if not isinstance(chunk, bytes | bytearray | memoryview):
+            raise CallRefused(f"{call}: the body must be bytes, not {type(chunk).__name__}")
         if self._body is None:
             self._body, self._body_place = bytearray(), len(self._packets)
-        self._body += piece
+        self._body += chunk
 
     def quarantine(self, call: str, reason: str) -> None:
-        """smfi_quarantine."""
+        """Do smfi_quarantine: hold the message."""
         self._add(call, replies.Quarantine(_text(call, reason)))
 
     def _value(self, call: str, value: str) -> str:
@@ -119,7 +121,7 @@ def _payload(call: str, packet: Packet) -> bytes:
     try:
         return packet.payload()
     except UnicodeEncodeError as error:
-        raise CallRefused(f"{call}: {error.object[:80]!r} is not text that can be sent") from None
+        raise CallRefused(f"{call}: {error.object[:80]!r} cannot be encoded as UTF-8") from None
 
 
 def _text(call: str, value: str) -> str:
@@ -130,4 +132,4 @@ def _text(call: str, value: str) -> str:
 
 def _check_index(call: str, index: int) -> None:
     if not isinstance(index, int) or not 0 <= index <= _HIGHEST_INDEX:
-        raise CallRefused(f"{call}: index {index!r:.40} is not within 0 and {_HIGHEST_INDEX}")
+        raise CallRefused(f"{call}: index {index!r:.40} is not between 0 and {_HIGHEST_INDEX}")

@@ -1,7 +1,7 @@
-"""The classes dialect: a milter is an object of libmilter's callbacks, from connect to close.
+"""The classes dialect: a milter is an object with libmilter's callbacks, one for each connection.
 
-The names are libmilter's, the documentation of each call is libmilter's (xxfi_* and smfi_* at
-milter.org). An object is asked in one place, so its attributes live as long as the connection.
+All names are libmilter's, and its documentation applies (xxfi_* and smfi_*). All callbacks of a
+connection run in one process, so attributes of the object live as long as the connection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES = {
     ord("U"): "xxfi_unknown",
 }
 
-# What yatxmilter called them; a class that still does would never be asked.
+# yatxmilter's names of callbacks, which would never be called here.
 _OLD_NAMES = {
     "xxfi_env_from": "xxfi_envfrom",
     "xxfi_env_rcpt": "xxfi_envrcpt",
@@ -46,7 +46,7 @@ Negotiated = tuple[int, int] | list[Any] | ReturnCodes | None
 
 
 class NetworkTypes(Enum):
-    """The family of a client, by the letter that the wire has."""
+    """The family of a client; the values are the protocol's letters."""
 
     UNKNOWN = "U"
     UNIX = "L"
@@ -59,7 +59,7 @@ Family: TypeAlias = NetworkTypes
 
 
 class MacroStages(IntEnum):
-    """The stages of smfi_setsymlist (SMFIM_*); end of message comes before end of headers."""
+    """The stages of smfi_setsymlist (SMFIM_*); in this numbering EOM is before EOH."""
 
     CONNECT = 0
     HELO = 1
@@ -71,17 +71,18 @@ class MacroStages(IntEnum):
 
 
 class Milter:
-    """One connection's milter: override the callbacks that matter, and no others are asked for.
+    """The milter of one connection: override the callbacks that you need; only they are called.
 
-    A callback returns a `ReturnCodes` member, or a Deferred or coroutine of one; the next is
-    called only when that has fired. `protocol` is the connection's libmilter context and
-    `factory` who built the object. The smfi_ calls raise CallRefused where libmilter returns
+    A callback returns a `ReturnCodes` member, or a Deferred or coroutine of one; the next callback
+    is called when that has a result. `protocol` is the connection's libmilter context, `factory`
+    the factory that built the object. The smfi_ calls raise CallRefused where libmilter returns
     MI_FAILURE.
 
-    `replayable = True` promises that the object may be rebuilt in another process, by being
-    called again with what the MTA has said of the client and of the message in hand, when its
-    worker dies. Else that message gets a temporary refusal, and the connection a new object.
-    `sandbox = True` says that the milter works in the sandbox, as in `sharded_milter.Milter`.
+    `replayable = True` promises that the object can be rebuilt if its worker dies: in another
+    process, by calling a new object's callbacks with the client and the current message again.
+    Without it that message gets the operator's `--on-error` verdict, and the connection a new
+    object. `sandbox = True` promises that the milter works in the sandbox, as in
+    `sharded_milter.Milter`.
     """
 
     ReturnCodes = ReturnCodes
@@ -102,154 +103,154 @@ class Milter:
         super().__init_subclass__(**kwargs)
         for name in vars(cls):
             if name.startswith("xxfi_") and name not in NAMES.values():
-                hint = f"; it is {_OLD_NAMES[name]} here" if name in _OLD_NAMES else ""
-                raise InvalidValue(f"{cls.__name__}.{name} is no callback of libmilter{hint}")
+                hint = f"; use {_OLD_NAMES[name]}" if name in _OLD_NAMES else ""
+                raise InvalidValue(f"{cls.__name__}.{name} is not a callback of libmilter{hint}")
 
     # Callbacks
 
     def xxfi_negotiate(self, actions: int, protocol: int) -> Negotiated:
-        """What the milter needs of the MTA's offer: SMFIF actions and SMFIP protocol bits.
+        """Return the SMFIF actions and SMFIP protocol bits that the milter needs.
 
-        Asked of one object when the milter is loaded, with all that an MTA can offer, and that
-        answer counts; then of each object, with what its MTA offers, for its information. This
-        default takes every action if it has `xxfi_eom`, and leaves out the stages that are not
-        overridden. None, CONTINUE and ALL_OPTS mean this default too; yatxmilter's list of code,
-        version, actions and protocol is understood.
+        It is called once when the milter is loaded, with everything that an MTA can offer, and
+        that result is used. It is called again for each object, with the offer of its MTA, and
+        that result is ignored. This default takes all actions if `xxfi_eom` is overridden, and
+        leaves out the stages that are not overridden. Returning None, CONTINUE or ALL_OPTS gives
+        this default; yatxmilter's list of code, version, actions and protocol is accepted.
         """
         suppressed = sum(stage.suppress for stage in Stage if not self._overrides(stage.code))
         return (actions if self._overrides(EOM) else 0), suppressed & protocol
 
     def xxfi_connect(self, hostname: str, family: Family, address: Any) -> Answer:
-        """A client connected; `address` is (IP address, port), a path, or None if unknown."""
+        """Handle a new client; `address` is (IP address, port), a path, or None if unknown."""
         return ReturnCodes.CONTINUE
 
     def xxfi_helo(self, helohost: str) -> Answer:
-        """The client's greeting; it may come several times, or never."""
+        """Handle HELO or EHLO; it may come several times, or never."""
         return ReturnCodes.CONTINUE
 
     def xxfi_envfrom(self, argv: tuple[str, ...]) -> Answer:
-        """A message begins: the sender as the client wrote it, and the ESMTP parameters."""
+        """Handle MAIL, which begins a message: the sender in the client's spelling, parameters."""
         return ReturnCodes.CONTINUE
 
     def xxfi_envrcpt(self, argv: tuple[str, ...]) -> Answer:
-        """A recipient, likewise. REJECT and TEMPFAIL are of this recipient alone."""
+        """Handle RCPT, likewise. REJECT and TEMPFAIL refuse this recipient only."""
         return ReturnCodes.CONTINUE
 
     def xxfi_data(self) -> Answer:
-        """The client said DATA."""
+        """Handle DATA."""
         return ReturnCodes.CONTINUE
 
     def xxfi_unknown(self, command: str) -> Answer:
-        """The client sent a command that the MTA does not know."""
+        """Handle a command that the MTA does not know."""
         return ReturnCodes.CONTINUE
 
     def xxfi_header(self, name: str, value: str) -> Answer:
-        """A header field; `value` is folded with LF, without the blank behind the colon."""
+        """Handle a header field; `value` is folded with LF and lacks the space after the colon."""
         return ReturnCodes.CONTINUE
 
     def xxfi_eoh(self) -> Answer:
-        """The header is complete."""
+        """Handle the end of the header."""
         return ReturnCodes.CONTINUE
 
     def xxfi_body(self, chunk: bytes) -> Answer:
-        """A piece of the body, at most 65,535 bytes, cut anywhere. SKIP: no more of them."""
+        """Handle a chunk of the body, of at most 65,535 bytes. Return SKIP to get no more."""
         return ReturnCodes.CONTINUE
 
     def xxfi_eom(self) -> Answer:
-        """The message is complete; the only place to change it."""
+        """Handle the end of the message; only here the message can be changed."""
         return ReturnCodes.CONTINUE
 
     def xxfi_abort(self) -> Any:
-        """The message is over without xxfi_eom and without a verdict of this object."""
+        """Handle the end of a message without xxfi_eom and without a verdict of this object."""
 
     def xxfi_close(self) -> Any:
-        """The connection is over; called once."""
+        """Handle the end of the connection; called once."""
 
-    # What the milter may do
+    # Calls
 
     def smfi_getsymval(self, symname: str) -> str | None:
-        """The value of a macro, one letter with or without braces; None if there is none."""
+        """Return the value of a macro, or None. Braces around one character do not matter."""
         return self._context.symbols.get(symname)
 
     def smfi_setsymlist(self, stage: int, macros: str) -> None:
-        """In xxfi_negotiate: macros wanted at a stage, besides those that the MTA sends anyway."""
+        """Request macros for a stage, in addition to the MTA's own; only in xxfi_negotiate."""
         self._context.check_running("smfi_setsymlist", NEGOTIATE)
         try:
             number = MacroStages(stage)
         except ValueError:
-            raise CallRefused(f"smfi_setsymlist: there is no stage {stage!r:.40}") from None
+            raise CallRefused(f"smfi_setsymlist: {stage!r:.40} is not a stage") from None
         names = macros.replace(",", " ").split() if isinstance(macros, str) else []
         if not names:
-            raise CallRefused(f"smfi_setsymlist: {macros!r:.80} are no names of macros")
+            raise CallRefused(f"smfi_setsymlist: {macros!r:.80} has no macro names")
         if number in self._context.symlists:
             raise CallRefused(f"smfi_setsymlist: the macros of {number.name} are set already")
         self._context.symlists[number] = tuple(names)
 
     def smfi_setreply(self, rcode: str, xcode: str | None, message: str | None) -> None:
-        """The words of this callback's REJECT (5dd) or TEMPFAIL (4dd)."""
+        """Set the reply code and text of this callback's REJECT (5dd) or TEMPFAIL (4dd)."""
         self._context.set_reply(reply_lines("smfi_setreply", rcode, xcode, [message or None]))
 
     def smfi_setmlreply(self, rcode: str, xcode: str | None, *lines: str) -> None:
-        """The same with several lines, at most 32."""
+        """Set a reply with several lines, at most 32."""
         self._context.set_reply(reply_lines("smfi_setmlreply", rcode, xcode, lines))
 
     def smfi_addheader(self, headerf: str, headerv: str) -> None:
-        """A new field; the MTA decides where."""
+        """Add a header field at a position that the MTA chooses."""
         self._change("smfi_addheader", Changes.add_header, headerf, headerv)
 
     def smfi_insheader(self, hdridx: int, headerf: str, headerv: str) -> None:
-        """A new field at a place; 0 is the top."""
+        """Insert a header field at an index; 0 is the top."""
         self._change("smfi_insheader", Changes.insert_header, hdridx, headerf, headerv)
 
     def smfi_chgheader(self, headerf: str, hdridx: int, headerv: str | None) -> None:
-        """Another value for the hdridx-th field of that name, from 1; None or "" deletes it."""
+        """Change the hdridx-th field of that name, from 1; the value None or "" deletes it."""
         self._change("smfi_chgheader", Changes.change_header, headerf, hdridx, headerv)
 
     def smfi_chgfrom(self, mail: str, args: str | None = None) -> None:
-        """Another envelope sender, `args` being its ESMTP parameters in one string."""
+        """Change the envelope sender; `args` are its ESMTP parameters in one string."""
         self._change("smfi_chgfrom", Changes.change_sender, mail, args)
 
     def smfi_addrcpt(self, rcpt: str) -> None:
-        """A further recipient."""
+        """Add a recipient."""
         self._change("smfi_addrcpt", Changes.add_recipient, rcpt)
 
     def smfi_addrcpt_par(self, rcpt: str, args: str | None = None) -> None:
-        """A further recipient with ESMTP parameters in one string."""
+        """Add a recipient with ESMTP parameters in one string."""
         self._change("smfi_addrcpt_par", Changes.add_recipient_with, rcpt, args)
 
     def smfi_delrcpt(self, rcpt: str) -> None:
-        """One recipient less, spelled as the client did."""
+        """Delete a recipient; use the client's spelling."""
         self._change("smfi_delrcpt", Changes.delete_recipient, rcpt)
 
     def smfi_replacebody(self, body: bytes) -> None:
-        """Another body, or the next piece of it; line ends are CRLF."""
+        """Replace the body; further calls append to the new one. Line ends must be CRLF."""
         self._change("smfi_replacebody", Changes.replace_body, body)
 
     def smfi_quarantine(self, reason: str) -> None:
-        """The message is held for an operator."""
+        """Hold the message for an administrator."""
         self._change("smfi_quarantine", Changes.quarantine, reason)
 
     def smfi_progress(self) -> None:
-        """Nothing to do: the MTA gets signs of life in any case."""
+        """Do nothing: the master sends PROGRESS by itself."""
         self._context.check_running("smfi_progress", EOM)
 
-    # Inside
+    # Internals
 
     def _change(self, call: str, make: Callable[..., None], *arguments: Any) -> None:
         self._context.check_running(call, EOM)
         make(self._context.changes, call, *arguments)
 
     def _overrides(self, command: int) -> bool:
-        """Whether the author's class, or this object, has the callback of the command."""
+        """Return True if the author's class, or this object, has the callback of the command."""
         name = NAMES[command]
         return name in vars(self) or getattr(type(self), name) is not getattr(Milter, name)
 
 
 class MilterFactory:
-    """Builds an object for each connection; `milter` is their class."""
+    """Builds an object of the class `milter` for each connection."""
 
     milter: type[Milter] = Milter
 
     def build_milter(self, protocol: Any) -> Milter:
-        """A new object for the connection whose libmilter context is `protocol`."""
+        """Return a new object for the connection with the libmilter context `protocol`."""
         return self.milter(self, protocol)

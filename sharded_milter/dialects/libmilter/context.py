@@ -1,12 +1,11 @@
-"""libmilter's context of one connection: an object's callbacks are called as libmilter would.
+"""libmilter's context of one connection: it calls an object's callbacks as libmilter would.
 
-It is fed the packets of a transcript, each once, in order, and answers the last one. What comes
-for a question before the answer of another callback would be due (header fields, the body) is
-kept by the master until the end of the message, so a verdict given there is the message's from
-then on, whatever is asked about it later.
+It processes the packets of a transcript, each once, in order, and returns the reply to the last.
+The master sends header fields and the body together with end of message. So a verdict that a
+callback returns for one of them is kept, and is the reply to all later commands of the message.
 
-The law, from libmilter's documentation and its behaviour: `eom`, `abort` or a verdict of our own
-ends a message, one of them; `close` ends the connection, once; nothing is called in between.
+The rules, from libmilter's documentation and behaviour: a message ends once, with `eom`, `abort`
+or a verdict of the milter; a connection ends once, with `close`; no callback comes after an end.
 
 It is one long class, because authors call all of it on one object.
 """
@@ -32,7 +31,7 @@ from sharded_milter.protocol.wire import packets
 
 
 class ReturnCodes(IntEnum):
-    """What a callback answers (SMFIS_*)."""
+    """The return codes of callbacks (SMFIS_*)."""
 
     CONTINUE = 0
     REJECT = 1
@@ -41,7 +40,7 @@ class ReturnCodes(IntEnum):
     TEMPFAIL = 4
     NOREPLY = 7
     SKIP = 8
-    ALL_OPTS = 10  # of negotiate alone
+    ALL_OPTS = 10  # only in negotiate
 
 
 _CODES = {stage: stage.code for stage in Stage}
@@ -54,14 +53,14 @@ _REFUSED = replies.Reject.letter[0]
 
 # The commands of a message; the first of them begins it.
 _MESSAGE = frozenset(b"MRTLNBE")
-# Its content, which is not answered by itself: verdicts are kept for the end.
+# The commands of its content. They have no replies: verdicts are kept for the end of the message.
 _CONTENT = frozenset(b"LNB")
 
 _ALWAYS = {ReturnCodes.CONTINUE, ReturnCodes.REJECT, ReturnCodes.TEMPFAIL}
 _IN_MESSAGE = {*_ALWAYS, ReturnCodes.ACCEPT, ReturnCodes.DISCARD}
 
-# What each callback may answer. DISCARD means nothing to the MTAs before there is a message, and
-# ACCEPT of an unknown command brings Postfix down.
+# The return codes that each callback may use. MTAs ignore DISCARD before there is a message, and
+# ACCEPT of an unknown command makes Postfix's smtpd panic.
 VERDICTS: Mapping[int, frozenset[ReturnCodes]] = {
     **dict.fromkeys(b"CH", frozenset({*_ALWAYS, ReturnCodes.ACCEPT})),
     **dict.fromkeys(b"MRTE", frozenset(_IN_MESSAGE)),
@@ -70,11 +69,11 @@ VERDICTS: Mapping[int, frozenset[ReturnCodes]] = {
     **dict.fromkeys(b"U", frozenset(_ALWAYS)),
 }
 
-# Where the milter itself has negotiated that it does not answer, as libmilter demands: any other
-# verdict would be heard by nobody.
+# The return codes of a callback for which the milter has negotiated "no reply". libmilter allows
+# no others: the MTA would not get the verdict.
 _UNANSWERED = frozenset({ReturnCodes.CONTINUE, ReturnCodes.NOREPLY})
 
-# Verdicts that leave the message open: of one recipient, of one DATA command.
+# Verdicts that do not end the message: they refuse one recipient or one DATA command.
 _OPEN = {
     _CODES[Stage.RCPT]: {ReturnCodes.REJECT, ReturnCodes.TEMPFAIL},
     _CODES[Stage.DATA]: {ReturnCodes.REJECT, ReturnCodes.TEMPFAIL},
@@ -95,7 +94,7 @@ def _argv(payload: bytes) -> tuple[str, ...]:
     return tuple(to_text(payload[:-1]).split("\0"))
 
 
-# The arguments of the callbacks, from the payload of the command.
+# The functions that make the arguments of a callback from the payload of its command.
 ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
     **dict.fromkeys(b"TNEAQ", lambda _: ()),
     **dict.fromkeys(b"MR", lambda payload: (_argv(payload),)),
@@ -106,33 +105,32 @@ ARGUMENTS: Mapping[int, Callable[[bytes], tuple[Any, ...]]] = {
 
 Call = Callable[..., Any]
 
-# What becomes of an exception, by the letter of the callback that it comes from.
+# Returns the verdict for an exception, from the letter of the callback that raised it.
 OnError = Callable[[int, Exception], ReturnCodes]
 
 
 def _code_of(result: object) -> ReturnCodes | None:
-    """The code that a callback returned, or None; a truth value is none, though it is a number."""
+    """Return the code that a callback returned; None for other values, also for True and False."""
     if isinstance(result, bool):
         return None
     try:
-        return ReturnCodes(result)  # type: ignore[arg-type]  # whatever the author returned
+        return ReturnCodes(result)  # type: ignore[arg-type]  # any object may be returned
     except ValueError:
         return None
 
 
 def call_plainly(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Calls it; whoever wants to know how long that takes puts another function in its place."""
+    """Call it. A caller that measures callbacks replaces this function by its own."""
     return function(*arguments)
 
 
 class Context:
-    """One connection and what a milter may say and ask about it.
+    """The state of one connection, and the calls that a milter may make.
 
-    `callbacks` are an object's, by the letter of the command (`Q` is close); those that are not
-    there answer CONTINUE. `names` is how messages call them. `actions` and `options` are what the
-    milter asked for when it was negotiated with: what it did not ask for it may not do.
-    `on_error` turns what callbacks raise, and what they may not return, into a verdict; without
-    it they are raised.
+    `callbacks` are those of the object, by the letter of the command (`Q` is close); a missing one
+    counts as CONTINUE. `names` are the callbacks' names in messages. `actions` and `options` are
+    those that the milter has negotiated; it may use no others. `on_error` turns an exception of a
+    callback, or an illegal return code, into a verdict; without it the exception is raised.
     """
 
     def __init__(
@@ -146,7 +144,7 @@ class Context:
         self.callbacks: Mapping[int, Callable[..., Any]] = {}
         self.milter: Any = None  # the object
         self.symbols = Symbols()
-        self.symlists: dict[int, tuple[str, ...]] = {}  # what smfi_setsymlist has asked for
+        self.symlists: dict[int, tuple[str, ...]] = {}  # from smfi_setsymlist
         self.changes = Changes()
         self.in_message = False
         self._names = names
@@ -155,25 +153,25 @@ class Context:
         self._call = call
         self._on_error = on_error
         self._at = 0  # the letter of the callback that runs
-        self._reply = ""  # what smfi_setreply has set
-        self._verdict: bytes | None = None  # the message's, once it has one
-        self._failed = False  # the latest callback
-        self._skipping = False  # no more of the body is wanted
-        self._leading_space = False  # header values begin with the blank behind the colon
+        self._reply = ""  # from smfi_setreply
+        self._verdict: bytes | None = None  # of the message, once it has one
+        self._failed = False  # the last callback has raised
+        self._skipping = False  # the milter wants no more of the body
+        self._leading_space = False  # header values begin with the space after the colon
         self.is_closed = False  # close was called
         self._closed = False
         self._offer: commands.Negotiate | None = None
         self._agreed = commands.Negotiate(0, 0, 0)
 
-    # What a job needs
+    # Jobs
 
     def answer(
         self, stage: Stage | None, connection: bytes, message: bytes | memoryview
     ) -> bytes | Awaitable[bytes]:
-        """The reply packets for the last of these packets, or an awaitable of them.
+        """Return the reply packets for the last of these packets, or an awaitable of them.
 
-        Without a stage the connection is over and nothing is returned. Raises what a callback
-        raises, and InvalidVerdict for what it may not return.
+        Stage None ends the connection; the result is b"" then. Raise the exception of a callback,
+        and InvalidVerdict for an illegal return code.
         """
         return run(self._process_packets(stage, connection, message))
 
@@ -227,17 +225,17 @@ class Context:
         return verdict
 
     def _is_hidden_recipient(self) -> bool:
-        """A recipient that the MTA itself refuses is shown to those only who asked for that."""
+        """Return True for a recipient that the MTA refuses, unless the milter negotiated those."""
         refused = self.symbols.get("{rcpt_mailer}") == "error"
         return refused and not self._options & Protocol.RCPT_REJ
 
     def _end_message(self, payload: bytes) -> Steps[bytes]:
-        """End of message; it may bring the last piece of the body."""
+        """Process end of message, which may have the last chunk of the body as its payload."""
         if payload:
             yield from self._ask_callback(BODY, payload)
             if self._verdict is not None:
                 return self._repeat_verdict(EOM)
-        self.in_message = False  # eom is called, or would be: there is no abort any more
+        self.in_message = False  # from here on `abort` must not be called
         code = yield from self._returned_code(EOM, ())
         answer = self._packet(code)
         if code in (ReturnCodes.CONTINUE, ReturnCodes.ACCEPT):
@@ -246,7 +244,7 @@ class Context:
         return answer
 
     def _ask_callback(self, command: int, payload: bytes) -> Steps[bytes]:
-        """A callback before the end of the message."""
+        """Call a callback before end of message, and return its reply."""
         if command == BODY and self._skipping:
             return _CONTINUE
         arguments = ARGUMENTS[command](payload)
@@ -259,7 +257,7 @@ class Context:
             code = ReturnCodes.CONTINUE
         answer = self._packet(code)
         is_open = code is ReturnCodes.CONTINUE or code in _OPEN.get(command, ())
-        if self._failed and self.has_no_reply(command):  # nobody hears of it now
+        if self._failed and self.has_no_reply(command):  # the MTA gets no verdict now
             is_open = code is ReturnCodes.CONTINUE
         if command in _MESSAGE and not is_open:
             self._verdict = answer
@@ -272,7 +270,7 @@ class Context:
         return value
 
     def _returned_code(self, command: int, arguments: tuple[Any, ...]) -> Steps[ReturnCodes]:
-        """What the callback answers, or what is answered for it."""
+        """Return the callback's code, or that of `on_error` if it failed."""
         self._failed = False
         try:
             result = yield from self._call_callback(command, arguments)
@@ -298,7 +296,7 @@ class Context:
         return VERDICTS[command]
 
     def has_no_reply(self, command: int) -> bool:
-        """Whether the milter has promised to give no answer to this command."""
+        """Return True if the milter has negotiated "no reply" for this command."""
         return bool(STAGES[command].no_reply & self._options)
 
     def _call_callback(self, command: int, arguments: tuple[Any, ...]) -> Steps[Any]:
@@ -312,7 +310,7 @@ class Context:
             return result
 
     def _notify(self, command: int, *arguments: Any) -> Steps[None]:
-        """A callback whose answer nobody waits for: what it raises is its own affair."""
+        """Call a callback that has no reply; its exception is only logged."""
         try:
             yield from self._call_callback(command, arguments)
         except Exception as error:
@@ -328,10 +326,10 @@ class Context:
             return replies.ReplyCode(reply).encode()
         return _PLAIN[code]
 
-    # The ends
+    # Ends of messages and connections
 
     def _abort_message(self) -> Steps[None]:
-        """The message is dropped; it has an end already if it was answered."""
+        """End the message; call `abort` unless it has ended already."""
         was_open, self.in_message = self.in_message, False
         self._reset_message()
         if was_open:
@@ -353,7 +351,7 @@ class Context:
     # Negotiation
 
     def _process_negotiation(self, payload: bytes) -> Steps[None]:
-        """First the MTA's offer, then our answer, which says what may be done."""
+        """Process the MTA's offer, which comes first, or our reply, which says what was agreed."""
         words = commands.Negotiate.parse(payload)
         if self._offer is None:
             self._offer = words
@@ -363,18 +361,18 @@ class Context:
         yield from self._notify(NEGOTIATE, self._offer.actions, self._offer.protocol)
 
     def set_wanted(self, actions: Actions, options: Protocol) -> None:
-        """What the milter asks for on this connection; it counts as far as the MTA has agreed."""
+        """Set what the milter negotiates on this connection; the MTA's reply may allow less."""
         self._actions, self._options = actions, options
         self._leading_space = bool(Protocol(self._agreed.protocol) & Protocol.HDR_LEADSPC)
         adds_space = self._leading_space and not options & Protocol.HDR_LEADSPC
         self.changes.granted = Actions(self._agreed.actions) & actions
         self.changes.space = " " if adds_space else ""
 
-    # What callbacks may do
+    # Calls of callbacks
 
     @contextmanager
     def running(self, command: int) -> Iterator[None]:
-        """A callback runs meanwhile."""
+        """Mark the callback of `command` as running during the block."""
         self._at = command
         try:
             yield
@@ -382,12 +380,12 @@ class Context:
             self._at = 0
 
     def check_running(self, name: str, *commands: int) -> None:
-        """Raises CallRefused unless one of these callbacks runs."""
+        """Raise CallRefused unless one of these callbacks is running."""
         if self._at not in commands:
             where = self._names.get(self._at, "no callback")
             allowed = " or ".join(self._names[command] for command in commands)
-            raise CallRefused(f"{name} is allowed in {allowed} only, not in {where}")
+            raise CallRefused(f"{name} is only allowed in {allowed}, not in {where}")
 
     def set_reply(self, text: str) -> None:
-        """The words of the next refusal of the same class, as `SMTP reply` lines."""
+        """Set the SMTP reply lines of the next refusal with the same first digit."""
         self._reply = text

@@ -1,4 +1,4 @@
-"""The words of a refusal by libmilter's rules: smfi_setreply and smfi_setmlreply."""
+"""Reply texts by libmilter's rules, for smfi_setreply and smfi_setmlreply."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _XCODE = re.compile(r"[45]\.\d{1,3}\.\d{1,3}", re.ASCII)
 
 
 def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str | None]) -> str:
-    """The text of a REPLYCODE packet.
+    """Return the text of a REPLYCODE packet.
 
-    `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. A line has at most
-    MAX_LINE bytes and no line break, or is None for no text, and there are at most
-    MAX_REPLY_LINES. A percent sign that is not doubled is. Where an MTA would miss an enhanced
-    code it is x.0.0. Raises CallRefused, which names `call`, for anything else.
+    `rcode` is 4dd or 5dd, `xcode` an enhanced code of the same class or None. There are at most
+    MAX_REPLY_LINES lines; each has at most MAX_LINE bytes and no line break, or is None for no
+    text. Single percent signs are doubled. If an MTA needs an enhanced code and none is given, it
+    is x.0.0. Raise CallRefused, which names `call`, for all other arguments.
     """
     if not isinstance(rcode, str) or not _RCODE.fullmatch(rcode):
         raise CallRefused(f"{call}: reply code {rcode!r:.40} is neither 4dd nor 5dd")
@@ -31,7 +31,7 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str | 
     if xcode and xcode[0] != rcode[0]:
         raise CallRefused(f"{call}: enhanced code {xcode} does not belong to reply code {rcode}")
     if not 1 <= len(lines) <= MAX_REPLY_LINES:
-        raise CallRefused(f"{call}: {len(lines)} lines are not 1 to {MAX_REPLY_LINES}")
+        raise CallRefused(f"{call}: a reply has 1 to {MAX_REPLY_LINES} lines, not {len(lines)}")
     texts = [_checked(call, line) for line in lines]
     if not xcode and (len(texts) > 1 or _looks_like_a_class(texts[0] or "", rcode)):
         xcode = f"{rcode[0]}.0.0"
@@ -44,7 +44,7 @@ def reply_lines(call: str, rcode: str, xcode: str | None, lines: Sequence[str | 
 
 
 def _looks_like_a_class(text: str, rcode: str) -> bool:
-    """Whether Postfix would take the text's beginning for an enhanced code of another class."""
+    """Return True if Postfix would read the text as an enhanced code of another class."""
     return text[:1].isdigit() and text[0] != rcode[0]
 
 
@@ -54,11 +54,11 @@ def _checked(call: str, line: str | None) -> str | None:
     if not isinstance(line, str):
         raise CallRefused(f"{call}: {line!r:.80} is not a str")
     if re.search("[\r\n\0]", line):
-        raise CallRefused(f"{call}: {line[:80]!r} holds a line break or a NUL")
+        raise CallRefused(f"{call}: {line[:80]!r} has a line break or a NUL")
     try:
         size = len(to_wire(line))
     except UnicodeEncodeError:
-        raise CallRefused(f"{call}: {line[:80]!r} is not text that can be sent") from None
+        raise CallRefused(f"{call}: {line[:80]!r} cannot be encoded as UTF-8") from None
     if size > MAX_LINE:
-        raise CallRefused(f"{call}: a line of {size} bytes exceeds {MAX_LINE}")
+        raise CallRefused(f"{call}: a line of {size} bytes exceeds the limit of {MAX_LINE}")
     return re.sub("%%?", "%%", line)

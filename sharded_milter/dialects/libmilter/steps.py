@@ -1,6 +1,7 @@
-"""Callbacks that may be coroutines, written once: a generator that yields what must be awaited.
+"""Run code that may have to wait, without a coroutine if it does not.
 
-As long as nothing is yielded it runs to its end as a plain function would, without a coroutine.
+The code is a generator that yields each awaitable. If it yields none, it runs to its end like a
+plain function.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ Steps = Generator[Awaitable[Any], Any, T]
 
 
 def run(steps: Steps[T]) -> T | Awaitable[T]:
-    """What the generator returns, or an awaitable of it; raises what it raises."""
+    """Return the result of the generator, or an awaitable of it; raise its exception."""
     try:
         waiting_for = next(steps)
     except StopIteration as stop:
@@ -27,7 +28,7 @@ async def _later(steps: Steps[T], waiting_for: Awaitable[Any]) -> T:
         try:
             try:
                 value = await waiting_for
-            except BaseException as error:  # the generator's own try must see it
+            except BaseException as error:  # the generator may handle it
                 waiting_for = steps.throw(error)
             else:
                 waiting_for = steps.send(value)

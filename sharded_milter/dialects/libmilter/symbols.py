@@ -1,5 +1,7 @@
-"""The MTA's macros, by stage, as smfi_getsymval finds them: what a later stage said hides what an
-earlier one did, and a stage that begins anew forgets what came behind it.
+"""The MTA's macros by stage, as smfi_getsymval finds them.
+
+The value of a later stage hides that of an earlier one. When a stage comes again, the macros of all
+later stages are removed.
 """
 
 from __future__ import annotations
@@ -7,10 +9,10 @@ from __future__ import annotations
 from sharded_milter.api.values import other_spelling
 from sharded_milter.protocol.commands import Macro
 
-# libmilter's search order (from 8.17.2 on; before, end of headers came before end of message).
+# libmilter's search order since 8.17.2 (before, end of headers came before end of message).
 _ORDER = "ENTRMHC"
 
-# The stages whose macros are of no use any more when another is reached.
+# The stages whose macros are removed when a command comes, by the command's letter.
 _FORGETS = {
     ord("C"): "HMRTNE",
     ord("H"): "MRTNE",
@@ -20,23 +22,23 @@ _FORGETS = {
 
 
 class Symbols:
-    """The macros that can be seen now."""
+    """The macros that are visible now."""
 
     def __init__(self) -> None:
         self._stages: dict[str, dict[str, str]] = {}
 
     def add(self, payload: bytes) -> None:
-        """The payload of a macro packet: all macros of its stage."""
+        """Set all macros of a stage from the payload of a macro packet."""
         macro = Macro.parse(payload)
         self._stages[macro.stage] = dict(macro.pairs)
 
     def forget_later(self, command: int) -> None:
-        """The command with this letter has come, behind its macros."""
+        """Remove the macros of the stages after the command with this letter."""
         for stage in _FORGETS.get(command, ""):
             self._stages.pop(stage, None)
 
     def get(self, name: str) -> str | None:
-        """The value of a macro; a name of one character is found with and without braces."""
+        """Return the value of a macro, or None. Braces around one character do not matter."""
         other = other_spelling(name)
         for stage in _ORDER:
             values = self._stages.get(stage)

@@ -143,7 +143,7 @@ class ContextObject:
         reason = _LINE_BREAKS.sub(" ", text("quarantine()", 1, arguments[0]))
         self._change("cannot quarantine message", Changes.quarantine, reason)
 
-    # Inside
+    # Internals
 
     def _change(self, failure: str, make: Callable[..., None], *arguments: Any) -> None:
         self._check_open()
