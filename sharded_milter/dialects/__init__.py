@@ -1,1 +1,1 @@
-"""Ways to write milters. A dialect answers a transcript, in a worker or anywhere else."""
+"""Dialects: the ways to write a milter. A dialect answers the jobs of one milter."""

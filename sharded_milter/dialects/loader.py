@@ -1,4 +1,4 @@
-"""Loading a milter: from the operator's `MODULE:NAME` or `FILE.py:NAME` to a dialect."""
+"""Load the milter that an operator names as `MODULE:NAME` or `FILE.py:NAME`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from sharded_milter.errors import MilterLoadError, StartError, UsageError
 from sharded_milter.protocol.negotiation import Manifest
 from sharded_milter.protocol.stages import Stage
 
-# Frames of this package and of the import system are left out of an author's traceback.
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 T = TypeVar("T")
 
-# Folders of many packages: what lies beside a milter there is none of its own.
+# Folders with many packages: other files there do not belong to the milter.
 _LIBRARIES = frozenset({"site-packages", "dist-packages"})
 
+# Paths of this package and of the import system, which are left out of an author's traceback.
 _FOREIGN_CODE = (_PACKAGE, "<frozen importlib", os.path.dirname(importlib.__file__) + os.sep)
 
 
 class Dialect(Protocol):
-    """A milter that answers transcripts, whatever way it is written.
+    """A milter of any dialect, which answers jobs.
 
-    `call` is how it calls the author's code: with the callback's name, the function and its
-    arguments. `sandbox` says that the author has opted in to the sandbox.
+    `call` is the function through which it calls the author's code, with the callback's name, the
+    function and its arguments. `sandbox` is True if the author has opted in to the sandbox.
     """
 
     manifest: Manifest
@@ -55,11 +55,11 @@ class Dialect(Protocol):
 
 
 def load(spec: str) -> Dialect:
-    """The milter that `spec` names; importing its module is its warm-up.
+    """Import the module of `spec` and return the milter.
 
-    A module is looked for in the current directory after everywhere else, so that no file there
-    can stand in for a library. Raises UsageError for a malformed spec and MilterLoadError, with
-    the author's traceback if it is his code that failed.
+    The current directory is searched last, so that no file in it can replace a library. Raise
+    UsageError for a malformed spec, and MilterLoadError, with the author's traceback if the
+    author's code failed.
     """
     where, name = split_spec(spec)
     module = _run_author_code(spec, lambda: _module(where))
@@ -74,14 +74,14 @@ def load(spec: str) -> Dialect:
 
 
 class NotAMilter(MilterLoadError):
-    """What was found is no milter; the text says what it is, without its name."""
+    """The object is not a milter. The text says what it is, to be put after its name."""
 
 
 def as_dialect(found: Any) -> Dialect:
-    """The dialect that runs what an author has written.
+    """Return the dialect for a milter.
 
-    That is a `sharded_milter.Milter` with callbacks, a class derived from the embedded `Milter`,
-    or a factory of such, or its class. Raises MilterLoadError for anything else.
+    A milter is a `sharded_milter.Milter` with callbacks, a class derived from the embedded
+    `Milter`, or a factory of such objects, or its class. Raise NotAMilter for other objects.
     """
     if isinstance(found, Milter):
         if not found.callbacks:
@@ -93,14 +93,16 @@ def as_dialect(found: Any) -> Dialect:
         return ClassDialect(factory)
     if callable(getattr(found, "build_milter", None)):
         return ClassDialect(found() if isinstance(found, type) else found)
-    raise NotAMilter(f"is a {type(found).__name__}, not a Milter, nor a class or factory of them")
+    raise NotAMilter(
+        f"is of type {type(found).__name__}, not a Milter, a subclass of it, or a factory"
+    )
 
 
 def code_digest(specs: Sequence[str]) -> bytes:
-    """A digest of the code that the milters `specs`, which are loaded, were loaded from.
+    """Return a digest of the code of the milters `specs`, which must be loaded.
 
-    That is their own files, or the file of a script, and what they have imported from the same
-    folders or below. Workers with equal digests run the same code.
+    The code is their own files, or the file of a script, and all modules that were imported from
+    the same folders or below. Workers with equal digests run the same code.
     """
     files = {file_of(spec) for spec in specs}
     folders = tuple(
@@ -109,7 +111,7 @@ def code_digest(specs: Sequence[str]) -> bytes:
         if os.path.basename(os.path.dirname(file)) not in _LIBRARIES
     )
     for module in list(sys.modules.values()):
-        with suppress(Exception):  # what stands in for a module may be anything
+        with suppress(Exception):  # sys.modules may have any objects
             file = module.__file__
             if file and os.path.abspath(file).startswith(folders):
                 files.add(os.path.abspath(file))
@@ -122,7 +124,7 @@ def code_digest(specs: Sequence[str]) -> bytes:
 
 
 def file_of(spec: str) -> str:
-    """The file that a milter was loaded from, or a script's."""
+    """Return the file of a milter, or of a script."""
     try:
         where, _ = split_spec(spec)
     except UsageError:  # a script's path
@@ -153,12 +155,12 @@ def _append_to_path(folder: Path) -> None:
 
 
 def _run_author_code(spec: str, loading: Callable[[], T]) -> T:
-    """What the author's code returns; MilterLoadError for whatever it raises."""
+    """Return the result of the author's code; raise MilterLoadError for any exception of it."""
     try:
         return loading()
     except MilterLoadError:
         raise
-    except StartError as error:  # the bundled scanner's: its line says everything
+    except StartError as error:  # of the bundled scanner; its message needs no traceback
         raise MilterLoadError(str(error)) from None
     except ModuleNotFoundError as error:
         where = spec.rpartition(":")[0]
@@ -170,7 +172,7 @@ def _run_author_code(spec: str, loading: Callable[[], T]) -> T:
 
 
 def _failed(spec: str, error: BaseException) -> MilterLoadError:
-    """The author's own frames, without those of this package and of importlib."""
+    """Return the error with the author's frames, without those of this package and importlib."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(_FOREIGN_CODE)]
     lines = traceback.format_list(own) + traceback.format_exception_only(error)

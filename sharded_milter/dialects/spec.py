@@ -1,4 +1,4 @@
-"""How operators name a milter. A module of its own, because the master loads no dialect."""
+"""The spelling of a milter in options. It is in its own module, as the master loads no dialect."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sharded_milter.errors import UsageError
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """The module or file, and the name in it; UsageError when `spec` is not of that form."""
+    """Return the module or file, and the name in it; raise UsageError if `spec` is malformed."""
     where, colon, name = spec.rpartition(":")
     is_place = where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
     if not colon or not is_place or not name.isidentifier():
@@ -15,6 +15,6 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def checked_spec(spec: str) -> str:
-    """The spec itself; UsageError when it is malformed."""
+    """Return the spec unchanged; raise UsageError if it is malformed."""
     split_spec(spec)
     return spec

@@ -1,8 +1,8 @@
-"""Reading a transcript: from the packets that the MTA sent to what an author sees.
+"""Parse a transcript: from the MTA's packets to the values that callbacks get.
 
-A transcript has two parts: the connection's (our own negotiation packet, then connect and helo
-with their macros) and the message's. Behind a RCPT or DATA that was refused stands a REJECT packet,
-so that whoever reads it knows that it does not count.
+A transcript has two parts: the connection's (our own negotiation packet, then CONNECT and HELO
+with their macros) and the message's. A RCPT or DATA that was refused is followed by a REJECT
+packet, so that the parser ignores it.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from sharded_milter.protocol.stages import NO_PROTOCOL, Protocol
 from sharded_milter.protocol.text import split_strings, to_text
 from sharded_milter.protocol.wire import HEAD, LENGTH_BYTES, PAYLOAD
 
-# libmilter's search order: what a later stage said hides what an earlier one did.
+# libmilter's search order: the value of a later stage hides that of an earlier one.
 _MACRO_ORDER = b"CHMRTNE"
 
 _FAMILIES = {"4": "inet", "6": "inet6", "L": "unix"}
-# Envelopes that are kept read: more conversations than one worker has before their content.
+# Parsed envelopes that are kept: more than the connections that one worker has before content.
 MAX_ENVELOPES = 64
 
 _HEADER, _REFUSED = HeaderCommand.letter[0], Reject.letter[0]
@@ -55,9 +55,9 @@ _CONTENT = (Body.letter[0], Eom.letter[0])
 
 @dataclass(slots=True)
 class ParsedTranscript:
-    """What was read; the methods make the values that callbacks get.
+    """A parsed transcript; its methods make the values that callbacks get.
 
-    Header fields and macros are kept as they came, and decoded when somebody looks at them.
+    Header fields and macros are kept as bytes, and decoded at their first use.
     """
 
     protocol: Protocol = NO_PROTOCOL
@@ -69,17 +69,17 @@ class ParsedTranscript:
     macros: dict[int, bytes] = field(default_factory=dict)  # payloads by the stage's letter
     headers: list[bytes] = field(default_factory=list)  # payloads
     chunks: list[memoryview] = field(default_factory=list)
-    client: Connection | None = None  # made of the connection's part alone
+    client: Connection | None = None  # from the connection's part
 
     def copied(self) -> ParsedTranscript:
-        """That of the connection, to be copied by a message's part."""
+        """Return a copy of a connection's transcript, to which a message is added."""
         transcript = ParsedTranscript(self.protocol, self.connect, self.helo)
         transcript.command, transcript.client = self.command, self.client
         transcript.macros = self.macros.copy()
         return transcript
 
     def connection_value(self) -> Connection:
-        """The client, with the macros of connect and helo."""
+        """Return the client, with the macros of CONNECT and HELO."""
         if self.client is not None:
             return self.client
         return Connection(
@@ -87,7 +87,7 @@ class ParsedTranscript:
         )
 
     def envelope_value(self, recipients: Iterable[Address] | None = None) -> Envelope:
-        """The envelope, with all macros that are visible now."""
+        """Return the envelope, with all macros so far."""
         chosen = self.recipients if recipients is None else recipients
         sender = self.sender or Address("")
         return Envelope(
@@ -95,16 +95,16 @@ class ParsedTranscript:
         )
 
     def header_names(self) -> list[str]:
-        """The names of the header fields, in order."""
+        """Return the names of the header fields, in order."""
         return [to_text(payload[: payload.index(0)]) for payload in self.headers]
 
     def headers_value(self) -> Headers:
-        """The header; the blank behind the colon is set apart from the value."""
+        """Return the header; the space after the colon is separated from the value."""
         leading_space = bool(self.protocol & Protocol.HDR_LEADSPC)
         return Headers(Lazy(_fields, self.headers, leading_space))
 
     def message_value(self) -> Message:
-        """The whole message."""
+        """Return the whole message."""
         return Message.from_chunks(self.envelope_value(), self.headers_value(), self.chunks)
 
     def _macros_at(self, stages: bytes) -> Macros:
@@ -129,24 +129,24 @@ def _pairs(payloads: list[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def client_of(connect: Connect) -> tuple[str, str, str, int]:
-    """Hostname, family, address and port of a client, as `Connection` has them."""
+    """Return hostname, family, address and port of a client, as in `Connection`."""
     family = _FAMILIES.get(connect.family, "unknown")
     address = connect.address
     if family == "inet6" and address[:5].lower() == "ipv6:":
         address = address[5:]  # Sendmail's spelling
     if family in ("inet", "inet6") and not _is_ip(address):
-        family, address = "unknown", ""  # Postfix sends "unknown" of some proxied clients
+        family, address = "unknown", ""  # Postfix sends "unknown" for some proxied clients
     return connect.hostname, family, address, connect.port
 
 
 def read(connection: bytes, message: bytes | memoryview) -> ParsedTranscript:
-    """The transcript with these two parts; raises RemoteProtocolError where they are malformed."""
+    """Parse a transcript of these two parts; raise RemoteProtocolError if it is malformed."""
     transcript = _read_connection(connection).copied()
     _read_part(transcript, message)
     return transcript
 
 
-# It is the same for all questions about one connection.
+# All jobs of one connection have the same connection part.
 @lru_cache(maxsize=1024)
 def _read_connection(connection: bytes) -> ParsedTranscript:
     transcript = ParsedTranscript()
@@ -156,17 +156,17 @@ def _read_connection(connection: bytes) -> ParsedTranscript:
 
 
 class EnvelopeReader:
-    """Transcripts that are asked about again and again while they grow: one for each connection.
+    """Parses envelopes that grow from job to job, and keeps the last one of each connection.
 
-    A message with a thousand recipients is asked about a thousand times. Reading it from its
-    beginning each time would cost a million packets.
+    A message with a thousand recipients has a thousand jobs. Parsing it from its beginning for
+    each of them would be a million packets.
     """
 
     def __init__(self) -> None:
         self._read_before: OrderedDict[bytes, tuple[bytes, ParsedTranscript, int]] = OrderedDict()
 
     def read(self, connection: bytes, message: bytes | memoryview) -> ParsedTranscript:
-        """As `read` does; what was read before is not read again."""
+        """Parse as `read` does, but only the packets that are new."""
         whole = bytes(message)
         before, transcript, last = self._read_before.pop(connection, (b"", None, 0))
         if transcript is None or not whole.startswith(before):
@@ -179,24 +179,26 @@ class EnvelopeReader:
 
 
 def _read_part(transcript: ParsedTranscript, part: bytes | memoryview, before: int = 0) -> int:
-    """Reads on; `before` is the letter of the packet in front, and that of the last is returned.
+    """Parse more packets; `before` is the letter of the last one before them.
 
-    Framing and what there is most of are read here without a call: a worker does hardly anything
-    else for a message that is cheap.
+    Return the letter of the last packet. Framing and the most frequent packets are parsed without
+    a call, because for a cheap message a worker does almost nothing else.
     """
     head = HEAD.unpack_from
-    view = memoryview(part)  # content is not copied, it may be megabytes
+    view = memoryview(part)  # the content may have megabytes, so it is not copied
     at, size = 0, len(part)
     try:
         while at < size:
             length, code = head(part, at)
             start, at = at + PAYLOAD, at + LENGTH_BYTES + length
             if not length or at > size:
-                raise RemoteProtocolError(f"packet of {length} bytes ends at {at} of {size}")
+                raise RemoteProtocolError(
+                    f"a packet of {length} bytes ends at byte {at} of a transcript of {size}"
+                )
             if code == _HEADER:
                 payload = bytes(part[start:at])
                 if payload.count(0) != 2 or payload[-1]:
-                    raise RemoteProtocolError(f"header of other than two strings: {payload!r:.80}")
+                    raise RemoteProtocolError(f"a header has not two strings: {payload!r:.80}")
                 transcript.headers.append(payload)
             elif code in _CONTENT:
                 transcript.chunks.append(view[start:at])
@@ -206,13 +208,13 @@ def _read_part(transcript: ParsedTranscript, part: bytes | memoryview, before: i
                 _drop_refused(transcript, before)
             before = code
     except struct.error:
-        raise RemoteProtocolError(f"packet cut off at {size}") from None
+        raise RemoteProtocolError(f"a packet is cut off at byte {size}") from None
     return before
 
 
 def _macro(transcript: ParsedTranscript, payload: bytes) -> None:
     if not payload or payload.count(0, 1) % 2 or (payload[1:] and payload[-1]):
-        Macro.parse(payload)  # says what is wrong
+        Macro.parse(payload)  # raises the error
     transcript.macros[payload[0]] = payload
     if payload[0] in b"CH":
         transcript.client = None
@@ -220,7 +222,7 @@ def _macro(transcript: ParsedTranscript, payload: bytes) -> None:
 
 def _address(payload: bytes) -> Address:
     if not payload:
-        raise RemoteProtocolError("command without an address")
+        raise RemoteProtocolError("a MAIL or RCPT command has no address")
     raw, *esmtp = split_strings(payload)
     return Address(raw, tuple(esmtp))
 

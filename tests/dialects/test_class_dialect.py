@@ -154,18 +154,18 @@ def test_negotiation_may_answer_in_these_ways(answer: Any, actions: int, version
     assert told.protocol & LEFT_OUT == LEFT_OUT
 
 
-FORMS = "it may return actions and protocol, or CONTINUE"
-ASKS = "MTAs offer 0x1ff and 0x1fffff"
+FORMS = "it must return actions and protocol, or CONTINUE"
+ASKS = "MTAs offer at most 0x1ff and 0x1fffff"
 REFUSED: list[tuple[Any, str]] = [
     *((wrong, f"Watched.xxfi_negotiate returned {wrong!r}; {FORMS}") for wrong in (
         ReturnCodes.REJECT, 42, "x", "ab", (), (1,), (1, 2, 3), (1, "2"), (-1, 0), (0, None),
         [ReturnCodes.REJECT, 6, 0, 0], [C, "6", 0, 0], [C, 6, 0, None], (1, 2, 3, 4, 5), {1, 2},
         "abcd")),
-    ((0x200, 0), f"Watched.xxfi_negotiate asks for actions 0x200 and protocol 0x0; {ASKS}"),
-    ((0, 0x200000), f"Watched.xxfi_negotiate asks for actions 0x0 and protocol 0x200000; {ASKS}"),
-    ((0, Protocol.NR_EOM), "Watched.xxfi_negotiate asks for actions 0x0 and protocol 0x80000000"),
-    ([C, 1, 0, 0], "Watched.xxfi_negotiate returned version 1; it is from 2 to 6"),
-    ([C, 7, 0, 0], "Watched.xxfi_negotiate returned version 7; it is from 2 to 6"),
+    ((0x200, 0), f"Watched.xxfi_negotiate requests actions 0x200 and protocol 0x0; {ASKS}"),
+    ((0, 0x200000), f"Watched.xxfi_negotiate requests actions 0x0 and protocol 0x200000; {ASKS}"),
+    ((0, Protocol.NR_EOM), "Watched.xxfi_negotiate requests actions 0x0 and protocol 0x80000000"),
+    ([C, 1, 0, 0], "Watched.xxfi_negotiate returned version 1, which is not between 2 and 6"),
+    ([C, 7, 0, 0], "Watched.xxfi_negotiate returned version 7, which is not between 2 and 6"),
 ]  # fmt: skip
 
 
@@ -339,9 +339,9 @@ def test_functions_are_a_milter_that_is_no_object() -> None:
     ("found", "text"),
     [
         (Functions("idle"), "has no callback"),
-        (5, "is a int, not a Milter, nor a class or factory of them"),
-        (object, "is a type, not a Milter, nor a class or factory of them"),
-        (Greets(), "is a Greets, not a Milter, nor a class or factory of them"),
+        (5, "is of type int, not a Milter, a subclass of it, or a factory"),
+        (object, "is of type type, not a Milter, a subclass of it, or a factory"),
+        (Greets(), "is of type Greets, not a Milter, a subclass of it, or a factory"),
     ],
     ids=["functions", "number", "type", "object"],
 )
@@ -403,7 +403,7 @@ def test_an_object_that_cannot_be_built_is_not_built_later_with_half_the_story()
     with pytest.raises(ZeroDivisionError):
         dialect.answer(Stage.HELO, b"", helo, 1)
     for _ in range(2):
-        with pytest.raises(CallbackFailed, match="the Greets of this connection could not be bu"):
+        with pytest.raises(CallbackFailed, match="the Greets object of this connection could"):
             dialect.answer(Stage.HELO, b"", helo, 1)
     assert dialect.answer(None, b"", b"", 1) == b""
     assert dialect.answer(Stage.HELO, b"", helo, 2) == frame(b"c")

@@ -139,9 +139,9 @@ def test_a_missing_name_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(("value", "kind"), [("5", "int"), ("None", "NoneType"), ("int", "type")])
 def test_what_is_no_milter_is_named(folder: Path, value: str, kind: str) -> None:
     (folder / "wrong.py").write_text(f"milter = {value}")
-    assert (
-        str(refusal("wrong:milter"))
-        == f"milter wrong:milter: milter is a {kind}, not a Milter, nor a class or factory of them"
+    assert str(refusal("wrong:milter")) == (
+        f"milter wrong:milter: milter is of type {kind}, not a Milter, a subclass of it, or a"
+        " factory"
     )
 
 

@@ -182,7 +182,7 @@ def test_main_serves_once(script: Registration, module: Any) -> None:
 def test_main_needs_somebody_who_serves(module: Any) -> None:
     module.register("x")
     module.stop()
-    with pytest.raises(MilterLoadError, match="where nobody serves"):
+    with pytest.raises(MilterLoadError, match="before the program has set a loop"):
         module.main()
 
 
@@ -336,7 +336,7 @@ def test_a_failing_negotiation_may_be_the_policys(play: Play, capfd: Any) -> Non
 @pytest.mark.parametrize("opts", [(512, 0), (-1, 0), (0, 0x10000000)])
 def test_more_than_is_offered_is_not_loaded(play: Play, opts: tuple[int, int]) -> None:
     play.opts = lambda found: found.__setitem__(slice(2), opts)
-    with pytest.raises(MilterLoadError, match="negotiate asks for actions"):
+    with pytest.raises(MilterLoadError, match="negotiate requests actions"):
         play.register().load()
 
 

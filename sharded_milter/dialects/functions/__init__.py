@@ -1,1 +1,1 @@
-"""Milters made of functions."""
+"""Milters that are functions."""

@@ -1,4 +1,4 @@
-"""The functions dialect: answers a job with the callbacks of an `sharded_milter.Milter`."""
+"""The functions dialect: answers jobs with the callbacks of a `sharded_milter.Milter`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sharded_milter.protocol.stages import NO_ACTIONS, NO_PROTOCOL, Actions, Pro
 _CLIENT = frozenset({Stage.CONNECT, Stage.HELO})
 _ENVELOPE = _CLIENT | {Stage.MAIL, Stage.RCPT}
 
-# The stages that the arguments of a callback are made of, besides its own.
+# The stages whose commands are needed to make the arguments of a callback.
 NEEDS = {
     Stage.CONNECT: frozenset({Stage.CONNECT}),
     Stage.HELO: _CLIENT,
@@ -31,10 +31,10 @@ NEEDS = {
     Stage.UNKNOWN: _CLIENT | {Stage.UNKNOWN},
 }
 
-# The stages at which a message is asked about while more of it is to come.
+# The stages whose transcript grows from job to job, so that it is parsed step by step.
 _GROWING = frozenset({Stage.MAIL, Stage.RCPT, Stage.DATA})
 
-# What an Accept at end of message can carry; nobody knows beforehand which it will be.
+# All actions of an Accept at end of message. A milter does not say in advance which it will use.
 ALL_ACTIONS = (
     Actions.ADDHDRS
     | Actions.CHGBODY
@@ -59,14 +59,14 @@ ARGUMENTS: dict[Stage, Callable[[ParsedTranscript], tuple[Any, ...]]] = {
 
 
 def manifest_of(milter: Milter) -> Manifest:
-    """What the master must know: the stages left out, those not waited for, actions, macros."""
+    """Return the manifest: stages that are not sent, stages without a reply, actions, macros."""
     answered = {Stage[word.upper()] for word in milter.callbacks}
     needed = frozenset[Stage]().union(*(NEEDS[stage] for stage in answered))
     suppressed = (stage.suppress for stage in Stage if stage not in needed)
     unanswered = (stage.no_reply for stage in (needed | {Stage.EOM}) - answered)
     protocol = reduce(or_, [*suppressed, *unanswered], NO_PROTOCOL)
     if Stage.HEADER in needed:
-        # Without it one blank behind each colon is lost, and with it every signature.
+        # Without it the MTA removes the space after each colon, which breaks every DKIM signature.
         protocol |= Protocol.HDR_LEADSPC
     return Manifest(
         name=milter.name,
@@ -79,7 +79,7 @@ def manifest_of(milter: Milter) -> Manifest:
 
 
 class FunctionDialect:
-    """Answers jobs for one milter made of functions; between them it keeps what it has read."""
+    """Answers jobs for one milter made of functions; it keeps parsed envelopes between jobs."""
 
     def __init__(self, milter: Milter) -> None:
         self.manifest = manifest_of(milter)
@@ -94,11 +94,11 @@ class FunctionDialect:
     def answer(
         self, stage: Stage | None, connection: bytes, message: bytes | memoryview, session: int = 0
     ) -> bytes | Awaitable[bytes]:
-        """The reply packets for a transcript at `stage`, or an awaitable of them.
+        """Return the reply packets for a transcript at `stage`, or an awaitable of them.
 
-        Raises whatever the callback raises, and InvalidVerdict for what it may not return.
+        Raise the exception of the callback, and InvalidVerdict for an illegal verdict.
         """
-        assert stage is not None  # functions are not told of the ends of connections
+        assert stage is not None  # there is no function for the end of a connection
         reader = self._envelopes.read if stage in _GROWING else read
         transcript = reader(connection, message)
         word, function = self._callbacks[stage]
@@ -119,7 +119,7 @@ def _encode_replies(word: str, verdict: object, transcript: ParsedTranscript) ->
 
 
 def _changes_headers(verdict: Verdict) -> bool:
-    """Whether it matters which header fields there are."""
+    """Return True if the reply depends on the header fields that exist."""
     return isinstance(verdict, Accept) and any(
         isinstance(action, ChangeHeader) for action in verdict.actions
     )

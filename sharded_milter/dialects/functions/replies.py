@@ -1,7 +1,7 @@
-"""From an author's verdict to the packets that say it to the MTA.
+"""Encode an author's verdict as reply packets.
 
-Where Postfix and Sendmail understand a packet differently, the packet is chosen that means the
-same to both.
+If Postfix and Sendmail treat a packet differently, another packet is used that has the same effect
+in both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sharded_milter.protocol.packets import Packet
 from sharded_milter.protocol.stages import Protocol
 from sharded_milter.protocol.wire import MAX_CHUNK
 
-# An index that no header has: both MTAs put the field at the end. Above 2**31 - 1 Sendmail sees
-# a negative number, and puts it at the top.
+# An index that no header has, so both MTAs add the field at the end. Sendmail reads a larger number
+# as a negative one, and adds the field at the top.
 LAST = 0x7FFFFFFF
 
 _CONTINUE, _ACCEPT, _DISCARD = (
@@ -27,9 +27,9 @@ _CONTINUE, _ACCEPT, _DISCARD = (
 
 
 def to_replies(verdict: Verdict, protocol: Protocol, seen: Sequence[str] | None = None) -> bytes:
-    """The packets of a checked verdict: actions first, the final reply last.
+    """Return the packets of a checked verdict: the actions, then the final reply.
 
-    `seen` are the names of the header fields that the author saw, as far as they are known.
+    `seen` are the names of the header fields that the callback got; None if they do not matter.
     """
     match verdict:
         case None:
@@ -47,13 +47,13 @@ def to_replies(verdict: Verdict, protocol: Protocol, seen: Sequence[str] | None 
 def action_packets(
     actions: Iterable[Action], protocol: Protocol, seen: Sequence[str] | None = None
 ) -> Iterator[Packet]:
-    """The packets of an author's actions.
+    """Yield the packets of an author's actions.
 
-    Indexes mean the header as the author saw it. Changes go first, then deletions from the
-    highest index down, because Postfix counts anew after each and Sendmail does not; then what
-    is added. The others keep their order among themselves. A deletion that is said twice is done
-    once: to Postfix the second would be of the next field. A change of a field that is not there
-    is an addition: Sendmail would put it before the first field of that name and count it.
+    Indexes count in the header that the callback got. Changes come first, then deletions from the
+    highest index down, because Postfix counts again after each deletion and Sendmail does not;
+    then all other actions in their order. A deletion that is given twice is sent once: Postfix
+    would delete the next field too. A change of a missing field becomes an addition: Sendmail
+    would insert it before the first field of that name and count it.
     """
     if seen is not None:
         actions = _with_additions(actions, Counter(name.lower() for name in seen))
@@ -88,7 +88,7 @@ def _rank(action: Action) -> tuple[int, int]:
 
 
 def _value(text: str, space: str) -> str:
-    # A CR would stay in the message: both MTAs fold at the bare LF.
+    # Both MTAs fold at a bare LF; a CR would stay in the message.
     return space + text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -101,7 +101,7 @@ def _parameters(esmtp: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _add_header(action: verdicts.AddHeader, space: str) -> Iterator[Packet]:
-    # ADDHEADER would put it before the first field of that name in Sendmail.
+    # With ADDHEADER, Sendmail would insert it before the first field of that name.
     yield replies.InsertHeader(LAST, action.name, _value(action.value, space))
 
 

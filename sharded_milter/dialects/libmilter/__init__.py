@@ -1,1 +1,1 @@
-"""Milters made of classes with xxfi_ callbacks."""
+"""Milters that are classes with xxfi_ callbacks."""

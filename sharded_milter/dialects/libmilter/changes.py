@@ -112,7 +112,7 @@ class Changes:
         self._add(call, replies.Quarantine(_text(call, reason)))
 
     def _value(self, call: str, value: str) -> str:
-        # A CR would stay in the message: both MTAs fold at the bare LF.
+        # Both MTAs fold at a bare LF; a CR would stay in the message.
         text = _text(call, value).replace("\r\n", "\n").replace("\r", "\n")
         return self.space + text
 

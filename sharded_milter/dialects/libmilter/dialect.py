@@ -1,4 +1,4 @@
-"""Answers jobs with objects that live as long as their connection, each in its context."""
+"""Dialects whose milters are objects: one object and one context for each connection."""
 
 from __future__ import annotations
 
@@ -36,17 +36,16 @@ from sharded_milter.protocol.stages import (
     Stage,
 )
 
-# What is answered at the end of the message only: the MTA has the whole message before it sends
-# any of this, so a verdict that is given then is as good, and saves a round trip for each field.
+# Stages without replies: their verdicts are sent at end of message. The MTA has the whole message
+# before it sends any of them, so this loses nothing, and saves a round trip for each field.
 CONTENT = (Stage.HEADER, Stage.EOH, Stage.BODY)
 
-
-# The versions of the protocol in which commands came that the first ones did not have.
+# The versions of the protocol that introduced these commands.
 _SINCE = {Stage.UNKNOWN: 3, Stage.DATA: 4}
 
 
 class ObjectDialect(ABC):
-    """Answers jobs with one context for each connection."""
+    """Answers jobs with a context for each connection."""
 
     def __init__(self) -> None:
         self._contexts: dict[int, Context | None] = {}  # None: its object could not be built
@@ -58,11 +57,11 @@ class ObjectDialect(ABC):
 
     @abstractmethod
     def _load(self) -> Manifest:
-        """What the milter wants when an MTA offers everything; sets actions and options."""
+        """Negotiate with the milter as an MTA that offers everything; set actions and options."""
 
     @abstractmethod
     def _make_context(self) -> Context:
-        """A new connection's context, with its callbacks."""
+        """Return the context of a new connection, with its callbacks."""
 
     def answer(
         self,
@@ -71,16 +70,16 @@ class ObjectDialect(ABC):
         message: bytes | memoryview,
         session: int = 0,
     ) -> bytes | Awaitable[bytes]:
-        """The reply packets for the last of what is new to the object with the number `session`.
+        """Return the reply packets for the last of the packets, which are new to the object.
 
-        A number that is new is that of a new object. Without a stage it ends. Raises what its
-        callbacks and its constructor raise, InvalidVerdict for what they may not return, and
-        CallbackFailed for an object that could not be built when its connection began.
+        `session` is the object's number; a new number builds a new object. Stage None ends the
+        object. Raise the exceptions of its callbacks and its constructor, InvalidVerdict for an
+        illegal return code, and CallbackFailed for an object that could not be built before.
         """
         if session not in self._contexts:
-            if stage is None:  # there never was one
+            if stage is None:  # the object was never built
                 return b""
-            # An object that is built later would be told half of the story.
+            # If this raises, no object is built later: it would miss the packets until then.
             self._contexts[session] = None
             self._contexts[session] = self._make_context()
         context = self._contexts[session]
@@ -90,7 +89,9 @@ class ObjectDialect(ABC):
             return context.answer(stage, connection, message)
         if stage is None:
             return b""
-        raise CallbackFailed(f"the {self.manifest.name} of this connection could not be built")
+        raise CallbackFailed(
+            f"the {self.manifest.name} object of this connection could not be built"
+        )
 
     def _make_manifest(
         self,
@@ -102,7 +103,7 @@ class ObjectDialect(ABC):
         ends: bool = False,
         **more: Any,
     ) -> Manifest:
-        """The manifest of a milter that wants all this, and the symbol lists of the context."""
+        """Return the manifest for these actions, options and stages, with the context's macros."""
         return Manifest(
             actions=actions & ~Actions.SETSYMLIST,
             protocol=_protocol(needed, actions, options, ends=ends),
@@ -112,7 +113,7 @@ class ObjectDialect(ABC):
 
 
 class ClassDialect(ObjectDialect):
-    """Answers jobs for the milters of a factory."""
+    """Answers jobs with the objects of a factory."""
 
     def __init__(self, factory: Any) -> None:
         self._factory = factory
@@ -133,7 +134,7 @@ class ClassDialect(ObjectDialect):
         milter._context = context
         return milter
 
-    # What the master must know
+    # Negotiation
 
     def _load(self) -> Manifest:
         context = Context(NAMES, NO_ACTIONS, NO_PROTOCOL, call_plainly)
@@ -162,9 +163,9 @@ class ClassDialect(ObjectDialect):
 
 
 def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol, *, ends: bool) -> Protocol:
-    """What is left out, what goes unanswered, and the options.
+    """Return the protocol bits: stages that are not sent, stages without a reply, and options.
 
-    `ends` says that the object must know of messages that end well, to tell them from others.
+    `ends` is True if the object needs end of message, to tell it from an abort.
     """
     suppressed = [stage.suppress for stage in Stage if stage not in needed]
     unanswered = [stage.no_reply for stage in CONTENT if stage in needed]
@@ -173,13 +174,16 @@ def _protocol(needed: set[Stage], actions: Actions, wanted: Protocol, *, ends: b
     if needed.isdisjoint((*CONTENT, Stage.EOM)) and not ends:
         word |= Protocol.NR_EOM
     if Stage.HEADER in needed or actions & HEADER_ACTIONS:
-        # What the object did not ask for is hidden from it, but functions beside it need it.
+        # It is hidden from an object that did not request it, but other milters may need it.
         word |= Protocol.HDR_LEADSPC
     return word | (wanted & Protocol.RCPT_REJ)
 
 
 def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actions, Protocol]:
-    """Version, actions and protocol out of whatever xxfi_negotiate may return."""
+    """Return version, actions and protocol from the result of xxfi_negotiate.
+
+    Raise MilterLoadError if it is malformed, or requests what no MTA offers.
+    """
     result, version = returned, VERSION
     if isinstance(result, Sequence) and len(result) == 4:
         result, version, *words = result
@@ -193,19 +197,19 @@ def _negotiated(name: str, milter: Milter, returned: object) -> tuple[int, Actio
         or len(result) != 2
     ):
         raise MilterLoadError(
-            f"{name}.xxfi_negotiate returned {returned!r:.80}; it may return actions and protocol,"
-            " or CONTINUE"
+            f"{name}.xxfi_negotiate returned {returned!r:.80}; it must return actions and"
+            " protocol, or CONTINUE"
         )
     actions, protocol = result
     if actions & ~KNOWN_ACTIONS or protocol & ~KNOWN_PROTOCOL:
         raise MilterLoadError(
-            f"{name}.xxfi_negotiate asks for actions {actions:#x} and protocol {protocol:#x};"
-            f" MTAs offer {KNOWN_ACTIONS:#x} and {KNOWN_PROTOCOL:#x}"
+            f"{name}.xxfi_negotiate requests actions {actions:#x} and protocol {protocol:#x};"
+            f" MTAs offer at most {KNOWN_ACTIONS:#x} and {KNOWN_PROTOCOL:#x}"
         )
     if not LOWEST_VERSION <= version <= VERSION:
         raise MilterLoadError(
-            f"{name}.xxfi_negotiate returned version {version}; it is from {LOWEST_VERSION} to"
-            f" {VERSION}"
+            f"{name}.xxfi_negotiate returned version {version}, which is not between"
+            f" {LOWEST_VERSION} and {VERSION}"
         )
     return version, Actions(actions), Protocol(protocol)
 
@@ -215,9 +219,10 @@ def _are_integers(values: Sequence[object]) -> bool:
 
 
 def _callbacks(milter: Milter, options: Protocol) -> Mapping[int, Callable[..., Any]]:
-    """Those that the author has written, by letter.
+    """Return the callbacks that the author has overridden, by letter.
 
-    The MTA may send a stage that this milter left out, because another one needs it.
+    Those of stages that the milter declined are left out: the MTA may send such a stage for another
+    milter on the same connection.
     """
     declined = {stage.code for stage in Stage if options & stage.suppress}
     found: dict[int, Callable[..., Any]] = {
@@ -240,6 +245,6 @@ _FAMILIES = {
 
 
 def _client(hostname: str, family: str, address: str, port: int) -> tuple[Any, ...]:
-    """The arguments of xxfi_connect."""
+    """Return the arguments of xxfi_connect."""
     where: Any = (address, port) if family in ("inet", "inet6") else address
     return hostname, _FAMILIES[family], None if family == "unknown" else where

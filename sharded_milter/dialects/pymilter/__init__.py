@@ -1,1 +1,1 @@
-"""Existing pymilter scripts."""
+"""Existing pymilter scripts, run unmodified."""

@@ -1,6 +1,6 @@
-"""The arguments of C functions: checked as Python's C interface does, with its words.
+"""Check the arguments of C functions as Python's C interface does, with the same errors.
 
-Scripts tell a wrong call from a refused one by the kind of the error, and authors know its text.
+Scripts tell a wrong call from a refused one by the type of the error, and authors know its text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _HIGHEST, _LOWEST = 0x7FFFFFFF, -0x80000000
 
 
 def count(function: str, arguments: tuple[Any, ...], least: int, most: int) -> None:
-    """Raises TypeError unless there are between `least` and `most` arguments."""
+    """Raise TypeError unless there are between `least` and `most` arguments."""
     given = len(arguments)
     if least <= given <= most:
         return
@@ -25,24 +25,27 @@ def count(function: str, arguments: tuple[Any, ...], least: int, most: int) -> N
 
 
 def text(function: str, number: int, value: Any) -> str:
-    """A text without a NUL; surrogates stand for bytes that are not UTF-8, and may be sent."""
+    """Return a str; raise TypeError for other types, ValueError for a NUL.
+
+    Surrogates stand for bytes that are not UTF-8. Raise UnicodeEncodeError for all others.
+    """
     if not isinstance(value, str):
         raise _not_a("str", function, number, value)
     if "\0" in value:
         raise ValueError("embedded null character")
-    to_wire(value)  # raises UnicodeEncodeError for what stands for no byte
+    to_wire(value)  # raises UnicodeEncodeError
     return value
 
 
 def text_or_none(function: str, number: int, value: Any) -> str | None:
-    """A text, or None for none."""
+    """Return a str or None; raise as `text`."""
     if value is not None and not isinstance(value, str):
         raise _not_a("str or None", function, number, value)
     return None if value is None else text(function, number, value)
 
 
 def integer(value: Any) -> int:
-    """A C int of 32 bits."""
+    """Return a C int of 32 bits; raise TypeError or OverflowError."""
     number = operator.index(value)
     if number > _HIGHEST:
         raise OverflowError("signed integer is greater than maximum")
@@ -52,7 +55,7 @@ def integer(value: Any) -> int:
 
 
 def content(value: Any) -> bytes:
-    """The bytes of a str or bytes."""
+    """Return the bytes of a str or bytes; raise TypeError for other types."""
     if isinstance(value, str):
         return to_wire(value)
     if isinstance(value, bytes):
@@ -64,7 +67,7 @@ def content(value: Any) -> bytes:
 
 
 def function_or_none(name: str, value: Any) -> Any:
-    """Something that can be called, or None for nothing; `name` is that of the parameter."""
+    """Return a callable or None; raise TypeError, which names the parameter, for other values."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} parameter must be callable")
     return value

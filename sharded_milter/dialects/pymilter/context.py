@@ -1,8 +1,8 @@
-"""The context object of pymilter's C half: what a callback may ask and change.
+"""The context object of pymilter's C half, with the calls that a callback may make.
 
-Errors are those of pymilter 1.0.5 on libmilter, with two exceptions that are meant: text that
-came with bytes which are not UTF-8 can be sent back, and what an MTA would drop the connection
-for is mended or refused.
+Errors are those of pymilter 1.0.5 on libmilter, with two intended differences: text with bytes
+that are not UTF-8 can be sent back, and values for which an MTA would close the connection are
+corrected or refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sharded_milter.protocol.stages import SYMLIST_STAGES
 
 
 class error(Exception):
-    """libmilter has refused."""
+    """A call that libmilter would refuse."""
 
     __module__ = "milter"
 
@@ -30,7 +30,7 @@ _LINE_BREAKS = re.compile(r"[\r\n]+")
 
 
 class ContextObject:
-    """One connection, as the callbacks of a script get it."""
+    """The context of one connection, which the callbacks of a script get."""
 
     __slots__ = ("_context", "_private")
 
@@ -38,30 +38,30 @@ class ContextObject:
         self._context = context
         self._private: Any = None
 
-    # What is known
+    # Queries
 
     def getpriv(self, *arguments: Any) -> Any:
-        """What setpriv() has kept."""
+        """Return the object of the last setpriv(), or None."""
         count("getpriv()", arguments, 0, 0)
         return self._private
 
     def setpriv(self, *arguments: Any) -> Any:
-        """Keeps an object for getpriv(); returns the one before."""
+        """Keep an object for getpriv(); return the one before."""
         count("setpriv()", arguments, 1, 1)
         before, self._private = self._private, arguments[0]
         return before
 
     def getsymval(self, *arguments: Any) -> str | None:
-        """The value of a macro."""
+        """Return the value of a macro, or None."""
         count("getsymval()", arguments, 1, 1)
         name = text("getsymval()", 1, arguments[0])
         self._check_open()
         return self._context.symbols.get(name)
 
-    # What is said
+    # Replies and negotiation
 
     def setsymlist(self, *arguments: Any) -> None:
-        """In negotiate: the macros wanted at a stage; each stage once."""
+        """Request macros for a stage; only in negotiate, and once for each stage."""
         count("setsymlist()", arguments, 2, 2)
         stage = integer(arguments[0])
         macros = text("setsymlist()", 2, arguments[1])
@@ -72,7 +72,7 @@ class ContextObject:
         asked_for[stage] = tuple(macros.replace(",", " ").split())
 
     def setreply(self, *arguments: Any) -> None:
-        """The words of the next REJECT (5dd) or TEMPFAIL (4dd)."""
+        """Set the reply code and text of the next REJECT (5dd) or TEMPFAIL (4dd)."""
         count("setreply()", arguments, 2, 2 + MAX_REPLY_LINES)
         rcode = text("setreply()", 1, arguments[0])
         xcode = text_or_none("setreply()", 2, arguments[1])
@@ -85,14 +85,14 @@ class ContextObject:
         self._context.set_reply(reply)
 
     def progress(self, *arguments: Any) -> None:
-        """Nothing to do: the MTA gets signs of life in any case."""
+        """Do nothing: the master sends PROGRESS by itself."""
         count("progress()", arguments, 0, 0)
         self._check_open()
 
-    # What is changed, at the end of the message
+    # Changes, at end of message
 
     def addheader(self, *arguments: Any) -> None:
-        """A new field: where the MTA puts it, or at a place from 0."""
+        """Add a header field at a position that the MTA chooses, or at an index from 0."""
         count("addheader()", arguments, 2, 3)
         name = text("addheader()", 1, arguments[0])
         value = text("addheader()", 2, arguments[1])
@@ -103,7 +103,7 @@ class ContextObject:
             self._change("cannot add header", Changes.insert_header, place, name, value)
 
     def chgheader(self, *arguments: Any) -> None:
-        """Another value for a field, or none."""
+        """Change the value of a header field, or delete the field."""
         count("chgheader()", arguments, 3, 3)
         name = text("chgheader()", 1, arguments[0])
         index = integer(arguments[1])
@@ -111,7 +111,7 @@ class ContextObject:
         self._change("cannot change header", Changes.change_header, name, index, value)
 
     def addrcpt(self, *arguments: Any) -> None:
-        """A further recipient, perhaps with ESMTP parameters."""
+        """Add a recipient, optionally with ESMTP parameters."""
         count("addrcpt()", arguments, 1, 2)
         address, parameters = _address("addrcpt()", arguments)
         if parameters is None:
@@ -120,25 +120,25 @@ class ContextObject:
             self._change("cannot add recipient", Changes.add_recipient_with, address, parameters)
 
     def delrcpt(self, *arguments: Any) -> None:
-        """One recipient less."""
+        """Delete a recipient."""
         count("delrcpt()", arguments, 1, 1)
         address = text("delrcpt()", 1, arguments[0])
         self._change("cannot delete recipient", Changes.delete_recipient, address)
 
     def chgfrom(self, *arguments: Any) -> None:
-        """Another envelope sender, perhaps with ESMTP parameters."""
+        """Change the envelope sender, optionally with ESMTP parameters."""
         count("chgfrom()", arguments, 1, 2)
         address, parameters = _address("chgfrom()", arguments)
         self._change("cannot change sender", Changes.change_sender, address, parameters)
 
     def replacebody(self, *arguments: Any) -> None:
-        """Another body, or the next piece of it."""
+        """Replace the body; further calls append to the new one."""
         count("function", arguments, 1, 1)
-        piece = content(arguments[0])
-        self._change("cannot replace message body", Changes.replace_body, piece)
+        chunk = content(arguments[0])
+        self._change("cannot replace message body", Changes.replace_body, chunk)
 
     def quarantine(self, *arguments: Any) -> None:
-        """The message is held."""
+        """Hold the message."""
         count("quarantine()", arguments, 1, 1)
         reason = _LINE_BREAKS.sub(" ", text("quarantine()", 1, arguments[0]))
         self._change("cannot quarantine message", Changes.quarantine, reason)
@@ -154,7 +154,7 @@ class ContextObject:
             raise error(failure) from refused
 
     def _check_open(self) -> None:
-        """The connection may be over, and a script have kept this object."""
+        """Raise `error` if the connection is over; a script may have kept this object."""
         if self._context.is_closed:
             raise error("bad context")
 
@@ -169,10 +169,10 @@ def _address(function: str, arguments: tuple[Any, ...]) -> tuple[str, str | None
 
 
 def _enhanced(rcode: str, xcode: str | None, lines: list[str]) -> str | None:
-    """The enhanced code that MTAs take.
+    """Return an enhanced code that MTAs accept.
 
-    Postfix treats a reply whose enhanced code, or first digit of text, is of another class than
-    the reply code as a broken milter.
+    If the enhanced code, or a text that begins with a digit, has another class than the reply code,
+    Postfix treats the milter as broken.
     """
     if xcode == "":
         raise error("cannot set reply")

@@ -1,8 +1,8 @@
 """Answers jobs with the callbacks that a pymilter script has registered.
 
-The law is libmilter's, and pymilter's exception policy answers where libmilter would leave the
-MTA without an answer: for an exception in a callback that must not reply, and for a verdict that
-does not exist at its stage.
+The rules are libmilter's. In two cases libmilter would send no reply, and pymilter's exception
+policy gives the verdict: for an exception in a callback without a reply, and for a verdict that is
+illegal at its stage.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from sharded_milter.protocol.text import to_wire
 
 _FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6, "unix": socket.AF_UNIX}
 
-# Bits that may be asked for although they were not offered: libmilter then does without.
+# Bits that a script may request although the MTA did not offer them; libmilter ignores them then.
 _DROPPED = FAKED | Protocol.NO_DATA | Protocol.NO_UNKNOWN
 
-# The words of an exception policy that refuses.
+# The reply codes of the exception policies that refuse, as pymilter has them.
 _POLICY_REPLIES = {ReturnCodes.TEMPFAIL: ("451", "4.3.0"), ReturnCodes.REJECT: ("554", "5.3.0")}
 _NAME_SHOWN = 40
 
 
 class PymilterDialect(ObjectDialect):
-    """Answers jobs for a script; raises MilterLoadError where it refuses to negotiate."""
+    """Answers jobs for a script. Raise MilterLoadError if the script refuses to negotiate."""
 
     def __init__(self, registration: Registration) -> None:
         self._script = registration
         super().__init__()
 
     def close(self) -> None:
-        """Ends the connections that are left, as their client had: the worker stops."""
+        """End all connections, as if their clients had ended them; the worker stops."""
         for session in list(self._contexts):
             self.answer(None, b"", b"", session)
 
@@ -69,11 +69,11 @@ class PymilterDialect(ObjectDialect):
             summary = f"{type(failure).__name__}: {failure}"
             raise MilterLoadError(f"negotiate() has failed: {summary}", details) from failure
         finally:
-            context.answer(None, b"", b"")  # the object that was made for this is closed
+            context.answer(None, b"", b"")  # close the connection that was made for this
         self._actions, self._options = actions, options
         return self._make_manifest(
             actions,
-            # One that nobody waits for is not kept, and the script wants to see it.
+            # The master does not keep commands without a reply, and the script needs this one.
             options & ~Protocol.NR_UNKNOWN,
             {stage for stage in Stage if self._is_wanted(stage, options)},
             context,
@@ -95,7 +95,7 @@ class PymilterDialect(ObjectDialect):
         return context
 
     def _new_context(self, actions: Actions, options: Protocol) -> tuple[Context, ContextObject]:
-        """A context that knows nothing but its end."""
+        """Return a context whose only callback is close, and its object for the script."""
         context = Context(
             NAMES,
             actions,
@@ -118,7 +118,7 @@ class PymilterDialect(ObjectDialect):
     def _negotiate(
         self, context: Context, connection: ContextObject, actions: int, protocol: int
     ) -> int:
-        """The MTA's offer; what the script refuses is refused with it."""
+        """Call negotiate with the MTA's offer; if it fails, all callbacks return TEMPFAIL."""
         try:
             wanted = self._negotiated(
                 connection, actions or DEFAULT_ACTIONS, protocol or DEFAULT_PROTOCOL
@@ -140,7 +140,10 @@ class PymilterDialect(ObjectDialect):
     def _negotiated(
         self, connection: ContextObject, actions: int, protocol: int
     ) -> tuple[Actions, Protocol]:
-        """The actions and the protocol that the script wants of what is offered."""
+        """Return the actions and the protocol that the script requests from the offer.
+
+        Raise the exception of the callback, and InvalidVerdict for an illegal result.
+        """
         actions &= KNOWN_ACTIONS
         opts: list[Any] = [actions, (protocol & KNOWN_PROTOCOL) | FAKED, 0, 0]
         negotiate = self._script.callbacks.get(NEGOTIATE)
@@ -160,13 +163,13 @@ class PymilterDialect(ObjectDialect):
         wanted_actions, wanted = opts[0], opts[1]
         if wanted_actions & ~actions or wanted & ~(protocol | _DROPPED):
             raise InvalidVerdict(
-                f"negotiate asks for actions {wanted_actions:#x} and protocol {wanted:#x}; the MTA"
+                f"negotiate requests actions {wanted_actions:#x} and protocol {wanted:#x}; the MTA"
                 f" offers {actions:#x} and {protocol:#x}"
             )
         return Actions(wanted_actions), Protocol(wanted)
 
     def _suppress_missing(self) -> Protocol:
-        """No callback, no command."""
+        """Return the protocol bits that suppress the stages without a callback."""
         missing = (stage for stage in Stage if stage.code not in self._script.callbacks)
         return Protocol(sum(stage.suppress for stage in missing))
 
@@ -182,7 +185,7 @@ class PymilterDialect(ObjectDialect):
         }
 
     def _apply_policy(self, context: Context, command: int, failure: Exception) -> ReturnCodes:
-        """The verdict in place of the one that a callback has failed to give."""
+        """Log the exception of a callback and return the verdict of the exception policy."""
         traceback.print_exception(failure)
         sys.stderr.flush()
         code = ReturnCodes(self._script.policy)
@@ -192,7 +195,7 @@ class PymilterDialect(ObjectDialect):
             words = f"pymilter: untrapped exception in {name}"
             context.set_reply(reply_lines("", *reply_codes, [words]))
         if code is ReturnCodes.ACCEPT and command == ord("U"):
-            return ReturnCodes.CONTINUE  # ACCEPT of an unknown command brings Postfix down
+            return ReturnCodes.CONTINUE  # ACCEPT of an unknown command makes Postfix panic
         return code
 
 
@@ -202,14 +205,14 @@ _NO_CONTROLS = dict.fromkeys(range(0x20), " ")
 def _calling(
     command: int, callback: Callable[..., Any], context: Context, connection: ContextObject
 ) -> Callable[..., int]:
-    """A callback with the arguments and the result that the C half has."""
+    """Return a function that calls a callback with the arguments and result of the C half."""
     prepare: Callable[..., tuple[Any, ...]] = _ARGUMENTS.get(command, _as_they_are)
 
     def call(*arguments: Any) -> int:
         code = _code(command, callback(connection, *prepare(*arguments)))
         if code == ReturnCodes.NOREPLY and not context.has_no_reply(command):
             raise InvalidVerdict(f"{NAMES[command]} returned NOREPLY, which was not negotiated")
-        # Postfix takes SKIP for "no more of these", and Sendmail knows it of the body alone.
+        # SKIP is for the body only: Postfix would skip other stages too, Sendmail does not know it.
         return ReturnCodes.CONTINUE if code == ReturnCodes.SKIP and command != BODY else code
 
     return call
@@ -220,7 +223,7 @@ def _as_they_are(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _code(command: int, result: object) -> int:
-    """What a callback has returned, as a C int."""
+    """Return the result of a callback as a C int; raise `error` if it is not an int."""
     if not isinstance(result, int):
         raise error(f"The {NAMES[command]} callback must return int")
     code = int(result) & 0xFFFFFFFF
@@ -228,7 +231,7 @@ def _code(command: int, result: object) -> int:
 
 
 def _client(hostname: str, family: str, address: str, port: int) -> tuple[Any, ...]:
-    """The arguments of connect."""
+    """Return the arguments of connect."""
     number = _FAMILIES.get(family, socket.AF_UNSPEC)
     if number == socket.AF_UNSPEC:
         return hostname, 0, None
@@ -239,7 +242,7 @@ def _client(hostname: str, family: str, address: str, port: int) -> tuple[Any, .
     return hostname, int(number), where
 
 
-# The arguments that differ from those of the classes dialect: bytes where pymilter decodes itself.
+# The arguments that differ from those of the classes dialect: bytes that pymilter itself decodes.
 _ARGUMENTS: dict[int, Callable[..., tuple[Any, ...]]] = {
     ord("C"): _client,
     ord("M"): lambda argv: tuple(map(to_wire, argv)),

@@ -1,8 +1,8 @@
 """A stand-in for `milter`, the C half of pymilter, on which pymilter's Python half runs unchanged.
 
-A script registers its callbacks and calls main(). What main() does is not decided here: whoever
-runs the script sets `Registration.loop`, which answers jobs with a `PymilterDialect` until the
-script, or the master, has it stop.
+A script registers its callbacks and calls main(), which calls `Registration.loop`. The program that
+runs the script sets this function; it answers jobs with a `PymilterDialect` until the script or the
+master stops it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sharded_milter.errors import MilterLoadError
 from sharded_milter.protocol.negotiation import NO_REPLY_ALL
 from sharded_milter.protocol.stages import Actions, Protocol, Stage
 
-# The callbacks by the letter of the command that brings them, as pymilter calls them.
+# pymilter's names of the callbacks, by the letter of the command.
 NAMES = {
     ord("O"): "negotiate",
     ord("C"): "connect",
@@ -39,12 +39,12 @@ NAMES = {
 }
 LETTERS = {name: letter for letter, name in NAMES.items()}
 
-# Each has a function `set_NAME_callback`; the other three are arguments of register().
+# The callbacks that have a function `set_NAME_callback`; the others are arguments of register().
 _SET_ALONE = (
     "connect", "helo", "envfrom", "envrcpt", "header", "eoh", "body", "eom", "abort", "close",
 )  # fmt: skip
 
-# What pymilter calls stages in the names of protocol bits.
+# pymilter's names of the protocol bits of each stage.
 _STAGE_WORDS = {
     Stage.CONNECT: ("NOCONNECT", "NR_CONN"),
     Stage.HELO: ("NOHELO", "NR_HELO"),
@@ -96,22 +96,22 @@ _SOCKET = re.compile(r"(?:(?P<kind>unix|local|inet6?|fd):)?(?P<place>.+)")
 
 
 class Registration:
-    """What a script has told its `milter` module."""
+    """The settings and callbacks of a script, from its calls of the `milter` module."""
 
     def __init__(self) -> None:
         self.callbacks: dict[int, Callable[..., Any]] = {}  # by letter
         self.name: str | None = None  # that of register()
         self.flags = 0
         self.policy = TEMPFAIL
-        self.socket = ""  # as opensocket() has found it
+        self.socket = ""  # from opensocket(), in the master's spelling
         self.made = self.deleted = 0  # contexts
-        self.loop: Callable[[], None] = _no_loop  # serves until it is told to stop
-        self.halt: Callable[[], None] = lambda: None  # tells it
+        self.loop: Callable[[], None] = _no_loop  # answers jobs until `halt` is called
+        self.halt: Callable[[], None] = lambda: None
         self._conn = ""
         self._running = self._over = False
 
     def module(self) -> ModuleType:
-        """The module, as a script sees it."""
+        """Return the module that a script imports as `milter`."""
         module = ModuleType("milter", "Stand-in for the C half of pymilter.")
         functions = [
             self.getdiag, self.getversion, self.main, self.opensocket, self.register,
@@ -141,7 +141,7 @@ class Registration:
         return before
 
     def register(self, *arguments: Any, **keywords: Any) -> None:
-        """The milter's name, and three more callbacks."""
+        """Set the milter's name, and three more callbacks."""
         parameters = ("name", "unknown", "data", "negotiate")
         for keyword in keywords:
             if keyword not in parameters:
@@ -158,27 +158,27 @@ class Registration:
     # Settings
 
     def set_flags(self, *arguments: Any) -> None:
-        """The actions of a milter that does not negotiate."""
+        """Set the actions of a milter that has no negotiate callback."""
         self.flags = self._number("set_flags()", arguments)
 
     def set_exception_policy(self, *arguments: Any) -> None:
-        """What is answered for a callback that raises."""
+        """Set the verdict for a callback that raises."""
         policy = self._number("set_exception_policy()", arguments)
         if policy not in _POLICIES:
             raise error("invalid exception policy")
         self.policy = policy
 
     def settimeout(self, *arguments: Any) -> None:
-        """The master has its own deadlines."""
+        """Check the argument and ignore it: the master has its own deadlines."""
         self._number("settimeout()", arguments)
 
     def setbacklog(self, *arguments: Any) -> None:
-        """The master has its own."""
+        """Check the argument and ignore it: the master has its own backlog."""
         if self._number("setbacklog()", arguments) <= 0:
             raise error("cannot set backlog")
 
     def setdbg(self, *arguments: Any) -> None:
-        """There is nothing to debug here."""
+        """Check the argument and ignore it: there is no libmilter to debug."""
         self._number("setdbg()", arguments)
 
     def _number(self, function: str, arguments: tuple[Any, ...]) -> int:
@@ -186,7 +186,7 @@ class Registration:
         return integer(arguments[0])
 
     def setconn(self, *arguments: Any) -> None:
-        """The socket, which the master opens where the operator names no other."""
+        """Set the socket, which the master opens unless --listen is given."""
         count("setconn()", arguments, 1, 1)
         conn = text("setconn()", 1, arguments[0])
         if not conn:
@@ -194,15 +194,15 @@ class Registration:
         self._conn = conn
 
     def opensocket(self, *arguments: Any) -> None:
-        """Whether the socket could be opened, as far as its spelling tells."""
+        """Check the spelling of the socket; raise `error` if it is malformed."""
         self._number("opensocket()", arguments)
         if not self.socket:
             self.socket = _spelled(self._conn)
 
-    # Life
+    # Start and end
 
     def main(self, *arguments: Any) -> None:
-        """Answers jobs; returns when the milter stops."""
+        """Answer jobs until the milter stops."""
         count("main()", arguments, 0, 0)
         if self._running:
             raise error("milter module in use")
@@ -217,27 +217,30 @@ class Registration:
             self._running, self._over = False, True
 
     def stop(self, *arguments: Any) -> None:
-        """main() returns soon."""
+        """Make main() return soon."""
         count("stop()", arguments, 0, 0)
         self.halt()
 
     def getversion(self, *arguments: Any) -> tuple[int, int, int]:
-        """libmilter's."""
+        """Return libmilter's version."""
         count("getversion()", arguments, 0, 0)
         return _VERSION
 
     def getdiag(self, *arguments: Any) -> tuple[int, int]:
-        """How many contexts were made and deleted."""
+        """Return how many contexts were made and deleted."""
         count("getdiag()", arguments, 0, 0)
         return self.made, self.deleted
 
 
 def _no_loop() -> None:
-    raise MilterLoadError("main() was called where nobody serves")
+    raise MilterLoadError("main() was called before the program has set a loop")
 
 
 def _spelled(conn: str) -> str:
-    """A socket as the master understands it: paths are absolute, ports are numbers."""
+    """Return a socket in the master's spelling, with absolute paths and numeric ports.
+
+    Raise `error` if it is malformed.
+    """
     match = _SOCKET.fullmatch(conn)
     kind, place = (match["kind"], match["place"]) if match else (None, "")
     if kind == "fd":
@@ -254,5 +257,5 @@ def _spelled(conn: str) -> str:
     return f"unix:{os.path.abspath(place)}"
 
 
-# What libmilter does itself where the MTA cannot: no answer, to be faked with CONTINUE.
+# "No reply" bits that libmilter always offers. If the MTA does not, libmilter sends CONTINUE.
 FAKED = int(NO_REPLY_ALL) & 0x1FFFFF

@@ -57,7 +57,7 @@ BAD = {
             "def eom",
             "def negotiate(self, opts):\n        opts[0] = 512\n        return 0\n    def eom",
         ),
-        "negotiate() has failed: InvalidVerdict: negotiate asks for actions 0x200",
+        "negotiate() has failed: InvalidVerdict: negotiate requests actions 0x200",
     ),
 }
 
