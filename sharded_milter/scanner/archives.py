@@ -1,6 +1,6 @@
-"""From one part to itself and everything packed into it, at any nesting, to a limit.
+"""Unpack a part and everything in it, at any nesting, within limits.
 
-What a file is, its first bytes say; its name does not. Whatever goes wrong becomes a mark on the
+The type of a file is that of its first bytes, not of its name. An error becomes a mark on the
 archive's part.
 """
 
@@ -15,7 +15,7 @@ from .zips import ZIP_MAGICS, ends_as_zip, zip_members
 
 
 def expand(part: Part, budget: Budget) -> Iterator[Part]:
-    """All that is packed into `part`, innermost first, then `part` with the marks of opening it."""
+    """Yield all parts that are packed into `part`, innermost first, then `part` with its marks."""
     members = _opener(part.data)
     if members is None:
         yield part

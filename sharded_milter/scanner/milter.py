@@ -1,6 +1,7 @@
-"""The content scanner as a milter: what a report becomes on the wire.
+"""The content scanner as a milter: the verdict and actions for a report.
 
-A mail that goes on carries one X-Scan-Result field, ours: those from outside are deleted.
+A message that is accepted gets one X-Scan-Result field; fields of that name from outside are
+deleted.
 """
 
 import os
@@ -24,15 +25,16 @@ from .scan import ScanReport, scan
 HEADER = "X-Scan-Result"
 RULES_VARIABLE = "SHARDED_MILTER_SCANNER_RULES"
 
-# The names of rules in a header field, a reply or a log line. RFC 5322 ends a line at 998 bytes,
-# SMTP a reply line at 512; a name of YARA's has 128 at most.
+# Characters of all rule names in a header field, a reply or a log line. A line has at most 998
+# bytes in RFC 5322, a reply line 512 in SMTP; a name in YARA has at most 128.
 MAX_NAMES = 300
 
 
 def build(rules_dir: str | None) -> Milter:
-    """The scanner with the bundled rules and those of `rules_dir`, compiled now.
+    """Return the scanner with the bundled rules and those of `rules_dir`, which it compiles now.
 
-    Raises `RuleError` for a rule that cannot be used and `ScannerUnavailable` without YARA-X."""
+    Raise RuleError for a rule that cannot be used, ScannerUnavailable without YARA-X.
+    """
     rules = Rules(Path(rules_dir) if rules_dir else None)
     milter = Milter("scanner", sandbox=True)
 
@@ -44,11 +46,11 @@ def build(rules_dir: str | None) -> Milter:
 
 
 def verdict(report: ScanReport, forged: int = 0) -> Verdict:
-    """What the MTA is told about a message with this report and so many forged results."""
+    """Return the verdict on a message with this report and `forged` X-Scan-Result fields."""
     if report.severity is Severity.REJECT:
         names = rule_names(report, Severity.REJECT)
         return Reject(f"message refused by the content scanner: {names}", code=554, xcode="5.7.1")
-    # Last first: an MTA that counts what is left finds the same fields as one that counts all.
+    # The last field first, because some MTAs count again after each deletion.
     actions: list[Action] = [DeleteHeader(HEADER, index) for index in range(forged, 0, -1)]
     actions.append(InsertHeader(0, HEADER, result(report)))
     if report.severity is Severity.QUARANTINE:
@@ -57,13 +59,16 @@ def verdict(report: ScanReport, forged: int = 0) -> Verdict:
 
 
 def result(report: ScanReport) -> str:
-    """The value of X-Scan-Result."""
+    """Return the value of X-Scan-Result."""
     names = rule_names(report) or "-"
     return f"{report.result}; rules={names}; parts={report.parts}; ms={report.milliseconds}"
 
 
 def rule_names(report: ScanReport, least: Severity = Severity.TAG) -> str:
-    """The rules that asked for `least` or more, severest first, cut to a line with `+N` more."""
+    """Return the names of rules of severity `least` or more, severest first.
+
+    If they have more than MAX_NAMES characters, the rest is given as `+N`.
+    """
     names = [finding.rule for finding in report.findings if finding.severity >= least]
     shown = ""
     for number, name in enumerate(names):

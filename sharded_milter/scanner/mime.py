@@ -1,12 +1,12 @@
-"""From the bytes of a message to its MIME leaves, decoded.
+"""Split a message into its MIME leaves, decoded.
 
-The stdlib reads the header fields and their parameters; the tree is split here. Its own parser
-asks each open multipart about each line: 100 KB of empty lines in 900 nested multiparts took it
-14 s. Splitting by offsets costs one search of the bytes for each level and no copies; both limits
-are plain counters.
+The standard library parses the header fields and their parameters; the tree is split here. Its own
+parser compares each line with the boundary of each open multipart: 100 KB of empty lines in 900
+nested multiparts took it 14 s. Splitting by offsets needs one search for each level and no copies,
+and both limits are plain counters.
 
-Where readers of mail disagree we look at more: parts after a closing delimiter are parts, base64
-goes on after its padding, a field is found behind lines that are no fields.
+Where mail programs disagree, the scan covers more: parts after a closing delimiter are parts,
+base64 continues after its padding, and fields count after lines that are not fields.
 """
 
 import binascii
@@ -43,7 +43,7 @@ _NOT_BASE64 = bytes(range(256)).translate(None, _BASE64)
 
 @dataclass(frozen=True, slots=True)
 class _Entity:
-    """A header and a body somewhere inside a buffer."""
+    """An entity, header and body, inside a buffer."""
 
     buffer: bytes
     start: int
@@ -54,7 +54,7 @@ class _Entity:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What MIME is read from, parsed, and where the body starts."""
+    """The parsed MIME fields of an entity, and the offset of its body."""
 
     content_type: str
     encoding: str
@@ -64,7 +64,7 @@ class _Head:
 
 
 def walk(raw: bytes, budget: Budget) -> Iterator[Part]:
-    """Each MIME leaf, decoded, in the order of the message; then a mark if a limit cut it."""
+    """Yield each MIME leaf, decoded, in order; then a FLOODED part if a limit was reached."""
     limits = budget.limits
     pending = [_Entity(raw, 0, len(raw))]
     seen, cut = 1, False
@@ -93,7 +93,7 @@ def _children(entity: _Entity, head: _Head, budget: Budget) -> Iterator[_Entity]
     if head.content_type in _MESSAGES:
         start = head.body
         if head.encoding in ("base64", "quoted-printable"):
-            # Forbidden by RFC 2046, decoded by clients.
+            # RFC 2046 forbids it, but mail programs decode it.
             buffer = _decode(buffer[start:end], head.encoding)
             budget.spend_bytes(len(buffer))
             start, end = 0, len(buffer)
@@ -117,7 +117,7 @@ def _split(buffer: bytes, start: int, end: int, boundary: bytes) -> Iterator[tup
 def _delimiters(
     buffer: bytes, start: int, end: int, dashes: bytes
 ) -> Iterator[tuple[int, int, bool]]:
-    """Each delimiter line: where it starts, where the next line does, and whether it closes."""
+    """Yield each delimiter line: its offset, that of the next line, and True if it closes."""
     at = buffer.find(dashes, start, end)
     while at != -1:
         after = at + len(dashes)
@@ -129,7 +129,7 @@ def _delimiters(
 
 
 def _before_newline(buffer: bytes, at: int) -> int:
-    """The line break in front of a delimiter belongs to the delimiter (RFC 2046 5.1.1)."""
+    """Return the offset of the delimiter with its leading line break (RFC 2046 5.1.1)."""
     return at - 2 if buffer[max(at - 2, 0) : at] == b"\r\n" else at - 1
 
 
@@ -152,7 +152,7 @@ def _read_head(entity: _Entity) -> _Head:
 
 
 def _header_span(entity: _Entity) -> tuple[int, int]:
-    """Where the header ends and where the body starts."""
+    """Return the offsets of the header's end and of the body."""
     if at_once := _NEWLINE.match(entity.buffer, entity.start, entity.end):
         return entity.start, at_once.end()
     if blank := _BLANK_LINE.search(entity.buffer, entity.start, entity.end):
@@ -161,12 +161,12 @@ def _header_span(entity: _Entity) -> tuple[int, int]:
 
 
 def _content_fields(header: bytes) -> "Message[str, str]":
-    """The Content-* fields alone, as the stdlib reads them, whatever surrounds them."""
+    """Return the Content-* fields only, parsed by the standard library."""
     lines = [
         b"%s:%s\n" % (field[1], field[2][:MAX_FIELD].rstrip())
         for field in islice(_FIELD.finditer(header), MAX_FIELDS)
     ]
-    # latin-1 keeps each byte as one character; the stdlib's own way loses 8-bit parameters.
+    # latin-1 keeps each byte as one character; other ways lose parameters with 8-bit bytes.
     return HeaderParser().parsestr(b"".join(lines).decode("latin-1"))
 
 
@@ -180,8 +180,8 @@ def _file_name(fields: "Message[str, str]") -> str:
 
 
 def _guarded(read: Callable[[], _T], otherwise: _T) -> _T:
-    # The stdlib promises no set of exceptions for hostile fields; ValueError, LookupError,
-    # TypeError and IndexError have been seen.
+    # The standard library does not document its exceptions for hostile fields; ValueError,
+    # LookupError, TypeError and IndexError were observed.
     try:
         return read()
     except Exception:
@@ -189,10 +189,10 @@ def _guarded(read: Callable[[], _T], otherwise: _T) -> _T:
 
 
 def _decode(body: bytes, encoding: str) -> bytes:
-    """The body without its transfer encoding, as far as it can be read; never an error."""
+    """Return the body without its transfer encoding, as far as it can be decoded; never raise."""
     if encoding == "quoted-printable":
         return binascii.a2b_qp(body)
-    # Piece by piece into one buffer: a list of them can be forty times the size of the message.
+    # One buffer: a list of small results can need forty times the memory of the message.
     out = io.BytesIO()
     if encoding == "base64":
         for run in _BASE64_RUN.finditer(body.translate(None, _NOT_BASE64)):
@@ -206,7 +206,7 @@ def _decode(body: bytes, encoding: str) -> bytes:
 
 
 def _decode_base64(run: bytes) -> bytes:
-    usable = len(run) - (len(run) % 4 == 1)  # one character alone holds no whole byte
+    usable = len(run) - (len(run) % 4 == 1)  # a single last character is less than a byte
     return binascii.a2b_base64(run[:usable] + b"=" * (-usable % 4))
 
 

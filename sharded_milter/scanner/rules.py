@@ -1,8 +1,8 @@
-"""What a part is found to be: YARA-X rules, ours and the operator's, and what each asks for.
+"""Match parts with YARA-X rules, the bundled ones and the operator's; each has a severity.
 
-Rules decide everything, also about what only the walk can see: its marks are variables in them.
-Ours run on their own and first, so that a slow rule of the operator's never hides what they find.
-An operator's rule replaces ours of the same name, so that any action can be changed.
+Rules decide everything. The marks of a part are variables in rules. The bundled rules run first and
+separately, so that a slow rule of the operator cannot hide their findings. An operator's rule
+replaces the bundled one of the same name, so that its action can be changed.
 """
 
 import re
@@ -19,7 +19,7 @@ from .parts import Mark, Part
 BUNDLED = Path(__file__).with_name("rules")
 SUFFIXES = (".yar", ".yara")
 
-# The variables that every rule may use besides its strings; their types are those of these values.
+# The variables that every rule may use, with default values of their types.
 VARIABLES: Mapping[str, str | int | bool] = {
     "filename": "",
     "content_type": "",
@@ -36,11 +36,11 @@ class ScannerUnavailable(ConfigError, ImportError):
 
 
 class RuleError(ConfigError, ValueError):
-    """A rule file that cannot be used: one line with the file, the line and what is wrong there."""
+    """A rule file that cannot be used; the message has the file, the line and the error."""
 
 
 class Severity(IntEnum):
-    """What a rule asks for, `meta: action = "..."`, mildest first."""
+    """The action of a rule, `meta: action = "..."`, in ascending order."""
 
     TAG = 1
     QUARANTINE = 2
@@ -49,22 +49,22 @@ class Severity(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A rule that matched, and what it asks for."""
+    """A rule that matched, and its severity."""
 
     rule: str
     severity: Severity
 
 
 class Rules:
-    """The bundled rules and, if a folder is named, the operator's; compiled once."""
+    """The bundled rules and, if a folder is given, the operator's; compiled once."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Compile everything now, or raise `RuleError` or `ScannerUnavailable`."""
+        """Compile all rules; raise RuleError or ScannerUnavailable."""
         self._bundled = _RuleSet(BUNDLED)
         self._operators = _RuleSet(folder) if folder else None
 
     def match(self, part: Part, seconds: int) -> list[Finding]:
-        """What the part is found to be; rules that need more seconds are a finding, too."""
+        """Return the findings; rules that exceed `seconds` give a finding too."""
         found: list[Finding] = []
         try:
             found = self._bundled.match(part, seconds)
@@ -77,12 +77,12 @@ class Rules:
         return [finding for finding in found if finding.rule not in replaced] + theirs
 
     def timed_out(self) -> list[Finding]:
-        """What our rules say about data that was not matched in time."""
+        """Return the findings of the bundled rules for data that was not matched in time."""
         return self._bundled.match(Part("", "", b"", marks=frozenset({Mark.TIMED_OUT})), seconds=1)
 
 
 class _RuleSet:
-    """The rules of one folder, compiled together: they may use each other."""
+    """The rules of one folder, compiled together, so that they may refer to each other."""
 
     def __init__(self, folder: Path) -> None:
         yara = _yara()
@@ -98,7 +98,7 @@ class _RuleSet:
         self._scanner = yara.Scanner(compiled)
 
     def match(self, part: Part, seconds: int) -> list[Finding]:
-        """The rules that match; `TimeoutError` if they did not finish."""
+        """Return the findings; raise TimeoutError if the rules exceed `seconds`."""
         scanner = self._scanner
         scanner.set_timeout(seconds)
         scanner.set_global("filename", part.name)
@@ -109,7 +109,7 @@ class _RuleSet:
         try:
             matching = scanner.scan(part.data).matching_rules
         except self._failures as error:
-            raise TimeoutError(f"rules did not finish within {seconds} s: {error}") from error
+            raise TimeoutError(f"the rules exceeded {seconds} s: {error}") from error
         return [Finding(rule.identifier, self.severities[rule.identifier]) for rule in matching]
 
 
@@ -144,7 +144,7 @@ def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     except OSError as error:
-        raise RuleError(f"{folder}: folder of rules cannot be read: {error.strerror}") from error
+        raise RuleError(f"{folder}: the rules folder cannot be read: {error.strerror}") from error
     for path in paths:
         yield path, _read(path)
 
@@ -153,16 +153,16 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise RuleError(f"{path}: rule file cannot be read: {error.strerror}") from error
+        raise RuleError(f"{path}: the rule file cannot be read: {error.strerror}") from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise RuleError(f"{path}:{line}: rule file is not UTF-8") from error
+        raise RuleError(f"{path}:{line}: the rule file is not UTF-8") from error
 
 
 def _one_line(report: str, path: Path) -> str:
-    """YARA-X explains itself with a drawing; its place, title and first label fill one line."""
+    """Return file, line, title and first label of YARA-X's multi-line error on one line."""
     title = report.partition("\n")[0]
     place = _PLACE.search(report)
     where = f"{place[1]}:{place[2]}" if place else str(path)

@@ -1,6 +1,6 @@
-"""From the bytes of a message to a report: walk, open, match, stop at the first reject.
+"""Scan a message and report: split it, unpack it, match it, and stop at the first reject.
 
-Never raises for what a message holds. What could not be looked at is itself a finding.
+No content of a message raises an exception. A part that could not be scanned is a finding.
 """
 
 import time
@@ -23,7 +23,7 @@ _RESULTS = {
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """What was found: findings severest first, each rule once; how many parts; how long it took."""
+    """The findings, severest first, each rule once; the number of parts; the duration."""
 
     findings: tuple[Finding, ...]
     parts: int
@@ -31,7 +31,7 @@ class ScanReport:
 
     @property
     def severity(self) -> Severity | None:
-        """The severest finding's severity; `None` if nothing was found."""
+        """The severity of the severest finding; None if there is none."""
         return self.findings[0].severity if self.findings else None
 
     @property
@@ -52,12 +52,12 @@ def scan(
     found: dict[str, Severity] = {}
     parts = 0
     try:
-        for number, part in enumerate(_pieces(raw, budget)):
+        for number, part in enumerate(_all_parts(raw, budget)):
             parts = number
             matched = rules.match(part, budget.part_seconds())
             found.update((finding.rule, finding.severity) for finding in matched)
             if Severity.REJECT in found.values():
-                break  # nothing is severer
+                break  # there is no higher severity
             budget.check_time()
     except OutOfTime:
         found.update((finding.rule, finding.severity) for finding in rules.timed_out())
@@ -69,8 +69,8 @@ def scan(
     )
 
 
-def _pieces(raw: bytes, budget: Budget) -> Iterator[Part]:
-    """The message as it came, number 0, for what no MIME reader would show; then all its parts."""
+def _all_parts(raw: bytes, budget: Budget) -> Iterator[Part]:
+    """Yield the message as it came, for text outside of all MIME parts; then all its parts."""
     yield Part("", MESSAGE, raw)
     for leaf in walk(raw, budget):
         yield from expand(leaf, budget)

@@ -1,7 +1,7 @@
-"""Unpacking a compressed stream under limits: gzip, bzip2, xz, and what the members of a zip hold.
+"""Unpack compressed streams within limits: gzip, bzip2, xz, and the members of a zip.
 
-What a stream says about its size is not believed: it is unpacked piece by piece until it ends or a
-limit does. An error is a mark on the archive, and what came before it is still matched.
+The size that a stream gives is not trusted: it is unpacked in chunks until it ends or a limit is
+reached. An error becomes a mark on the archive, and the bytes before it are still matched.
 """
 
 import bz2
@@ -16,11 +16,11 @@ from typing import Protocol
 from .limits import MIB, Budget, LimitReached
 from .parts import Mark
 
-# Output is counted after each of these; a bomb is caught within one.
-_PIECE = 64 * 1024
-# Input goes in by little sips, because an error in a sip loses what the sip would have given.
-_SIP = 256
-# The window an .xz may ask for. `xz -9` asks for 64 MiB; the format allows 4 GiB.
+# Bytes of output after which the limits are checked.
+_CHUNK = 64 * 1024
+# Bytes of input at a time. It is small, because an error loses the output of its whole input.
+_INPUT = 256
+# Bytes of memory for the window of an .xz. `xz -9` needs 64 MiB; the format allows 4 GiB.
 _XZ_MEMORY = 128 * MIB
 
 GZIP_MAGIC = b"\x1f\x8b\x08"
@@ -30,7 +30,7 @@ Member = tuple[str, bytes]
 
 
 class Decompressor(Protocol):
-    """What the decompressors of zlib, bz2 and lzma have in common."""
+    """The interface that the decompressors of zlib, bz2 and lzma share."""
 
     @property
     def eof(self) -> bool: ...
@@ -41,7 +41,7 @@ class Decompressor(Protocol):
 
 @dataclass(slots=True)
 class Archive:
-    """An archive being opened: what it may still produce, and what was noticed about it."""
+    """An archive that is being unpacked, with its budget and its marks."""
 
     name: str
     data: bytes
@@ -50,22 +50,27 @@ class Archive:
     produced: int = 0
 
     def spend(self, size: int) -> None:
-        """Count produced bytes against the ratio of this archive and the total of the message."""
+        """Count output bytes against the archive's ratio and the message's total.
+
+        Raise LimitReached or OutOfTime.
+        """
         limits = self.budget.limits
         self.produced += size
         if self.produced > max(limits.ratio_grace, limits.ratio * len(self.data)):
-            raise LimitReached(f"{len(self.data)} bytes grow more than {limits.ratio} times")
+            raise LimitReached(
+                f"an archive of {len(self.data)} bytes grows to more than {limits.ratio} times that"
+            )
         self.budget.spend_bytes(size)
 
 
 def unpack(archive: Archive, stream: Decompressor, start: int, out: io.BytesIO) -> int:
-    """Unpack the stream that starts at `start` into `out`; return where it ended."""
+    """Unpack the stream that starts at `start` into `out`; return the offset of its end."""
     packed, at = archive.data, start
     try:
         while not stream.eof and at < len(packed):
-            sip = packed[at : at + _SIP]
-            at += len(sip)
-            _pour(archive, stream, sip, out)
+            data = packed[at : at + _INPUT]
+            at += len(data)
+            _decompress(archive, stream, data, out)
     except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError):
         archive.marks.add(Mark.BROKEN)
         return len(packed)
@@ -74,24 +79,24 @@ def unpack(archive: Archive, stream: Decompressor, start: int, out: io.BytesIO) 
     return at - len(stream.unused_data)
 
 
-def _pour(archive: Archive, stream: Decompressor, sip: bytes, out: io.BytesIO) -> None:
+def _decompress(archive: Archive, stream: Decompressor, data: bytes, out: io.BytesIO) -> None:
     while not stream.eof:
-        piece = stream.decompress(sip, _PIECE)
-        archive.spend(len(piece))
-        out.write(piece)
-        if len(piece) < _PIECE:
+        chunk = stream.decompress(data, _CHUNK)
+        archive.spend(len(chunk))
+        out.write(chunk)
+        if len(chunk) < _CHUNK:
             return
-        # zlib hands back the input it could not use; the others keep it.
-        sip = getattr(stream, "unconsumed_tail", b"")
+        # zlib gives back the input that it has not used; the others keep it.
+        data = getattr(stream, "unconsumed_tail", b"")
 
 
 def bzip2_members(archive: Archive) -> Iterator[Member]:
-    """The one member of a .bz2."""
+    """Yield the member of a .bz2."""
     return _members(archive, bz2.BZ2Decompressor)
 
 
 def xz_members(archive: Archive) -> Iterator[Member]:
-    """The one member of an .xz."""
+    """Yield the member of an .xz."""
     return _members(archive, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY))
 
 
@@ -104,8 +109,8 @@ def _members(archive: Archive, new_stream: Callable[[], Decompressor]) -> Iterat
 
 
 def gzip_members(archive: Archive) -> Iterator[Member]:
-    """The one member of a .gz, under the name that it was packed with."""
-    # The frame is read here because zlib, given the frame, withholds data whose checksum is wrong.
+    """Yield the member of a .gz, with the name that is stored in it."""
+    # The gzip header is parsed here, because zlib would not return data with a wrong checksum.
     out, start, name = io.BytesIO(), 0, ""
     while archive.data.startswith(GZIP_MAGIC, start):
         start, stored_name = _gzip_header(archive.data, start)
@@ -115,12 +120,12 @@ def gzip_members(archive: Archive) -> Iterator[Member]:
 
 
 def _inner_name(name: str) -> str:
-    """The name without the suffix of packing: `a.exe` for `a.exe.gz`, `a.tar` for `a.tgz`."""
+    """Return the name without its suffix: `a.exe` for `a.exe.gz`, `a.tar` for `a.tgz`."""
     return _PACKED_SUFFIX.sub(lambda suffix: ".tar" if suffix[1] else "", name)
 
 
 def _gzip_header(data: bytes, start: int) -> tuple[int, str]:
-    """Where the deflated data starts and the stored name (RFC 1952)."""
+    """Return the offset of the deflated data and the stored name (RFC 1952)."""
     flags, at, name = data[start + 3 : start + 4], start + 10, ""
     bits = flags[0] if flags else 0
     if bits & 4:  # FEXTRA

@@ -1,4 +1,4 @@
-"""The members of a tar, block by block: the stdlib's reader goes to whatever offset it is told."""
+"""Read the members of a tar block by block. The standard library trusts the offsets in a tar."""
 
 import re
 import tarfile
@@ -12,12 +12,12 @@ _PATH = re.compile(rb"^\d+ path=(.*)$", re.M)
 
 
 def is_tar(data: bytes) -> bool:
-    """Whether a tar header with a good checksum starts the data; old tars have no other magic."""
+    """Return True if a tar header with a valid checksum comes first; old tars have no magic."""
     return _header(data, 0) is not None
 
 
 def tar_members(archive: Archive) -> Iterator[Member]:
-    """Each regular file under its long name; devices, links and folders hold nothing."""
+    """Yield each regular file with its long name; devices, links and folders have no data."""
     data, at, long_name = archive.data, 0, ""
     while (info := _header(data, at)) is not None:
         archive.budget.check_time()

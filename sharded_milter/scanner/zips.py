@@ -1,4 +1,4 @@
-"""The members of a zip: its directory says what there is, only its streams say what that holds."""
+"""Read the members of a zip. Its directory gives their names; their sizes are not trusted."""
 
 import bz2
 import io
@@ -15,13 +15,13 @@ from .streams import Archive, Decompressor, Member, unpack
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 # Signature, flags, method, packed size, size, lengths of name and extra field.
 _LOCAL_HEADER = struct.Struct("<4s2xHH8xLLHH")
-_ZIP_END = 22 + 0xFFFF  # the end record and the longest comment behind it
+_ZIP_END = 22 + 0xFFFF  # bytes of the end record and the longest comment after it
 _ENCRYPTED = 0x2041  # bit 0: this member; bit 6: strong; bit 13: the directory, too
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A member and where its bytes start. `size` is a claim; only stored members need it."""
+    """A member and the offset of its bytes. `size` is not trusted; only stored members use it."""
 
     name: str
     encrypted: bool
@@ -31,7 +31,7 @@ class _Entry:
 
 
 def ends_as_zip(data: bytes) -> bool:
-    """Whether a zip hangs behind something else, as in a self-extracting program."""
+    """Return True if a zip follows other data, as in a self-extracting program."""
     if b"PK\x05\x06" not in data[-_ZIP_END:]:
         return False
     try:
@@ -41,10 +41,10 @@ def ends_as_zip(data: bytes) -> bool:
 
 
 def zip_members(archive: Archive) -> Iterator[Member]:
-    """Each member under its name, unpacked as far as it can be."""
-    # The stdlib keeps an object for each entry of the directory, however many it claims.
+    """Yield each member with its name, unpacked as far as possible; raise LimitReached."""
+    # The standard library would keep an object for each entry of the directory, without a limit.
     if archive.data.count(b"PK\x01\x02") > archive.budget.limits.members:
-        raise LimitReached(f"zip directory of more than {archive.budget.limits.members} entries")
+        raise LimitReached(f"a zip directory has more than {archive.budget.limits.members} entries")
     empty = True
     for entry in _directory(archive):
         empty = False
@@ -56,7 +56,7 @@ def zip_members(archive: Archive) -> Iterator[Member]:
 
 
 def _directory(archive: Archive) -> Iterator[_Entry]:
-    """The entries that the central directory names, which is what people's programs show them."""
+    """Yield the entries of the central directory, which mail programs show to their users."""
     try:
         listed = zipfile.ZipFile(io.BytesIO(archive.data)).infolist()
     except Exception:  # BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError, ...
@@ -68,7 +68,7 @@ def _directory(archive: Archive) -> Iterator[_Entry]:
             archive.marks.add(Mark.BROKEN)
             continue
         encrypted = bool(info.flag_bits & _ENCRYPTED)
-        if encrypted != local.encrypted:  # one of two places lies; programs differ, so look inside
+        if encrypted != local.encrypted:  # programs trust one or the other, so unpack it
             archive.marks.add(Mark.ENCRYPTED)
         yield replace(
             local,
@@ -80,7 +80,7 @@ def _directory(archive: Archive) -> Iterator[_Entry]:
 
 
 def _salvage(archive: Archive) -> Iterator[_Entry]:
-    """The entries that can be found without a directory, as programs that repair archives do."""
+    """Yield the entries that are found without a directory, as repair programs find them."""
     at = archive.data.find(b"PK\x03\x04")
     while at != -1:
         entry = _local_entry(archive.data, at)
@@ -106,7 +106,7 @@ def _local_entry(data: bytes, at: int) -> _Entry | None:
 
 
 def _read(archive: Archive, entry: _Entry) -> bytes:
-    """What the entry holds; nothing, and a mark, if it needs a password or a method we have not."""
+    """Return the data; b"" and a mark if it needs a password or an unsupported method."""
     if entry.encrypted:
         archive.marks.add(Mark.ENCRYPTED)
         return b""

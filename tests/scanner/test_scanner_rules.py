@@ -269,21 +269,23 @@ def test_a_broken_rule_is_named_in_one_line_with_file_and_line(
 
 def test_a_file_that_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "latin.yara").write_bytes(b"// one\n// gr\xfc\xdfe\n")
-    with pytest.raises(RuleError, match=r"latin\.yara:2: rule file is not UTF-8"):
+    with pytest.raises(RuleError, match=r"latin\.yara:2: the rule file is not UTF-8"):
         Rules(tmp_path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.yar").mkdir()
-    with pytest.raises(RuleError, match=r"folder\.yar: rule file cannot be read: Is a directory"):
+    with pytest.raises(
+        RuleError, match=r"folder\.yar: the rule file cannot be read: Is a directory"
+    ):
         Rules(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RuleError, match="missing: folder of rules cannot be read: No such file"):
+    with pytest.raises(RuleError, match="missing: the rules folder cannot be read: No such file"):
         Rules(tmp_path / "missing")
     (tmp_path / "file").touch()
-    with pytest.raises(RuleError, match="file: folder of rules cannot be read: Not a directory"):
+    with pytest.raises(RuleError, match="file: the rules folder cannot be read: Not a directory"):
         Rules(tmp_path / "file")
 
 
