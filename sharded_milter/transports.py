@@ -6,8 +6,11 @@ each read of a UNIX socket. Without that a short message costs the master 6 % fe
 
 from __future__ import annotations
 
+import array
 import errno
 import socket
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet import tcp, unix
@@ -16,6 +19,8 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.protocol import Factory
+
+from sharded_milter.closing import CLOSING
 
 # Bytes of ancillary data of one read: more descriptors than the kernel passes with it (253).
 _ANCILLARY = 4096
@@ -101,16 +106,22 @@ class PassingTransport(TcpTransport, unix.Server):
             return CONNECTION_LOST
         if flags & socket.MSG_CTRUNC:
             self.descriptors_lost += 1
-        protocol: Any = self.protocol
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                whole = len(content) - len(content) % 4
-                for fd in memoryview(content)[:whole].cast("i"):
-                    protocol.fileDescriptorReceived(fd)
+        if ancillary:
+            self._hand_on(_descriptors(ancillary))
         if not data:
             return CONNECTION_DONE
-        protocol.dataReceived(data)
+        self.protocol.dataReceived(data)
         return None
+
+    def _hand_on(self, descriptors: list[int]) -> None:
+        """Give the protocol each of them; where it raises an error, the rest is closed."""
+        protocol: Any = self.protocol
+        try:
+            while descriptors:
+                protocol.fileDescriptorReceived(descriptors.pop(0))
+        finally:
+            for fd in descriptors:
+                CLOSING.close(fd)
 
     def writeSomeData(self, data: bytes) -> int | ConnectionLost:
         """As `TcpTransport` does; descriptors that wait leave with the first bytes."""
@@ -118,6 +129,25 @@ class PassingTransport(TcpTransport, unix.Server):
             sent: int | ConnectionLost = unix.Server.writeSomeData(self, data)
             return sent
         return super().writeSomeData(data)
+
+    def _closeSocket(self, orderly: bool) -> None:
+        """Shut the socket down, and leave it to the closing thread.
+
+        The kernel closes with it the descriptors that were not read from it.
+        """
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        fd = self.socket.detach()
+        if fd >= 0:
+            CLOSING.close(fd)
+
+
+def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    found = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(content[: len(content) - len(content) % found.itemsize])
+    return found.tolist()
 
 
 def adopt(connection: socket.socket, peer: Any, factory: Factory, reactor: Any) -> None:

@@ -15,6 +15,7 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+from sharded_milter.closing import CLOSING
 from sharded_milter.transports import PassingTransport, UnixTransport, adopt
 
 
@@ -151,6 +152,23 @@ def test_descriptors_come_before_the_bytes_beside_them(passing: Ends) -> None:
     assert passing.transport.descriptors_lost == 0
 
 
+def test_where_the_protocol_fails_no_descriptor_of_the_read_stays_open(
+    passing: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        os.close(descriptor)
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(passing.protocol, "fileDescriptorReceived", fail)
+    read, write = os.pipe()
+    socket.send_fds(passing.theirs, [b"x"], [write] * 9)
+    os.close(write)
+    with pytest.raises(ValueError, match="a defect"):
+        passing.transport.doRead()
+    assert os.read(read, 1) == b""  # nothing else has its other end
+    os.close(read)
+
+
 def test_descriptors_leave_with_the_first_bytes(passing: Ends) -> None:
     with open(os.devnull) as file:
         passing.transport.sendFileDescriptor(file.fileno())
@@ -216,6 +234,19 @@ def test_outside_of_a_read_the_end_comes_with_the_next_write(plain: Ends) -> Non
     plain.transport.loseConnection()
     assert plain.transport in plain.reactor.writers
     assert plain.transport.doWrite() is CONNECTION_DONE
+
+
+def test_its_socket_is_closed_by_the_thread_that_may_wait(
+    passing: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Descriptors that were never read are closed with it."""
+    left: list[int] = []
+    monkeypatch.setattr(CLOSING, "close", left.append)
+    fd = passing.transport.fileno()
+    passing.transport.connectionLost(Failure(CONNECTION_DONE))
+    assert left == [fd]
+    assert passing.theirs.recv(1) == b""  # it is shut down at once
+    os.close(fd)
 
 
 def test_what_the_protocol_raises_is_the_reactors(plain: Ends) -> None:

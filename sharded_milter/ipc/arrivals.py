@@ -8,8 +8,8 @@ descriptor by the inode of its file, not by its position.
 from __future__ import annotations
 
 import os
-from threading import Thread
 
+from sharded_milter.closing import CLOSING
 from sharded_milter.errors import BrokenRule
 from sharded_milter.ipc.memory import is_sealed
 
@@ -62,12 +62,8 @@ class ReceivedDescriptors:
 
 
 def close_in_background(fd: int) -> None:
-    """Close a descriptor of any kind without blocking.
-
-    To close a file on a FUSE file system, or a lingering socket, may block for ever; a daemon
-    thread does it, which does not even delay the end of this process.
-    """
+    """Close a descriptor of any kind without blocking; raise nothing."""
     if is_sealed(fd):
         os.close(fd)
     else:
-        Thread(target=os.close, args=(fd,), daemon=True).start()
+        CLOSING.close(fd)

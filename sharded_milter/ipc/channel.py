@@ -290,7 +290,7 @@ class MasterChannel(Boxes, amp.AMP):
         A large answer that is not complete when its worker exits is lost.
         """
         if getattr(self.transport, "connected", False) and not self._paused:
-            read_now([self.transport], MAX_CATCH_UP)
+            read_now([self.transport], MAX_CATCH_UP, lambda: self._paused)
 
     def shut_down(self) -> None:
         """Tell the worker to exit after its answers."""

@@ -7,7 +7,7 @@ that iteration. These functions write at once what the socket accepts.
 from __future__ import annotations
 
 import select
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -48,8 +48,10 @@ def has_sent_all(transport: Any) -> bool:
     )
 
 
-def read_now(readers: Iterable[Any], most: int) -> None:
-    """Call `doRead` on ready readers, at most `most` times each."""
+def read_now(
+    readers: Iterable[Any], most: int, is_paused: Callable[[], bool] = lambda: False
+) -> None:
+    """Call `doRead` on ready readers, at most `most` times each, until `is_paused` is True."""
     by_descriptor = {reader.fileno(): reader for reader in readers}
     poll = select.poll()  # mostly nothing is ready, which costs one call
     for descriptor in by_descriptor:
@@ -59,5 +61,7 @@ def read_now(readers: Iterable[Any], most: int) -> None:
         if not ready:
             break
         for descriptor, _ in ready:
+            if is_paused():
+                return
             if by_descriptor[descriptor].doRead() is not None:  # the connection is lost
                 poll.unregister(descriptor)

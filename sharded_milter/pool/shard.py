@@ -344,8 +344,10 @@ class Shard:
         """Take the exit of the process; answers that it sent before count."""
         self._is_closed = True
         self._dispatcher.unavailable(self)
-        self._channel.catch_up()
-        self._handle_event(ShardEvent.EXITED, reason)
+        try:
+            self._channel.catch_up()
+        finally:  # an error here must not lose the shard's jobs and its slot
+            self._handle_event(ShardEvent.EXITED, reason)
 
     def _become_ready(self, manifests: tuple[Manifest, ...], code: bytes, socket: bytes) -> None:
         self.socket, self.code = to_text(socket), code

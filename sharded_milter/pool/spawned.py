@@ -20,6 +20,7 @@ from ampoule.main import AMPConnector, ProcessStarter
 from twisted.internet.error import ProcessExitedAlready
 from twisted.python.failure import Failure
 
+from sharded_milter.closing import CLOSING
 from sharded_milter.ipc.sockets import read_now
 from sharded_milter.pool.descendants import Descendants
 from sharded_milter.pool.output import Output
@@ -112,6 +113,7 @@ class Spawned:
 
     def start(self, owner: PlaceOwner, channel: Any) -> None:
         """Start the process and connect `channel` to it; raise OSError when the system refuses."""
+        CLOSING.start()
         place = self._config
         self._mark = self._descendants.mark()
         starter = Starter(
@@ -242,7 +244,7 @@ class Connector(AMPConnector):  # type: ignore[misc]  # ampoule is not typed
     def catch_up(self) -> None:
         """Read the output until now, in at most MAX_CATCH_UP reads a pipe."""
         if self._written.poll(0) and not self._output.held:
-            read_now(self._readers(), MAX_CATCH_UP)
+            read_now(self._readers(), MAX_CATCH_UP, lambda: self._output.held)
 
     def _readers(self) -> list[Any]:
         pipes = getattr(self.transport, "pipes", {})  # Twisted's own, by the child's number

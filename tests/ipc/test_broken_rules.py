@@ -6,7 +6,6 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -303,35 +302,11 @@ NO_MEMORY: dict[str, Callable[[Path], int]] = {
 
 @pytest.mark.parametrize("kind", NO_MEMORY)
 def test_a_descriptor_that_is_not_of_sealed_memory_is_a_broken_rule(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path
 ) -> None:
-    class AtOnce:
-        def __init__(self, target: Any, args: Any, daemon: bool) -> None:
-            self.start = lambda: target(*args)
-
-    monkeypatch.setattr("sharded_milter.ipc.arrivals.Thread", AtOnce)
     fd = NO_MEMORY[kind](tmp_path)
     rule = broken(fd, said(fd, 99))
     assert rule == "it has sent a descriptor that is not sealed memory"
-
-
-def test_what_may_take_for_ever_to_be_closed_is_closed_elsewhere() -> None:
-    """A socket that lingers: its closing waits for a reader that does not read."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        lingering = socket.create_connection(listening.getsockname())
-        accepted, _ = listening.accept()
-        with accepted:
-            lingering.setblocking(False)
-            with suppress(BlockingIOError):
-                while True:
-                    lingering.send(bytes(65_536))
-            lingering.setblocking(True)
-            lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\x3c\0\0\0")
-            room = Room()
-            room.master.fileDescriptorReceived(lingering.detach())
-            assert "sealed memory" in room.rule
 
 
 @pytest.mark.parametrize("size", [0, 1, 98, 100, 4_000_000])

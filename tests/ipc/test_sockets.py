@@ -158,6 +158,15 @@ def test_behind_the_end_nothing_is_read_but_others_are() -> None:
     close(pairs)
 
 
+def test_a_reader_that_is_held_is_not_read_on() -> None:
+    pairs = [socket.socketpair()]
+    reader = Reader(pairs[0][0])
+    pairs[0][1].sendall(b"abcdef")
+    read_now([reader], 9, lambda: reader.taken == b"ab")
+    assert reader.taken == b"ab"
+    close(pairs)
+
+
 def close(pairs: list[tuple[socket.socket, socket.socket]]) -> None:
     for pair in pairs:
         for end in pair:

@@ -120,6 +120,20 @@ def test_answers_that_have_arrived_are_taken_when_dispatch_asks() -> None:
     assert room.log == ["read output", "answer 1"]
 
 
+def test_a_shard_whose_last_words_cannot_be_read_is_gone_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("a defect")
+
+    room = Room(ShardState.SERVING)
+    monkeypatch.setattr(room.place.channel, "catch_up", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        room.place.exit()
+    assert room.shard.state is ShardState.GONE
+    assert room.log[-1] == "DIED"
+
+
 def test_a_shard_is_worn_after_so_many_answers_and_says_so_once() -> None:
     room = Room(ShardState.SERVING)
     room.shard.recycle_after = 2
