@@ -124,11 +124,41 @@ class PassingTransport(TcpTransport, unix.Server):
                 CLOSING.close(fd)
 
     def writeSomeData(self, data: bytes) -> int | ConnectionLost:
-        """As `TcpTransport` does; descriptors that wait leave with the first bytes."""
-        if self._sendmsgQueue:
-            sent: int | ConnectionLost = unix.Server.writeSomeData(self, data)
-            return sent
-        return super().writeSomeData(data)
+        """As `TcpTransport` does; descriptors that wait leave with the first bytes.
+
+        Raise OSError (ETOOMANYREFS) where the system passes no descriptors now, because processes
+        of this user have too many on their way. Nothing has left then, and none waits any more.
+        """
+        waiting = self._sendmsgQueue
+        if not waiting:
+            return super().writeSomeData(data)
+        numbers = array.array("i", waiting)
+        try:
+            sent = self.socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                return 0
+            if error.errno == errno.ETOOMANYREFS:
+                waiting.clear()
+                raise
+            return CONNECTION_LOST
+        waiting.clear()
+        return sent
+
+    def doWrite(self) -> ConnectionDone | ConnectionLost | None:  # type: ignore[override]
+        """Write what waits. Return why the connection has ended, or None.
+
+        Bytes whose descriptors the system does not pass leave without them: the other end misses
+        them as if the kernel had dropped them on their way.
+        """
+        why: ConnectionDone | ConnectionLost | None
+        try:
+            why = super().doWrite()
+        except OSError:
+            why = super().doWrite()
+        return why
 
     def _closeSocket(self, orderly: bool) -> None:
         """Shut the socket down, and leave it to the closing thread.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -180,6 +181,45 @@ def test_descriptors_leave_with_the_first_bytes(passing: Ends) -> None:
         )
     for fd in descriptors:
         os.close(fd)
+
+
+class Refusing:
+    """A socket of a user who has too many descriptors on their way."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+
+def test_descriptors_that_the_system_does_not_pass_are_an_error_and_no_end(passing: Ends) -> None:
+    passing.transport.socket = Refusing(passing.transport.socket)
+    passing.transport.sendFileDescriptor(0)
+    with pytest.raises(OSError, match="Too many references"):
+        passing.transport.writeSomeData(b"with it")
+    assert passing.transport.writeSomeData(b"without") == 7
+    assert passing.theirs.recv(99) == b"without"
+
+
+def test_bytes_that_waited_leave_without_descriptors_that_are_not_passed(passing: Ends) -> None:
+    passing.transport.socket = Refusing(passing.transport.socket)
+    passing.transport.sendFileDescriptor(0)
+    passing.transport.write(b"a box")
+    assert passing.transport.doWrite() is None
+    assert passing.theirs.recv(99) == b"a box"
+    assert passing.transport.connected
+
+
+def test_a_full_socket_takes_no_descriptors(passing: Ends) -> None:
+    while passing.transport.writeSomeData(bytes(65_536)):
+        pass
+    passing.transport.sendFileDescriptor(0)
+    assert passing.transport.writeSomeData(b"x") == 0
+    assert passing.transport._sendmsgQueue == [0]
 
 
 def test_reads_with_which_the_kernel_drops_descriptors_are_counted(passing: Ends) -> None:

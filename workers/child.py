@@ -44,7 +44,7 @@ from ..ipc.messages import (
     drop_question,
     read_question,
 )
-from ..ipc.sockets import has_sent_all, read_now, send_now
+from ..ipc.sockets import has_sent_all, read_now, send_now, send_rest
 from ..protocol.negotiation import Manifest
 from ..protocol.stages import STAGES
 from ..protocol.text import ENCODING, to_wire
@@ -228,10 +228,20 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             self._send(tag, _shortage("cannot pass its answer on", error))
             return
         if isinstance(replies, Memory):
-            self._replies.append(replies)
-        self._send(tag, (replies, *answer[1:]))
+            self._send_memory(tag, replies, answer)
+        else:
+            self._send(tag, (replies, *answer[1:]))
         if self._replies and has_sent_all(self.transport):
             self._replies.clear()
+
+    def _send_memory(self, tag: bytes, replies: Memory, answer: Answer) -> None:
+        """Sends an answer with a descriptor at once, so that its failure is known now."""
+        send_rest(self.transport)
+        self._replies.append(replies)
+        try:
+            self._send(tag, (replies, *answer[1:]))
+        except OSError as error:
+            self._send(tag, _short("cannot pass its answer on", error))
 
     def _send(self, tag: bytes, answer: tuple[Any, ...]) -> None:
         send_now(self.transport, answer_box(tag, answer, self))

@@ -148,8 +148,6 @@ def rules(
         *(Rule("prlimit64", (equal(0, who), equal(2, 0))) for who in (0, pid)),
         # Any flags but huge pages, which all processes share.
         Rule("memfd_create", (masked(1, 0xFFFF_FFFF & ~_MEMFD_FLAGS, 0),)),
-        # An unconnected datagram socket could send to any UNIX socket by its path.
-        Rule("socketpair", (equal(0, socket.AF_UNIX), masked(1, _SOCK_TYPE, socket.SOCK_STREAM))),
         Rule(
             "clone",
             (
@@ -162,6 +160,12 @@ def rules(
         ),
         *(Rule(call, (equal(0, pid),)) for call in ("kill", "tgkill")),
     ]
+    if network or subprocess:
+        # asyncio and multiprocessing need pairs. A process can fill one with descriptors until no
+        # process of its user can pass any, so one without such needs has none. And an unconnected
+        # datagram socket could send to any UNIX socket by its path.
+        stream = masked(1, _SOCK_TYPE, socket.SOCK_STREAM)
+        found.append(Rule("socketpair", (equal(0, socket.AF_UNIX), stream)))
     if subprocess:
         found += [Rule(call) for call in SUBPROCESS]
         if signals_scoped:  # else a milter cannot even end its own children

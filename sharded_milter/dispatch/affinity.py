@@ -32,6 +32,7 @@ class ObjectAffinity:
 
     __slots__ = (
         "_aborted",
+        "_before",
         "_replayable",
         "_sent",
         "_unsent",
@@ -51,6 +52,8 @@ class ObjectAffinity:
         self._aborted = False
         # By slot of the transcript, so that repeated commands take no more memory.
         self._unsent: dict[bytes, bytes] = {}
+        # The state before the last update, in case that cannot be sent.
+        self._before: tuple[bool, int, bool, dict[bytes, bytes]] | None = None
 
     def add_packet(self, slot: bytes, packet: bytes) -> None:
         """Add a packet that was stored in a slot of the transcript's connection part."""
@@ -63,6 +66,12 @@ class ObjectAffinity:
         self._aborted = self._aborted or self._sent > 0
         self._sent = 0
         self.lost = False
+
+    def undo_update(self) -> None:
+        """Record the last update as not sent."""
+        if self._before is not None:
+            self.exists, self._sent, self._aborted, self._unsent = self._before
+            self._before = None
 
     def assign(self, holder: Any, number: int) -> None:
         """Assign a new object, which has received nothing yet, to a holder."""
@@ -91,7 +100,7 @@ class ObjectAffinity:
         rest = passable(message, start)
         if rest is not message:
             start = 0
+        self._before = (self.exists, self._sent, self._aborted, self._unsent)
         self._sent = len(message)
-        self.exists, self._aborted = True, False
-        self._unsent.clear()
+        self.exists, self._aborted, self._unsent = True, False, {}
         return SessionUpdate(self.number, start, connection, rest)

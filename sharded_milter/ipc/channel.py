@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from io import BytesIO
 from typing import Any, Protocol
@@ -109,9 +109,10 @@ class MasterChannel(Boxes, amp.AMP):
         message: bytes | Memory,
         command: bytes | Memory = b"",
     ) -> None:
-        """Send a question; its answer will have the same number. Raise OSError without memory.
+        """Send a question; its answer will have the same number.
 
-        Memory that still grows is copied.
+        Memory that still grows is copied. Raise OSError if the system has no memory or passes no
+        descriptors; then the worker is not asked.
         """
         parts = (connection, message, command)
         memory = [part for part in parts if isinstance(part, Memory)]
@@ -119,12 +120,14 @@ class MasterChannel(Boxes, amp.AMP):
             parts = (passable(connection), passable(message), passable(command))
             memory = [part for part in parts if isinstance(part, Memory)]
         tag = _TAG % number
+        if memory:
+            self._send_all()  # if this question cannot be sent, the others have been
+            self._send(question_box(tag, head, *parts, self), memory)
+            self._unanswered[tag] = number
+            return
         self._to_send.append(question_box(tag, head, *parts, self))
         self._unanswered[tag] = number
-        self._sending += memory
-        # With memory, a descriptor waits in the transport already, which fails if no data follows
-        # it when the socket is writable.
-        if len(self._unanswered) == 1 or memory:
+        if len(self._unanswered) == 1:
             self._send_all()
         elif len(self._to_send) == 1:
             self._reactor.callLater(0, self._send_all)
@@ -148,13 +151,16 @@ class MasterChannel(Boxes, amp.AMP):
         """Write all boxes that wait in one call."""
         boxes, self._to_send = self._to_send, []
         if boxes:
-            has_left = send_now(self.transport, b"".join(boxes))
-            if self._sending:
-                self._release_sent()
-            if not has_left:
-                self._reactor.callLater(
-                    0, self._check_unsent
-                )  # not here: the caller's shard must not be killed now
+            self._send(b"".join(boxes))
+
+    def _send(self, data: bytes, memory: Iterable[Memory] = ()) -> None:
+        has_left = send_now(self.transport, data)
+        self._sending += memory
+        if self._sending:
+            self._release_sent()
+        if not has_left:
+            # Not here: the caller's shard must not be killed now.
+            self._reactor.callLater(0, self._check_unsent)
 
     def _release_sent(self) -> None:
         if has_sent_all(self.transport):

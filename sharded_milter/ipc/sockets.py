@@ -14,7 +14,8 @@ from typing import Any
 def send_now(transport: Any, data: bytes) -> bool:
     """Write `data` at once; leave what the socket does not accept now to the reactor.
 
-    Return whether the socket has accepted all of it.
+    Return whether the socket has accepted all of it. Raise OSError, with nothing sent, if
+    descriptors wait and the system does not pass them.
     """
     sent = sent_now(transport, data)
     if sent < len(data):
@@ -24,12 +25,25 @@ def send_now(transport: Any, data: bytes) -> bool:
 
 
 def sent_now(transport: Any, data: bytes) -> int:
-    """Write as much of `data` as the socket accepts now; return the number of bytes."""
+    """Write as much of `data` as the socket accepts now; return the number of bytes.
+
+    Raise OSError as `send_now` does.
+    """
     if not has_sent_all(transport):
         return 0
     sent = transport.writeSomeData(data)
     # Else the connection is lost, which the reactor will report.
     return sent if isinstance(sent, int) else 0
+
+
+def send_rest(transport: Any) -> None:
+    """Block until the other end has taken all that waits, or is gone."""
+    poll = select.poll()
+    poll.register(transport.fileno(), select.POLLOUT)
+    while transport.dataBuffer or transport._tempDataBuffer:
+        poll.poll()
+        if transport.doWrite() is not None:  # the reactor finds that out too
+            break
 
 
 def unsent_bytes(transport: Any) -> int:

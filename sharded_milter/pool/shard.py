@@ -237,7 +237,7 @@ class Shard:
         return self.manifests[milter : milter + 1] == (manifest,)
 
     def give(self, number: int, job: Job) -> None:
-        """Send a job as the question with that number; raise OSError where memory is short."""
+        """Send a job as the question with that number; raise OSError if it cannot be sent."""
         if self._heartbeat.is_quiet and self._channel.is_idle:
             self._ping()  # if it does not answer this, the job is not to blame
         if job.affinity is None:
@@ -246,7 +246,11 @@ class Shard:
         else:
             update = job.affinity.next_update(job.connection, job.message)
             head = (job.letter, job.milter, update.session, update.start)
-            self._channel.ask(number, head, update.connection, update.message, job.command)
+            try:
+                self._channel.ask(number, head, update.connection, update.message, job.command)
+            except OSError:
+                job.affinity.undo_update()
+                raise
 
     def withdraw(self, number: int) -> None:
         """Ask the worker not to begin the question with that number."""

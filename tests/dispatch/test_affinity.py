@@ -277,3 +277,17 @@ def test_an_object_that_waited_when_its_idle_shard_died_is_lost_with_it() -> Non
     assert (result.job.attempts, result.values) == ([], [])
     home.exit()
     assert isinstance(result.only, WorkerLost)
+
+
+def test_what_has_not_left_does_not_count_as_told() -> None:
+    affinity = mine()
+    affinity.assign(None, 7)
+    affinity.next_update(b"connection", b"mes")
+    affinity.add_packet(b"H", b"helo")
+    for _ in range(2):
+        assert affinity.next_update(b"connection", b"message") == SessionUpdate(
+            7, 0, b"helo", b"sage"
+        )
+        affinity.undo_update()
+    affinity.next_update(b"connection", b"message")
+    assert affinity.next_update(b"connection", b"message") == SessionUpdate(7, 0, b"", b"")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from kernel import required
 from ordinary import as_ordinary_user, ordinary_folder
 
 from .flow import Background, mail, word
@@ -89,6 +90,58 @@ def test_they_are_closed_by_a_master_that_may_start_no_thread(
         until(lambda: liar.done, "the message has its verdict")
         assert word(client.deliver(mail())) == "accept"
         until(lambda: server.descriptors() <= before + 1, "as many are open as before")
+        assert server.unforeseen() == [], server.log()
+
+
+#: As many on their way as any process of the user may have; they stay until the worker ends.
+ON_THEIR_WAY = """
+import errno
+pairs = []
+fd = os.open("/dev/null", 0)
+def fill():
+    pairs.append(socket.socketpair())
+    ours = pairs[-1][0]
+    ours.setblocking(False)
+    while True:
+        numbers = array.array("i", [fd] * 250)
+        try:
+            ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
+        except OSError as error:
+            return error.errno
+while True:
+    if fill() == errno.ETOOMANYREFS:
+        print("no more can be passed", flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--sandbox", "on", "--sandbox-allow", "network")])
+def test_who_has_too_many_on_their_way_costs_no_other_worker(
+    folder: Path, options: tuple[str, ...]
+) -> None:
+    if options:
+        required()
+    with Service(folder, *options) as server, server.client() as client:
+        assert word(client.deliver(mail("large"))) == "accept"
+        Background(server, evil(ON_THEIR_WAY))
+        server.wait_log("no more can be passed")
+        for _ in range(3):
+            assert word(client.deliver(mail("large"))) == "451"
+            assert word(client.deliver(mail())) == "accept"
+        server.wait_log("is replaced: it cannot pass its answer on: Too many references")
+        assert " is gone: " not in server.log()
+        assert server.counters().get("poison", 0) == 0
+        assert server.unforeseen() == [], server.log()
+        server.kill()
+
+
+def test_a_sandboxed_worker_has_no_sockets_to_leave_any_in(folder: Path) -> None:
+    required()
+    with Service(folder, "--sandbox", "on") as server, server.client() as client:
+        assert word(client.deliver(evil(ON_THEIR_WAY))) == "tempfail"
+        assert "PermissionError" in server.log()
+        assert "--sandbox-allow network would allow it" in server.log()
+        assert word(client.deliver(mail("large"))) == "accept"
         assert server.unforeseen() == [], server.log()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -50,11 +51,34 @@ def test_a_question_with_a_descriptor_leaves_at_once_with_what_was_held() -> Non
     room.ask(1)
     room.ask(2)
     room.ask(3, packed(bytes(LARGE)))
-    assert [type(what) for what in room.ours.sent] == [bytes, int, bytes]
+    assert [type(what) for what in room.ours.sent] == [bytes, bytes, int, bytes]
     room.pump()
     assert room.worker.asked == [b"1", b"2", bytes(LARGE)]
     room.clock.advance(0)  # nothing is left to be sent
     assert room.ours.sent == []
+
+
+def test_a_question_whose_memory_the_system_does_not_pass_on_has_not_been_asked() -> None:
+    room = Room()
+    room.ask(1)
+    room.ask(2)
+    memory = packed(bytes(LARGE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            room.ours,
+            "sendFileDescriptor",
+            lambda fd: patch.setattr(room.ours, "writeSomeData", refuse),
+        )
+        with pytest.raises(OSError, match="Too many references"):
+            room.ask(3, memory)
+    room.ask(4, memory)
+    room.pump()
+    assert room.worker.asked == [b"1", b"2", bytes(LARGE)]
+    assert list(room.master._unanswered.values()) == [1, 2, 4]
+
+
+def refuse(data: bytes) -> int:
+    raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
 
 
 def test_a_question_that_does_not_fit_into_a_box_fails_alone() -> None:

@@ -70,6 +70,9 @@ CALLS = (
 )  # fmt: skip
 
 #: A process of the same user that hides its memory, as master and workers do.
+#: A process in the sandbox can make none.
+PAIR = socket.socketpair()
+
 VICTIM = """
 import sys
 from sharded_milter.prctl import hide_memory
@@ -173,6 +176,8 @@ def attempts(ground: Ground) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "vsock", lambda: socket.socket(socket.AF_VSOCK)
     yield "kernel's cryptography", lambda: socket.socket(socket.AF_ALG)
     yield "datagram from a pair", lambda: _datagram(ground.socket + ".datagrams")
+    if not ground.may_fork:
+        yield "pair of sockets", socket.socketpair
     yield "pair of sequenced packets", lambda: socket.socketpair(type=socket.SOCK_SEQPACKET)
     # Terminals, devices
     yield "type on a terminal", lambda: fcntl.ioctl(0, 0x5412, b"x")  # TIOCSTI
@@ -227,8 +232,7 @@ def _run_memory() -> None:
 
 
 def _own_a_pipe(victim: int) -> None:
-    ours, _ = socket.socketpair()
-    fcntl.fcntl(ours, fcntl.F_SETOWN, victim)
+    fcntl.fcntl(PAIR[0], fcntl.F_SETOWN, victim)
 
 
 def _connect(address: str | bytes) -> None:
@@ -264,7 +268,7 @@ def needs(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     def sealed_memory() -> None:
         from sharded_milter.ipc.memory import packed, view_of
 
-        ours, theirs = socket.socketpair()
+        ours, theirs = PAIR
         memory = packed(b"x" * 1_000_000)
         socket.send_fds(ours, [b"x"], [memory.fd])  # type: ignore[union-attr]
         _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
@@ -303,7 +307,6 @@ def needs(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "/dev/null", null
     yield "its own state", Path("/proc/self/status").read_bytes
     yield "local time", lambda: time.strftime("%Z", time.localtime())
-    yield "a pair of sockets", socket.socketpair
     yield "arrays", lambda: array.array("i", [1])
 
 

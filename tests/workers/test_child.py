@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import mmap
 import os
@@ -427,6 +428,30 @@ def test_a_question_that_cannot_be_mapped_is_told_as_such_and_the_next_is_fine(
     assert room.scan(b"x" * 300_000).error == b""
     room.scan(b"")
     assert descriptors() == before
+
+
+def test_an_answer_whose_memory_the_system_does_not_pass_on_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = Room()
+    write = room.theirs.writeSomeData
+
+    def send_descriptor(fd: int) -> None:
+        monkeypatch.setattr(room.theirs, "writeSomeData", refuse)
+
+    def refuse(data: bytes) -> int:
+        monkeypatch.setattr(room.theirs, "writeSomeData", write)
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    monkeypatch.setattr(room.theirs, "sendFileDescriptor", send_descriptor)
+    room.put_scan(1, b"call 1")
+    room.pump()
+    room.master._unanswered[b"q9"] = 9
+    room.child._answer(Answer(replies.ReplaceBody(bytes(60_000)).encode()), b"q9", ())
+    room.pump()
+    why = b"it cannot pass its answer on: Too many references: cannot splice"
+    assert room.answers[9] == Answer(short=why)
+    assert room.child._replies == []
 
 
 @pytest.mark.parametrize(

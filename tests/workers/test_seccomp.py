@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -39,6 +40,14 @@ def holds(rule: Rule, *arguments: int) -> bool:
 
 def allowed(call: str, *arguments: int, **changes: bool) -> bool:
     return any(holds(rule, *arguments) for rule in made(**changes) if rule.call == call)
+
+
+def test_pairs_of_sockets_only_where_a_milter_has_a_use_for_them() -> None:
+    unix, stream = socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC
+    assert not allowed("socketpair", unix, stream)
+    for use in ("network", "subprocess"):
+        assert allowed("socketpair", unix, stream, **{use: True})
+        assert not allowed("socketpair", unix, socket.SOCK_DGRAM, **{use: True})
 
 
 def test_no_call_is_named_twice() -> None:
