@@ -235,13 +235,13 @@ class Child(Boxes, AMPChild):  # type: ignore[misc]  # ampoule is not typed
             self._replies.clear()
 
     def _send_memory(self, tag: bytes, replies: Memory, answer: Answer) -> None:
-        """Sends an answer with a descriptor at once, so that its failure is known now."""
+        """Send an answer with a descriptor at once, so that a failure is known here."""
         send_rest(self.transport)
         self._replies.append(replies)
         try:
             self._send(tag, (replies, *answer[1:]))
         except OSError as error:
-            self._send(tag, _short("cannot pass its answer on", error))
+            self._send(tag, _shortage("cannot pass its answer on", error))
 
     def _send(self, tag: bytes, answer: tuple[Any, ...]) -> None:
         send_now(self.transport, answer_box(tag, answer, self))

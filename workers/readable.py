@@ -33,7 +33,8 @@ _CODE = (".py", ".pyc", ".so", ".zip")
 def readable(milters: Collection[str], hidden: Collection[str]) -> list[str]:
     """Return files and folders that a process with the code of `milters` (files) must read.
 
-    The process must have imported them. No path in `hidden` is returned or below a returned one.
+    The process must have imported them. No path in `hidden` is returned or below a returned one,
+    except the files of `milters` themselves.
     """
     hidden = [os.path.realpath(path) for path in hidden]
     milters = [os.path.realpath(path) for path in milters]
@@ -45,7 +46,8 @@ def readable(milters: Collection[str], hidden: Collection[str]) -> list[str]:
             continue
         path = os.path.realpath(place)
         if not f"{path}/".startswith(covered):
-            found += _code_in(path) if is_wide(path) else _without(path, hidden)
+            for each in _code_in(path) if is_wide(path) else [path]:
+                found += _without(each, hidden)
             covered = tuple(f"{each}/" for each in found)
     return [*found, *(path for path in milters if not _is_in(path, found))]
 
@@ -83,10 +85,12 @@ def _is_in(path: str, folders: Iterable[str]) -> bool:
 
 
 def _without(path: str, hidden: Collection[str]) -> Iterator[str]:
-    """Yield the path; if something hidden is below it, everything beside that."""
+    """Yield the path unless it is hidden, or what lies beside the hidden paths below it."""
+    if _is_in(path, hidden):
+        return
     if not any(_is_in(each, [path]) for each in hidden):
         yield path
-    elif path not in hidden:
+    else:
         for entry in _entries(path):
             yield from _without(entry.path, hidden)
 

@@ -59,6 +59,16 @@ def test_nothing_hidden_is_among_it_and_all_beside_it_is(milter: Path) -> None:
     assert covered(folder / "run/lists/a", readable([str(milter)], [str(folder / "run/keep")]))
 
 
+def test_of_a_hidden_folder_only_a_milter_that_lies_below_it(milter: Path) -> None:
+    (milter.parent / "sub").mkdir()
+    for name in ("other.py", "sub/data"):
+        (milter.parent / name).write_text("x")
+    found = readable([str(milter)], [str(milter.parent.parent)])
+    assert covered(milter, found)
+    for name in ("other.py", "sub/data", "model.bin", "run/keep/a.eml"):
+        assert not covered(milter.parent / name, found), name
+
+
 def test_a_link_to_the_milter_is_followed(milter: Path, tmp_path: Path) -> None:
     (tmp_path / "other.py").symlink_to(milter)
     found = readable([str(tmp_path / "other.py")], [])
@@ -111,6 +121,12 @@ def test_of_a_folder_that_is_too_wide_only_the_code(
     monkeypatch.setattr(
         "sharded_milter.workers.readable.is_wide", lambda folder: folder == str(tmp_path)
     )
+    hidden = tmp_path / "package" / "keep"
+    hidden.mkdir()
+    beside = readable([str(tmp_path / "milter.py")], [str(hidden)])
+    assert covered(tmp_path / "package/__init__.py", beside)
+    assert not covered(hidden, beside)
+    hidden.rmdir()
     found = readable([str(tmp_path / "milter.py")], [])
     for name in ("milter.py", "helper.py", "package"):
         assert covered(tmp_path / name, found), name
