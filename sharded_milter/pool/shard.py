@@ -14,6 +14,7 @@ when its process has exited, not when its socket is closed: a grandchild may hol
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum, auto
@@ -218,9 +219,12 @@ class Shard:
     def start(self, timeout: float) -> None:
         """Start the process, and kill it if it is not ready within `timeout` seconds.
 
-        Raise OSError when the system refuses.
+        Raise OSError if the system refuses, or if the process has ended already.
         """
         self.place.start(self, self._channel)
+        if self.state is ShardState.GONE:  # before the place had started it to the end
+            self._channel.abort()
+            raise OSError(errno.ECHILD, "it has ended at once")
         late = Loss(f"it was not ready within --worker-start-timeout ({timeout:g} s)", Blame.PLACE)
         self._schedule(timeout, ShardEvent.TOO_SLOW, late)
 

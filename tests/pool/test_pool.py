@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from armed import armed
-from one_pool import MANIFEST, Bench, noted, states, texts
+from one_pool import MANIFEST, Bench, FakePlace, noted, states, texts
 from twisted.internet.defer import CancelledError
 from twisted.logger import capturedLogs
 
@@ -162,6 +164,28 @@ def test_a_worker_that_breaks_a_rule_is_replaced_and_its_job_goes_on() -> None:
     bench.answer_all(1 - guilty)
     assert result.only == b"replies"
     assert result.job.blamed == 1  # as by a death: the message may have taken the worker over
+
+
+def test_a_worker_that_ends_before_its_start_returns_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twisted looks for its exit while it starts it."""
+    bench = Bench()
+    real = FakePlace.start
+
+    def start(place: FakePlace, owner: Any, channel: Any) -> None:
+        real(place, owner, channel)
+        place.exit("killed by SIGKILL")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakePlace, "start", start)
+        bench.places[0].exit()
+        bench.clock.advance(bench.limits.respawn_first)
+        assert len(bench.shards) == 2
+        assert bench.places[1].ours.lost
+    bench.clock.advance(bench.limits.respawn_longest)
+    bench.be_ready(len(bench.places) - 1)
+    assert bench.serving == [len(bench.places) - 1]
 
 
 # Resizing
