@@ -31,6 +31,7 @@ from sharded_milter.ipc.boxes import Boxes
 from sharded_milter.ipc.memory import CHUNK, Memory, Received, passable
 from sharded_milter.ipc.messages import (
     ANSWER,
+    MAX_ANSWER,
     Answer,
     LoadFailed,
     Ping,
@@ -48,6 +49,10 @@ MAX_CATCH_UP = 16
 # Bytes that may wait to be sent to a worker that does not read. It has at most 8 questions, each
 # with 3 inline parts of up to 48 KB: 1.2 MB, and some bytes to withdraw them.
 MAX_UNSENT = 4 * 1024 * 1024
+
+# Steps of reading the large answers that a dead worker has left. Each takes about 2 ms, and the
+# largest answer takes half of them.
+LAST_STEPS = 2 * MAX_ANSWER // CHUNK
 
 # Memory up to this size is read at once, which takes less than a millisecond.
 MAX_READ_AT_ONCE = CHUNK // 4
@@ -98,6 +103,7 @@ class MasterChannel(Boxes, amp.AMP):
         self._stopped_reading = False
         self._lost = 0  # descriptors that the kernel has dropped, and that are accounted for
         self._large: CooperativeTask[Iterator[None]] | None = None  # reads a large answer
+        self._steps: Iterator[None] = iter(())  # of reading it
 
     # Questions
 
@@ -236,7 +242,8 @@ class MasterChannel(Boxes, amp.AMP):
         self.pause()
         next_iteration: Any = partial(self._reactor.callLater, 0)
         cooperator = Cooperator(scheduler=next_iteration)
-        self._large = cooperator.cooperate(self._slices(number, values))
+        self._steps = self._slices(number, values)
+        self._large = cooperator.cooperate(self._steps)
         self._large.whenDone().addErrback(self._large_failed)
 
     def _slices(self, number: int, values: list[Any]) -> Iterator[None]:
@@ -270,6 +277,7 @@ class MasterChannel(Boxes, amp.AMP):
     def _cancel_large(self) -> None:
         if self._large is not None:
             large, self._large = self._large, None
+            self._steps = iter(())
             large.stop()
 
     # The end
@@ -291,12 +299,21 @@ class MasterChannel(Boxes, amp.AMP):
             super().fileDescriptorReceived(descriptor)
 
     def catch_up(self) -> None:
-        """Read the answers that have arrived, up to one that is large and still being read.
-
-        A large answer that is not complete when its worker exits is lost.
-        """
+        """Read the answers that have arrived, up to one that is large and still being read."""
         if getattr(self.transport, "connected", False) and not self._paused:
             read_now([self.transport], MAX_CATCH_UP, lambda: self._paused)
+
+    def finish(self) -> None:
+        """Read the answers that the worker has sent before its end, also the large ones.
+
+        An answer that needs more than LAST_STEPS is lost with its worker.
+        """
+        self.catch_up()
+        for _ in range(LAST_STEPS):
+            if self._large is None:
+                break
+            next(self._steps, None)
+            self.catch_up()
 
     def shut_down(self) -> None:
         """Tell the worker to exit after its answers."""
@@ -314,13 +331,15 @@ class MasterChannel(Boxes, amp.AMP):
         """Tell the shard that the socket is closed; the worker's exit gives the reason."""
         self._to_send.clear()
         self._sending.clear()
-        self._arrived.close()
+        if self._large is None:  # else the boxes behind it must still claim their memory
+            self._arrived.close()
         super().connectionLost(reason)
         self._owner.channel_closed()
 
     def abort(self) -> None:
         """Close the socket at once."""
         self._cancel_large()
+        self._arrived.close()
         transport: Any = self.transport
         if transport is not None:
             transport.abortConnection()

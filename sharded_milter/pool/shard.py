@@ -353,7 +353,7 @@ class Shard:
         self._is_closed = True
         self._dispatcher.unavailable(self)
         try:
-            self._channel.catch_up()
+            self._channel.finish()
         finally:  # an error here must not lose the shard's jobs and its slot
             self._handle_event(ShardEvent.EXITED, reason)
 

@@ -19,7 +19,7 @@ from twisted.protocols import amp
 
 from sharded_milter.ipc.channel import MAX_CATCH_UP, MAX_READ_AT_ONCE, MasterChannel
 from sharded_milter.ipc.memory import CHUNK, Memory, packed
-from sharded_milter.ipc.messages import WITHDRAWN, Answer, LoadFailed, Ready, answer_box
+from sharded_milter.ipc.messages import MAX_ANSWER, WITHDRAWN, Answer, LoadFailed, Ready, answer_box
 from sharded_milter.protocol.wire import frame
 
 # Questions
@@ -296,6 +296,51 @@ def test_a_large_answer_that_is_not_read_whole_is_given_up_with_its_worker() -> 
     room.master.abort()
     room.work()
     assert room.owner.heard == []
+    assert descriptors() == before
+
+
+def test_all_large_answers_that_a_worker_has_left_are_read_at_its_end() -> None:
+    before = descriptors()
+    room = Room()
+    room.say((1, Answer(in_memory(bytes(3 * CHUNK)))), (2, Answer()))
+    room.say((3, Answer(in_memory(bytes(MAX_READ_AT_ONCE + 1)))), (4, Answer()))
+    room.pump()
+    assert room.owner.heard == []
+    room.master.finish()
+    assert [number for _, number, _ in room.owner.heard] == [1, 2, 3, 4]
+    room.work()
+    assert len(room.owner.heard) == 4
+    assert descriptors() == before
+
+
+def test_who_leaves_more_to_be_read_than_the_largest_answer_is_not_read_on() -> None:
+    before = descriptors()
+    room = Room()
+    room.say(*((n, Answer(in_memory(bytes(MAX_ANSWER)))) for n in range(3)))
+    room.pump()
+    room.master.finish()
+    assert [number for _, number, _ in room.owner.heard] == [0]
+    room.master.abort()
+    room.work()
+    assert len(room.owner.heard) == 1
+    assert descriptors() == before
+
+
+def test_memory_that_came_before_the_socket_was_lost_is_still_claimed() -> None:
+    before = descriptors()
+    room = Room()
+    room.say(
+        (1, Answer(in_memory(bytes(MAX_READ_AT_ONCE + 1)))), (2, Answer(in_memory(bytes(LARGE))))
+    )
+    room.pump()
+    room.lose()
+    room.work()
+    assert [what[:2] for what in room.owner.heard] == [
+        ("closed",),
+        ("answered", 1),
+        ("answered", 2),
+    ]
+    room.master.abort()  # its exit follows
     assert descriptors() == before
 
 

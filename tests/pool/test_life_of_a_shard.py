@@ -127,7 +127,7 @@ def test_a_shard_whose_last_words_cannot_be_read_is_gone_all_the_same(
         raise RuntimeError("a defect")
 
     room = Room(ShardState.SERVING)
-    monkeypatch.setattr(room.place.channel, "catch_up", fail)
+    monkeypatch.setattr(room.place.channel, "finish", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         room.place.exit()
     assert room.shard.state is ShardState.GONE
