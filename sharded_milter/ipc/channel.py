@@ -32,6 +32,7 @@ from sharded_milter.ipc.memory import CHUNK, Memory, Received, passable
 from sharded_milter.ipc.messages import (
     ANSWER,
     MAX_ANSWER,
+    UNCOUNTED,
     Answer,
     LoadFailed,
     Ping,
@@ -54,8 +55,9 @@ MAX_UNSENT = 4 * 1024 * 1024
 # largest answer takes half of them.
 LAST_STEPS = 2 * MAX_ANSWER // CHUNK
 
-# Memory up to this size is read at once, which takes less than a millisecond.
-MAX_READ_AT_ONCE = CHUNK // 4
+# Memory up to this size is read at once, which takes less than a millisecond. Larger memory is read
+# in steps, and its packets are counted.
+MAX_READ_AT_ONCE = UNCOUNTED
 
 # The prefix and the form of a question's tag. AMP's own tags are plain numbers.
 _OURS = b"q"

@@ -43,6 +43,9 @@ MAX_PACKETS = 32_768
 # Bytes of the notes and of the log records of one answer, each: they are kept with every message.
 MAX_NOTES = 1024 * 1024
 
+# Up to here there cannot be more of them, however small they are.
+UNCOUNTED = PAYLOAD * MAX_PACKETS
+
 _COUNTED_AT_A_TIME = 4096
 
 # The letter of the end-of-session notice to an object; its reply is ignored.
@@ -130,7 +133,7 @@ def count_packets(replies: bytes) -> Iterator[None]:
 
 def check_answer(replies: bytes) -> None:
     """Raise BrokenRule for more bytes or packets than an answer may have."""
-    if len(replies) > PAYLOAD * MAX_PACKETS:
+    if len(replies) > UNCOUNTED:
         ANSWER.check(b"replies", len(replies))
         deque(count_packets(replies), 0)
 

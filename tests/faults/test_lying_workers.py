@@ -117,6 +117,10 @@ LIES = {
         "fd = memory(bytes((0, 0, 0, 1, 98)) * 20_000_000); send(said(fd, 100_000_000), fd)",
         "more than 32768 packets",
     ),
+    "fewer tiny packets": (
+        "fd = memory(bytes((0, 0, 0, 1, 98)) * 200_000); send(said(fd, 1_000_000), fd)",
+        "more than 32768 packets",
+    ),
     "endless box": (
         "n = 0\nwhile True:\n send(b'\\0\\2k%d\\xff\\xff' % n + bytes(65535)); n = (n + 1) % 10",
         "a box of more than 8 values",

@@ -247,7 +247,7 @@ class Channels(RuleBasedStateMachine):
 
     @rule(
         which=WHICH,
-        size=st.sampled_from([1, 5, 60_000, 2_000_000, MAX_ANSWER + 5]),
+        size=st.sampled_from([1, 5, 60_000, 1_000_000, 2_000_000, MAX_ANSWER + 5]),
         wrong=st.sampled_from([0, 0, 0, 1, -1]),
         content=st.sampled_from(sorted(CONTENTS)),
         seals=st.sampled_from([SEALS, SEALS, SEALS, 0, fcntl.F_SEAL_WRITE]),
