@@ -79,7 +79,11 @@ class Retries:
     def _save(self, keep: KeepDir, job: Job) -> None:
         if self._saving.acquire(blocking=False):
             name, message = job.digest.hex()[:16], job.message  # which the job frees soon
-            keep.run(lambda: self._write(keep, name, message))
+            try:
+                keep.run(lambda: self._write(keep, name, message))
+            except RuntimeError as error:  # the system allows no thread: the death still counts
+                self._saving.release()
+                self.log.error("cannot keep a copy: {why}", why=str(error))
         else:
             self.log.error("cannot keep a copy: {n} are being written", n=MAX_SAVING)
 

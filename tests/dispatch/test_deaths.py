@@ -328,6 +328,18 @@ def test_a_slow_disk_holds_nothing_up_and_few_messages_in_memory(tmp_path: Path)
     assert said.count(f"cannot keep a copy: {MAX_SAVING} are being written") == 1
 
 
+def test_where_no_thread_can_keep_a_copy_the_message_is_poison_all_the_same(tmp_path: Path) -> None:
+    def refuse(write: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    workers = Workers(1, Keep(tmp_path, 10_000, refuse))
+    with capturedLogs() as events:
+        for number in range(MAX_SAVING + 1):
+            poisoned(workers, message(Body(b"%d" % number)))
+    said = [event["log_format"].format(**event) for event in events]
+    assert said.count("cannot keep a copy: can't start new thread") == MAX_SAVING + 1
+
+
 def test_a_shard_is_named_in_the_log_when_it_dies() -> None:
     workers = Workers(2)
     workers.submit(queue_id="4F1")
