@@ -25,6 +25,9 @@ from sharded_milter.closing import CLOSING
 # Bytes of ancillary data of one read: more descriptors than the kernel passes with it (253).
 _ANCILLARY = 4096
 
+# What the system says of writing to an end that is closed.
+_CLOSED = (errno.EPIPE, errno.ECONNRESET)
+
 _UNNAMED: Any = UNIXAddress(None)
 _ADDRESSES = {socket.AF_INET: IPv4Address, socket.AF_INET6: IPv6Address}
 
@@ -126,20 +129,26 @@ class PassingTransport(TcpTransport, unix.Server):
     def writeSomeData(self, data: bytes) -> int | ConnectionLost:
         """As `TcpTransport` does; descriptors that wait leave with the first bytes.
 
+        What is written to an end that is closed is dropped: the connection's end is found by
+        reading, behind all that the other end has sent before it.
+
         Raise OSError (ETOOMANYREFS) where the system passes no descriptors now, because processes
         of this user have too many on their way. Nothing has left then, and none waits any more.
         """
         waiting = self._sendmsgQueue
-        if not waiting:
-            return super().writeSomeData(data)
-        numbers = array.array("i", waiting)
         try:
+            if not waiting:
+                return self.socket.send(data)
+            numbers = array.array("i", waiting)
             sent = self.socket.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)])
         except BlockingIOError:
             return 0
         except OSError as error:
             if error.errno == errno.ENOBUFS:
                 return 0
+            if error.errno in _CLOSED:
+                waiting.clear()
+                return len(data)
             if error.errno == errno.ETOOMANYREFS:
                 waiting.clear()
                 raise

@@ -214,6 +214,20 @@ def test_bytes_that_waited_leave_without_descriptors_that_are_not_passed(passing
     assert passing.transport.connected
 
 
+def test_what_an_end_had_sent_before_it_was_closed_is_read_though_it_is_written_to(
+    passing: Ends,
+) -> None:
+    passing.theirs.send(b"answer")
+    passing.theirs.close()
+    assert passing.transport.writeSomeData(b"question") == 8
+    passing.transport.sendFileDescriptor(0)
+    passing.transport.write(b"another")
+    assert passing.transport.doWrite() is None
+    assert passing.transport.doRead() is None
+    assert passing.protocol.given == [b"answer"]
+    assert passing.transport.doRead() is CONNECTION_DONE
+
+
 def test_a_full_socket_takes_no_descriptors(passing: Ends) -> None:
     while passing.transport.writeSomeData(bytes(65_536)):
         pass
