@@ -236,7 +236,7 @@ class Envelope:
 class Message:
     """A message: envelope, header fields, body. `bytes(message)` is its RFC 5322 form.
 
-    The body is joined from `chunks`, and so copied, when it is read for the first time.
+    The body is joined from `chunks`, which copies it, at its first use.
     """
 
     envelope: Envelope
@@ -255,7 +255,7 @@ class Message:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> bytes:
-            """Join the body, of a message that has none yet."""
+            """Join the body at its first use."""
             if name != "body" or "_chunks" not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             body = self.__dict__["body"] = b"".join(self._chunks)
@@ -266,10 +266,10 @@ class Message:
 
     @property
     def chunks(self) -> tuple[memoryview, ...]:
-        """The body as the MTA has sent it, in read-only chunks that are not copied.
+        """The body in read-only chunks, as the MTA sent them; they are not copied.
 
-        Postfix and Sendmail send 65,535 bytes at a time. To look at chunk after chunk costs a large
-        message least; a chunk that is kept keeps the whole message in memory.
+        Postfix and Sendmail send 65,535 bytes at a time. For a large message, reading the chunks
+        one by one costs the least. A chunk that is kept keeps the whole message in memory.
         """
         chunks: tuple[memoryview, ...] | None = self.__dict__.get("_chunks")
         return (memoryview(self.body),) if chunks is None else chunks
@@ -305,7 +305,7 @@ class Message:
 
     @property
     def size(self) -> int:
-        """The length of `bytes(message)` in bytes."""
+        """The length of `bytes(message)` in bytes, computed without joining the message."""
         return sum(map(len, map(bytes, self.headers))) + 2 + sum(map(len, self.chunks))
 
     def parsed(self) -> EmailMessage:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # they import Twisted, which must not delay the report of an 
     from sharded_milter.mta.accepting import AcceptReactor
     from sharded_milter.mta.members import Member
     from sharded_milter.pool.descendants import Descendants
-    from sharded_milter.pool.shard import Shard
+    from sharded_milter.pool.shard import Shard, ShardOwner
 
     class DaemonReactor(AcceptReactor, Protocol):
         """Twisted's reactor, as far as it is used here."""
@@ -173,7 +173,7 @@ def shard_maker(
     reactor: ReactorTime,
     open_files: int,
     descendants: Descendants | None = None,
-) -> Callable[[int, Any], Shard]:
+) -> Callable[[int, ShardOwner], Shard]:
     """Return the function with which the pool makes a new shard.
 
     `open_files` is the workers' limit of file descriptors: the limit before the master raised it.
@@ -182,7 +182,7 @@ def shard_maker(
     from sharded_milter.pool.spawned import Spawned, WorkerConfig, worker_environment
 
     extra = {SCANNER_RULES: settings.scanner_rules} if settings.scanner_rules else {}
-    workplace = WorkerConfig(
+    worker = WorkerConfig(
         specs,
         worker_environment(os.environ, extra),
         settings.nice,
@@ -194,9 +194,9 @@ def shard_maker(
         descendants,
     )
 
-    def make(slot: int, events: Any) -> Shard:
-        place = Spawned(workplace, slot, reactor)
-        return Shard(slot, place, dispatcher, events, reactor)
+    def make(slot: int, owner: ShardOwner) -> Shard:
+        place = Spawned(worker, slot, reactor)
+        return Shard(slot, place, dispatcher, owner, reactor)
 
     return make
 

@@ -104,7 +104,7 @@ class ParsedTranscript:
         return Headers(Lazy(_fields, self.headers, leading_space))
 
     def message_value(self) -> Message:
-        """Return the whole message."""
+        """Return the whole message; its content is not copied."""
         return Message.from_chunks(self.envelope_value(), self.headers_value(), self.chunks)
 
     def _macros_at(self, stages: bytes) -> Macros:

@@ -44,6 +44,6 @@ def test_a_daemon_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(StartError) as caught:
         measure(plan, 1, lambda seconds, answered: None)
     assert str(caught.value) == (
-        f"the server ended with {-signal.SIGKILL} while it was measured"
+        f"the daemon ended with {-signal.SIGKILL} while it was measured"
     ) or "closed the connection" in str(caught.value)
     assert "ready with 1 workers" in caught.value.details
