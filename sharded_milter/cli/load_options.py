@@ -18,8 +18,8 @@ from rich.console import Console, RenderableType
 
 from sharded_milter import __version__, descriptors
 from sharded_milter.errors import NotWritten, UsageError
-from sharded_milter.ops.config import ParamType, Seconds
 from sharded_milter.ops.cpus import usable_cpus
+from sharded_milter.ops.option_types import ParamType, Seconds
 from sharded_milter.protocol.packets import Packet
 from sharded_milter.sizing.bottleneck import counted
 from sharded_milter.sizing.measurement import Measurement
