@@ -1,4 +1,4 @@
-"""Registering callbacks, and what each stage may answer: every cell of the table."""
+"""Registering callbacks, and the verdicts of each stage: every cell of the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the MTA has said, as values: spelling, look-up, and a message that is byte-exact."""
+"""The values that callbacks get: spelling, look-up, and a byte-exact message."""
 
 from __future__ import annotations
 

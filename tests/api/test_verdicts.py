@@ -1,4 +1,4 @@
-"""What a constructor refuses: everything that the wire cannot carry, named."""
+"""Constructors refuse every value that cannot be sent, and name it."""
 
 from __future__ import annotations
 

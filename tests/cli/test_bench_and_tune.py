@@ -42,7 +42,7 @@ def own(tmp_path: Path) -> Path:
 def command(
     *arguments: str, grace: float = load.GRACE, limits: tuple[int, int] | None = None
 ) -> list[str]:
-    # Whoever runs the tests in the background may have made it deaf to Ctrl-C.
+    # SIGINT is ignored if the tests run in the background of a shell.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"import resource; {limits} and resource.setrlimit(resource.RLIMIT_NOFILE, {limits});"
@@ -252,7 +252,7 @@ def test_an_interrupt_leaves_nothing_behind(
 ) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    # The scan says which processes there are, and hangs as soon as nobody listens any more.
+    # The scan writes the ids of its processes, and hangs when the pipe has no reader any more.
     line = f"import os; open({str(fifo)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}\\n')"
     own.write_text(MILTER.format(line=line))
     arguments = command("bench", str(own) + ":milter", "--workers", "1")

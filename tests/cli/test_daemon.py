@@ -1,4 +1,4 @@
-"""The daemon up to the point where its reactor runs; from there on it is run for real elsewhere."""
+"""The daemon up to the point where its reactor runs; other tests run it for real."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from sharded_milter.pool import spawned as spawning
 
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[None]:
-    """Signal handlers, limits and garbage of the test's own process are as before afterwards."""
+    """Restore signal handlers, limits and the garbage collector of this process."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTTIN,
                signal.SIGTTOU, signal.SIGUSR2]  # fmt: skip
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -63,7 +63,7 @@ def socket_path(tmp_path: Path) -> Path:
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Settings:
-    """What the daemon would serve."""
+    """Return the settings that the daemon would serve."""
     served: list[Settings] = []
 
     def keep(settings: Settings) -> int:
@@ -148,7 +148,7 @@ def test_a_keep_dir_is_looked_at_with_the_rights_that_will_use_it(
 
 
 class FakeServer:
-    """Starts and stops as the test says."""
+    """A server that starts and stops when the test does it."""
 
     def __init__(self, listeners: list[Any], *rest: Any, **more: Any) -> None:
         from twisted.internet.defer import Deferred
@@ -181,7 +181,7 @@ class FakeServer:
 
 
 class FakeReactor(Clock):
-    """Runs what it is told to, until it is told to stop."""
+    """A reactor that runs scripted calls until it is stopped."""
 
     def __init__(self, script: Any) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class FakeReactor(Clock):
 
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serves with a fake reactor and server, which do what the script says."""
+    """Return a function that serves with a fake reactor and server, by a script."""
 
     def run(script: Any, *arguments: str) -> int:
         chosen = settings(monkeypatch, "--allow-root", *arguments)

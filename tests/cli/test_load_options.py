@@ -1,4 +1,4 @@
-"""What `bench` and `tune` are told becomes what the daemon and the load client are told."""
+"""The options of `bench` and `tune` reach the daemon and the load client."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sharded_milter.testing.load import UNLIMITED, Result
 
 
 class Paper(Screen):
-    """A screen that can be read."""
+    """A screen whose output can be read."""
 
     @classmethod
     def blank(cls, *, terminal: bool = False) -> Paper:
@@ -44,12 +44,12 @@ class Paper(Screen):
         return cls(console(), console())
 
     def read(self) -> tuple[str, str]:
-        """What was said, and the warnings."""
+        """Return the output and the warnings."""
         return self.out.file.getvalue(), self.err.file.getvalue()  # type: ignore[attr-defined]
 
 
 def planned(*arguments: str, counts: tuple[int, ...] = (1, 2)) -> tuple[Plan, str, str]:
-    """The plan of a command line, and what was said about it."""
+    """Return the plan of a command line, and the output about it."""
     paper = Paper.blank()
 
     @click.command()

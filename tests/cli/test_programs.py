@@ -1,4 +1,4 @@
-"""Both programs: every mistake of the operator is one line and an exit code of sysexits(3)."""
+"""Both programs: each mistake of an operator gives one line and an exit code of sysexits(3)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sharded_milter.errors import (
 def ended(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs a program with arguments; its exit code, what it printed, and its complaints."""
+    """Run a program; return its exit code, standard output and standard error."""
 
     def end(command: click.Command, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["test", *arguments])

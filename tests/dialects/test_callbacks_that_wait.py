@@ -1,4 +1,4 @@
-"""Steps: plain calls stay plain, and what must be awaited is awaited in its place."""
+"""Steps: plain calls stay plain, and awaitables are awaited in order."""
 
 from __future__ import annotations
 

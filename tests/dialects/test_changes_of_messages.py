@@ -1,4 +1,4 @@
-"""The changes of a message: the packet of each call, their order, and what is refused."""
+"""The changes of a message: the packet of each call, their order, and refused calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def index(number: int) -> bytes:
 
 
 def names(cases: Iterable[tuple[Any, ...]]) -> list[str]:
-    """Names of cases that are the same in every process: no object's address is in them."""
+    """Return names of cases without addresses of objects, equal in every process."""
     return [f"{number}-{case[0].__name__}" for number, case in enumerate(cases)]
 
 

@@ -1,4 +1,4 @@
-"""Classes and factories as milters: what the master is told of them, and what is refused."""
+"""Classes and factories as milters: their manifests, and refused ones."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ class Factory(MilterFactory):
 
 
 class OwnFactory:
-    """A factory of no base class."""
+    """A factory without a base class."""
 
     def build_milter(self, protocol: Any) -> Milter:
         return Greets(self, protocol)

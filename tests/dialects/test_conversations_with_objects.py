@@ -1,4 +1,4 @@
-"""Whole conversations with an object: which callbacks it gets, in which order, and when it ends."""
+"""Whole conversations with an object: its callbacks, their order, and the ends."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ Script = dict[str, list[ReturnCodes]]
 
 
 def follows(script: Script, **options: Any) -> Watched:
-    """A milter whose n-th call of a callback is answered by the script, over and over again."""
+    """A milter whose callbacks return the codes of a script, which is repeated."""
     counts = dict.fromkeys(script, 0)
 
     def answer_of(name: str) -> Any:
@@ -429,7 +429,7 @@ def test_what_a_callback_raises_is_passed_on_and_the_message_is_aborted_later(
 
 
 def test_what_nobody_waits_for_fails_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its traceback is in the log, and the next message is none of its business."""
+    """Its traceback is logged, and the next message is not affected."""
 
     def broken(milter: Any) -> None:
         raise ZeroDivisionError

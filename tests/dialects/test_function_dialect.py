@@ -1,4 +1,4 @@
-"""Milters made of functions: what the master is told of them, and what their callbacks get."""
+"""Milters that are functions: their manifests, and the arguments of their callbacks."""
 
 from __future__ import annotations
 

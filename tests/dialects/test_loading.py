@@ -1,4 +1,4 @@
-"""Loading a milter from what the operator wrote: file or module, and every way to fail."""
+"""Loading a milter from a file or a module, and every way to fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ milter.eom(lambda message: None)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current directory, and afterwards the modules and the path as before."""
+    """Return an empty current directory; restore modules and path afterwards."""
     monkeypatch.chdir(tmp_path)
     before, path = set(sys.modules), list(sys.path)
     sys.path[:] = [entry for entry in path if entry]
@@ -292,7 +292,7 @@ def test_a_script_is_its_file_and_what_lies_beside_it(folder: Path, name: str) -
 
 
 class Refuses:
-    """Stands in for a module, and for nothing else."""
+    """An object in `sys.modules` whose attributes cannot be read."""
 
     def __getattr__(self, name: str) -> Any:
         raise ImportError(name)

@@ -1,4 +1,4 @@
-"""Macros: which of them a milter finds, by libmilter's rules, against a model of them."""
+"""Macros by libmilter's rules, compared with a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ events = st.lists(st.one_of(macros, reached), max_size=12)
 
 
 def modelled(history: list[Event], names: tuple[str, ...]) -> str | None:
-    """The value that libmilter would find, looked up in the history from its end."""
+    """Return the value that libmilter would find: the last in the history."""
     known: dict[int, dict[str, str]] = {}
     for kind, letter, values in history:
         number = NUMBERS.get(letter)

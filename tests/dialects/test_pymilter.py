@@ -1,4 +1,4 @@
-"""The stand-in for pymilter's C half: what a script says to it, and what it does with jobs."""
+"""The stand-in for pymilter's C half: the calls of a script, and its jobs."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_main_needs_somebody_who_serves(module: Any) -> None:
 
 
 class Play:
-    """A script's callbacks at work: each writes down what it gets and returns what it is told."""
+    """A script's callbacks, which record their arguments and return scripted values."""
 
     def __init__(self, script: Registration, **answers: Any) -> None:
         self.script = script
@@ -255,7 +255,7 @@ class Play:
     def ask(
         self, *message: Packet, offer: commands.Negotiate = OFFER, client: Packet = CLIENT
     ) -> list[Packet]:
-        """What a new connection's last command is answered."""
+        """Return the answer to the last command of a new connection."""
         manifest = self.dialect.manifest
         agreed = commands.Negotiate(
             6,
@@ -503,7 +503,7 @@ def test_connections_that_are_left_are_closed(play: Play) -> None:
 
 @pytest.fixture
 def at_eom(play: Play) -> Callable[[Callable[[Any], Any]], list[Packet]]:
-    """What is sent when this is done at the end of a message."""
+    """Return the packets that this call sends at end of message."""
     play.register().load()
 
     def at_eom(act: Callable[[Any], Any]) -> list[Packet]:

@@ -1,4 +1,4 @@
-"""An author's threads that look at the same value for the first time see all of it, each."""
+"""Threads that use a value for the first time each see all of it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reading() -> transcript.ParsedTranscript:
 def seen_by_two(
     monkeypatch: pytest.MonkeyPatch, where: object, decoder: str, look: Callable[[], Any]
 ) -> tuple[Any, Any]:
-    """What two threads see; the second one looks when the first has decoded a part."""
+    """Return what two threads read; the second begins while the first decodes."""
     half_way, go_on = Event(), Event()
     decode, calls = getattr(where, decoder), count()
 

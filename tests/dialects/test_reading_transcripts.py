@@ -1,4 +1,4 @@
-"""From the packets of a conversation to what an author sees."""
+"""Parsing a transcript into the values that callbacks get."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_bytes_of_the_message_are_those_of_the_mail(
 def test_an_envelope_that_grows_is_read_as_if_it_were_read_whole(
     conversation: list[list[str]], data: st.DataObject
 ) -> None:
-    """Messages of several connections, asked about at any places in any order."""
+    """Parse messages of several connections, up to any place and in any order."""
     pieces = {
         "M": commands.Mail("<a@x>"), "R": commands.Rcpt("<b@x>"), "r": replies.Reject(),
         "D": commands.Macro("R", (("i", "1"),)), "T": commands.Data(),

@@ -1,4 +1,4 @@
-"""From verdicts to packets: each action's packet, and the order they are sent in."""
+"""Encoding verdicts: the packet of each action, and their order."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_deletion_that_is_said_twice_is_done_once() -> None:
 
 
 def deleted_by(mta_renumbers: bool, sent: Sequence[Packet], count: int) -> list[int]:
-    """Which of `count` fields of one name are left, by the MTA's way of counting."""
+    """Return which of `count` fields are left, with the MTA's way of counting."""
     fields: list[int | None] = list(range(1, count + 1))
     for packet in sent:
         assert isinstance(packet, replies.ChangeHeader)

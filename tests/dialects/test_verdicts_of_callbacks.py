@@ -1,4 +1,4 @@
-"""What each callback of an object may answer, and may call: every cell, and what is heard."""
+"""The return codes and the calls of each callback: every cell of the table."""
 
 from __future__ import annotations
 

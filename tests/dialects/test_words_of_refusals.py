@@ -1,4 +1,4 @@
-"""smfi_setreply and smfi_setmlreply: what is said, by libmilter's rules, and what is refused."""
+"""smfi_setreply and smfi_setmlreply: the reply text, and refused arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A milter that is an object and writes down what it is asked; and packets to ask it with."""
+"""A milter that is an object and records its callbacks; and packets for its jobs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALL_PROTOCOL = 0x1FFFFF
 def agreed(
     actions: int = ALL_ACTIONS, protocol: int = Protocol.HDR_LEADSPC, offered: int = ALL_PROTOCOL
 ) -> list[Packet]:
-    """What the MTA offers, and what was answered."""
+    """Return the packets of a negotiation: the MTA's offer and the reply."""
     return [
         commands.Negotiate(6, ALL_ACTIONS, offered),
         commands.Negotiate(6, actions, int(protocol)),
@@ -60,14 +60,14 @@ def packed(packets: Iterable[Packet]) -> bytes:
 
 
 class Turn:
-    """Something to await: one turn of whoever drives the coroutine."""
+    """An awaitable that suspends its coroutine once."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield
 
 
 def awaited(answer: bytes | Awaitable[bytes]) -> bytes:
-    """The answer, whatever it waits for being given None."""
+    """Return the answer; everything that it awaits gives None."""
     if isinstance(answer, bytes):
         return answer
     steps = answer.__await__()
@@ -128,14 +128,14 @@ class Watched:
         return answer(milter) if callable(answer) else answer
 
     def ask(self, *packets: Packet, session: int = 1) -> bytes:
-        """The answer to the last of the packets."""
+        """Return the answer to the last of the packets."""
         return awaited(self.dialect.answer(Stage.EOM, b"", packed(packets), session))
 
     def close(self, session: int = 1) -> bytes:
-        """The connection is over."""
+        """End the connection."""
         return awaited(self.dialect.answer(None, b"", b"", session))
 
     @property
     def names(self) -> list[str]:
-        """The names of the callbacks that were called."""
+        """Return the names of the callbacks that were called."""
         return [name for name, *_ in self.calls]

@@ -89,7 +89,7 @@ NO_OPTIONS = {"respawn_first", "respawn_longest", "max_waiting"}
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty directory, and no variable of ours."""
+    """Change to an empty directory, and remove our variables."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.startswith("SHARDED_MILTER_"):
@@ -97,7 +97,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(*arguments: str) -> Settings:
-    """What the arguments, the environment and the file come to."""
+    """Return the settings of arguments, environment and file."""
     seen: list[Settings] = []
 
     @click.command()
@@ -122,7 +122,7 @@ def exit_code(command: click.Command, *arguments: str) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """The exit code and the one line that is printed."""
+    """Return the exit code and the one line that is printed."""
 
     @click.command()
     @with_options
@@ -219,7 +219,7 @@ def test_milters_are_named_in_all_three_places(where: str, monkeypatch: pytest.M
 def test_behind_a_script_come_its_own_arguments(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever they look like; its socket counts where no other is named."""
+    """They are not checked; the script's socket is used unless another is given."""
     arguments = ["--pymilter", "s.py", "--", "--socket", "unix:/s", "-P"]
     if where in ("environment", "both"):
         monkeypatch.setenv("SHARDED_MILTER_PYMILTER", "s.py")

@@ -1,4 +1,4 @@
-"""How many CPUs this process may really use."""
+"""The number of CPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sharded_milter.ops.cpus import usable_cpus
 
 @pytest.fixture(autouse=True)
 def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The affinity mask of these tests."""
+    """Set the affinity mask of these tests."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
 
 
 def counted(root: Path, own: str, **files: str) -> int:
-    """The CPUs for a process in its `own` cgroups, with files below the mount."""
+    """Return the CPUs for a process with these cgroups and files below the mount."""
     (root / "own").write_text(own)
     for name, content in files.items():
         path = root / "mount" / name

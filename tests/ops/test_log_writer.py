@@ -1,4 +1,4 @@
-"""Writing to a log whose reader is slow, gone or full. Only time and the notice are the test's."""
+"""Writing to a log that is slow, closed or full, with a fake clock and notice."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def notice(dropped: int) -> bytes:
 
 
 class Pipe:
-    """A pipe to a reader that reads when the test says so."""
+    """A pipe whose reader reads when the test does it."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
         fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, PIPE)
 
     def fill(self, writer: LogWriter) -> int:
-        """Writes lines until some wait; returns how many."""
+        """Write lines until some are buffered; return their number."""
         written = 0
         while not writer._waiting:
             writer.write(b"%07d\n" % written)
@@ -42,7 +42,7 @@ class Pipe:
         return written
 
     def read(self, enough: Callable[[bytes], bool]) -> bytes:
-        """What is written until there is enough of it."""
+        """Read until there is enough."""
         said = b""
         while not enough(said):
             said += os.read(self.reader, PIPE)
@@ -137,7 +137,7 @@ def test_lines_that_wait_are_lost_with_their_reader(pipe: Pipe) -> None:
 
 
 class Disk:
-    """A file that takes so many bytes more."""
+    """A disk with room for this number of bytes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room = room

@@ -164,7 +164,7 @@ def test_a_line_about_a_message_is_as_any_other_info_line(level: str, journal: l
 
 
 def program(source: str, stderr: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    """A program whose log has begun."""
+    """Run a program whose log has begun."""
     begun = "import sys; from sharded_milter.ops import logs; logs.begin('info', {})\n"
     return subprocess.run(
         [sys.executable, "-c", begun + source],

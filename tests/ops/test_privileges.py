@@ -1,4 +1,4 @@
-"""Who the service runs as: what is refused before anything is opened, and the way there."""
+"""The user of the service: refused options, and switching to it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_only_root_becomes_somebody_else() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
-    """What the system is asked for; it lets nobody become root again."""
+    """The system calls, recorded; switching back to root fails."""
     made: list[tuple[str, object]] = []
 
     def setresuid(*uids: int) -> None:

@@ -1,4 +1,4 @@
-"""Hostile and harmless content, built at run time so that no scanner takes offence at the tests."""
+"""Hostile and harmless content, built at run time so that no virus scanner reports the tests."""
 
 import gzip
 import io
@@ -46,7 +46,7 @@ def zipped(*members: tuple[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> b
 
 
 def encrypted(archive: bytes, *, local: bool = True, central: bool = True) -> bytes:
-    """The zip with the flag of encryption on every member; the content is left as it is."""
+    """Return the zip with the encryption flag on every member; the content is unchanged."""
     data = bytearray(archive)
     for wanted, signature, flags_at in ((local, b"PK\3\4", 6), (central, b"PK\1\2", 8)):
         at = data.find(signature) if wanted else -1
@@ -89,7 +89,7 @@ def opened(data: bytes, limits: ScanLimits = DEFAULTS, name: str = "attachment")
 
 
 def contents(parts: list[Part]) -> dict[str, bytes]:
-    """The members by name, without the archives around them, which are the last part each."""
+    """Return the members by name, without the archives around them."""
     return {part.name: part.data for part in parts if part.depth}
 
 

@@ -1,4 +1,4 @@
-"""Opening archives: what comes out, which lies are believed (none), and where it stops."""
+"""Unpacking archives: their members, false sizes, and the limits."""
 
 import bz2
 import gzip
@@ -162,7 +162,7 @@ def test_more_bytes_than_the_total_are_a_bomb(pack: Pack) -> None:
 
 
 def test_members_that_share_their_bytes_are_a_bomb() -> None:
-    """The overlapping bomb: each entry of the directory names the same stream."""
+    """Return an overlapping bomb: all entries of the directory name one stream."""
     archive = zipped(("kernel", bytes(900_000)))
     directory, end = archive.index(b"PK\1\2"), archive.index(b"PK\5\6")
     entry = archive[directory:end] * 50

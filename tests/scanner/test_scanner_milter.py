@@ -1,4 +1,4 @@
-"""What the MTA is told: one header field, a quarantine or a refusal."""
+"""The scanner's verdicts and actions: a header field, a quarantine or a refusal."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def answer(milter: Milter, body: bytes, *fields: tuple[str, str]) -> Verdict:
 
 
 def without_time(accept: Verdict) -> list[object]:
-    """The actions, with the milliseconds of X-Scan-Result cut off."""
+    """Return the actions, without the milliseconds of X-Scan-Result."""
     assert isinstance(accept, Accept)
     return [
         InsertHeader(each.index, each.name, each.value.partition(" ms=")[0])

@@ -1,4 +1,4 @@
-"""The walk of a message: what is a part, what it is called, what it holds, and where it stops."""
+"""Splitting a message: its parts, their names and contents, and the limits."""
 
 import base64
 import binascii

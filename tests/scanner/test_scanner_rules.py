@@ -1,4 +1,4 @@
-"""The rules: what ours find and what they leave alone, and what becomes of the operator's."""
+"""The rules: findings of the bundled ones, and the operator's own."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A whole message: every finding once, the severest first, whatever the message does."""
+"""Scanning a whole message: each finding once, the severest first."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Each way to be limited is told from the others, with the figures that prove it."""
+"""Each limit is told from the others, with the figures that show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's figures: what is used on average, where messages waited, what the JSON file has."""
+"""A run's figures: averages, where messages waited, and the JSON file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curve on a terminal is as wide as told and as long as the rates."""
+"""The curve has the given width, and bars in proportion to the rates."""
 
 from __future__ import annotations
 

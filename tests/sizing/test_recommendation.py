@@ -1,4 +1,4 @@
-"""The number of workers that is recommended, those that are tried, and the master's limit."""
+"""The recommended number of workers, the numbers to try, and the master's limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs: how far they are, which of several counts, what a daemon that fails is."""
+"""Runs: their progress, the median of several, and a daemon that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts are well-formed, tell what they were given, and suit light and dark pages."""
+"""Charts are well-formed, show their values, and suit light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables fit on a terminal and have what was measured."""
+"""Tables fit on a terminal and show the figures."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .scripted import Scripted
 
 @pytest.fixture
 def scripted(tmp_path: Path) -> Iterator[Callable[..., Scripted]]:
-    """Starts a scripted milter that negotiates what it is told."""
+    """Return a function that starts a scripted milter with given protocol bits."""
     started: list[Scripted] = []
 
     def start(protocol: Protocol, **script: object) -> Scripted:

@@ -1,4 +1,4 @@
-"""A milter in a thread that checks what the load client says, and answers as it is told."""
+"""A milter in a thread that checks the load client's commands and sends scripted replies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scripted:
         self._start(self._accept)
 
     def stop(self) -> None:
-        """Raises what went wrong."""
+        """Raise the errors of the thread."""
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()

@@ -1,4 +1,4 @@
-"""A mail becomes the commands that Postfix makes of it."""
+"""A message becomes the commands that Postfix sends for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load client speaks the protocol as it was negotiated, and counts each answer once."""
+"""The load client speaks the protocol as negotiated, and counts each verdict once."""
 
 from __future__ import annotations
 

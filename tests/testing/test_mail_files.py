@@ -1,4 +1,4 @@
-"""Mails are found in directories, Maildirs, mbox files and single files; what is none is said."""
+"""Messages are found in directories, Maildirs, mbox files and single files; others are named."""
 
 from __future__ import annotations
 

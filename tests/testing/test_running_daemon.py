@@ -1,4 +1,4 @@
-"""A private daemon serves, says why it does not, and is gone afterwards."""
+"""A private daemon serves, reports why it did not start, and ends with its block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def milter(folder: Path, line: str = 'return Reject("no")') -> str:
 def gone(daemon: Daemon, pids: list[int]) -> bool:
     alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(alive, timeout=10)
-    # Whoever is to reap the workers of a daemon that was killed may not do so.
+    # The parent of the workers of a killed daemon may not reap them.
     left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     return not left and not Path(daemon.path).parent.exists()
 
@@ -116,7 +116,7 @@ def test_the_authors_traceback_is_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def untouched() -> Iterator[None]:
-    """Signals are what they were, whatever the tests were started by."""
+    """Set the default signal handlers, which the starter of the tests may have changed."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield
