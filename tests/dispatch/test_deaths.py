@@ -332,7 +332,7 @@ def test_where_no_thread_can_keep_a_copy_the_message_is_poison_all_the_same(tmp_
     def refuse(write: Callable[[], None]) -> None:
         raise RuntimeError("can't start new thread")
 
-    workers = Workers(1, Keep(tmp_path, 10_000, refuse))
+    workers = Workers(1, KeepDir(tmp_path, 10_000, refuse))
     with capturedLogs() as events:
         for number in range(MAX_SAVING + 1):
             poisoned(workers, message(Body(b"%d" % number)))
