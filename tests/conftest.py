@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
+
+#: An example may take long on a busy machine, and no test asserts a time.
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
 
 #: Slow tests that share nothing with their neighbours: any process may take any of them, so that
 #: none has much left to do when the others have ended.

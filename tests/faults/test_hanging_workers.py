@@ -21,7 +21,7 @@ def test_scans_that_hang_are_shown_and_ended_with_their_descendants(tmp_path: Pa
                 assert server.scans(subject(bad)) == 1
                 flow.wait()
         assert set(flow.verdicts()) == {"accept"}, flow.verdicts()
-        for shown in ("has not answered qid=BADloop", "in loop", "re/__init__.py"):
+        for shown in ("has been scanning qid=BADloop", "in loop", "re/__init__.py"):
             assert shown in server.log()
         [pid] = server.grandchildren()
         until(lambda: not is_running(pid), "the grandchild is gone")

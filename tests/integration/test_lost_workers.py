@@ -66,7 +66,7 @@ def workers_of(deliveries: Sequence[Delivery]) -> set[int]:
     return {int(mark[1]) for mark in marks if mark is not None}
 
 
-def pauses(flow: Flow, seconds: float = 1.0) -> bool:
+def pauses(flow: Flow, seconds: float) -> bool:
     """Whether nothing is answered for so long."""
     before = len(flow.answers)
     time.sleep(seconds)
@@ -128,7 +128,8 @@ def test_a_pool_that_is_killed_whole_costs_no_mail_either(postfix: Postfix, slow
         # one that is the next to be killed, and a mail that two have died with is poison.
         for pid in before:
             os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: pauses(flow), "all mails wait for the workers")
+        # Soon, because the pool replaces a worker that was stopped for 5 s.
+        wait_until(lambda: pauses(flow, 0.3), "all mails wait for the workers")
         for pid in before:
             os.kill(pid, signal.SIGKILL)
         whole = wait_until(lambda: len(set(slow.workers()) - before) == 3, "the pool is whole")
