@@ -386,6 +386,8 @@ def _quick_ack_setter(transport: StreamTransport) -> Callable[[], None] | None:
     if not hasattr(socket, "TCP_QUICKACK"):
         return None
     sock = transport.getHandle()
+    if not hasattr(sock, "setsockopt"):  # with TLS it is no socket
+        return None
 
     def acknowledge() -> None:
         with suppress(OSError):  # the connection is lost; the reactor reports it

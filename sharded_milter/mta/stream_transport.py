@@ -27,5 +27,8 @@ class StreamTransport(Protocol):
 
 
 def is_socket(transport: object) -> bool:
-    """Return True for a socket of Twisted's: its buffer is known."""
-    return hasattr(transport, "dataBuffer")
+    """Return True for a socket of Twisted's without TLS: its buffer is known.
+
+    The class is looked at, because TLS transports and wrappers pass on the socket's attributes.
+    """
+    return hasattr(type(transport), "dataBuffer") and not getattr(transport, "TLS", False)
