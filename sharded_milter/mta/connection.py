@@ -279,7 +279,8 @@ class MilterConnection(TwistedProtocol):
         if not self._conversation.is_over and (not unread or self not in closing):
             self._context.idle.set(self)  # a slow reader gets one idle_timeout in all
         if unread:
-            closing.set(self)
+            if not self._conversation.is_refused or self not in closing:
+                closing.set(self)  # a refused connection has CLOSE_GRACE in all
         elif not self._conversation.is_over:
             if not self._conversation.is_refused:
                 closing.stop(self)

@@ -158,6 +158,16 @@ def test_more_answers_are_no_sign_that_it_reads() -> None:
     assert mta.aborted
 
 
+def test_a_refused_connection_has_the_grace_once_however_it_reads() -> None:
+    mta = slow(max_connections=1)  # the fixture has another connection
+    assert mta.connection._conversation.is_refused
+    for _ in range(3):
+        mta.reactor.advance(CLOSE_GRACE / 3)
+        mta.say(MAIL)
+        mta.socket.reads()
+    assert mta.aborted or mta.closed
+
+
 def test_the_grace_begins_anew_whenever_it_reads() -> None:
     mta = slow(*MESSAGE, EOM)
     mta.answer(*LARGE_ANSWER)
