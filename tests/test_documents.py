@@ -16,6 +16,7 @@ from typing import Any
 import click
 import pytest
 from integration.machine import free_port
+from tables import ARCHITECTURE, with_tables
 
 from sharded_milter import __version__
 from sharded_milter.cli.ctl import ctl
@@ -35,7 +36,7 @@ from sharded_milter.testing.mta import Mail, MtaClient
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS_OPTIONS = {"--help", "--ms", "--strict"}  # the latter are of a bench script and of mypy
+OTHERS_OPTIONS = {"--help", "--ms", "--strict", "--verbose", "--write"}  # of scripts, and of mypy
 SETUP_CFG = (ROOT / "setup.cfg").read_text()
 NOXFILE = ast.parse((ROOT / "noxfile.py").read_text())
 PROGRAMS: list[click.Command] = [daemon, *ctl.commands.values()]
@@ -187,3 +188,60 @@ def test_every_option_is_explained() -> None:
     parameters = [parameter for program in PROGRAMS for parameter in program.params]
     options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
     assert [option.name for option in options if not option.help] == []
+
+
+def test_the_architectures_tables_are_those_of_the_code() -> None:
+    text = ARCHITECTURE.read_text()
+    assert with_tables(text) == text  # else: python tests/tables.py --write
+
+
+def test_every_module_and_name_of_the_architecture_is_in_the_code() -> None:
+    """A name must be defined in a file that the same paragraph, step or row names."""
+    text = re.sub(r"<!-- \w+ -->.*?<!-- end -->", "", ARCHITECTURE.read_text(), flags=re.S)
+    wrong: list[str] = []
+    for part in re.split(r"\n(?=\n|\d+\. |\| )", text):
+        words = re.findall(r"`([^`]+)`", part)
+        files = [module_file(word) for word in words if word.endswith(".py")]
+        assert [path for path in files if not path.exists()] == []
+        names = {name for path in files for name in defined_in(ast.parse(path.read_text()))}
+        said = [word for word in words if re.fullmatch(r"_?[A-Z]\w*(\.\w+)?|_?[a-z]\w*", word)]
+        wrong += [word for word in said if word not in names | NO_NAMES]
+        folders = [word for word in words if re.fullmatch(r"[a-z_]+/", word)]
+        wrong += [folder for folder in folders if not module_file(folder).is_dir()]
+    assert wrong == []
+
+
+#: Words of ARCHITECTURE.md that are no names in a file: the layers, and two commands.
+NO_NAMES = {path.stem for path in (ROOT / "sharded_milter").iterdir()} | {"bench", "tune"}
+
+
+def module_file(path: str) -> Path:
+    """The file that ARCHITECTURE.md calls so: in the package, or in a folder beside it."""
+    beside = path.startswith(("sharded_milter/", "workers/", "tests/"))
+    return ROOT / path if beside else ROOT / "sharded_milter" / path
+
+
+def defined_in(tree: ast.Module) -> set[str]:
+    """The functions, classes, constants, methods and attributes that a module defines."""
+    names = {target for node in tree.body for target in targets_of(node)}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            inside = [*node.body, *(each for each in ast.walk(node) if isinstance(each, SETS))]
+            names |= {f"{node.name}.{target}" for each in inside for target in targets_of(each)}
+    return names
+
+
+SETS = (ast.Assign, ast.AnnAssign)
+
+
+def targets_of(node: ast.AST) -> list[str]:
+    """What a statement defines: `name` also for `self.name`."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign):
+        targets = [node.target]
+    else:
+        return []
+    return [ast.unparse(target).removeprefix("self.") for target in targets]
