@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-#: A pipe that nobody writes to.
-SILENT, _ = os.pipe()
+#: A pipe in which nothing is written: one end is never readable, the other always writable.
+SILENT, WRITABLE = os.pipe()
 
 
 class Link:

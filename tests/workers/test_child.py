@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from amp_link import Link, deliver
+from amp_link import WRITABLE, Link, deliver
 from ampoule.commands import Echo
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
@@ -717,14 +717,44 @@ def test_the_masters_are_told_whether_workers_run_the_same_code(folder: Path) ->
 # Memory
 
 
+class Full(Link):
+    """A socket that is full when something is written, and has room when that is waited for."""
+
+    waited = 0
+
+    def fileno(self) -> int:
+        return WRITABLE
+
+    def sendFileDescriptor(self, fd: int) -> None:
+        """It waits too."""
+
+    def writeSomeData(self, data: bytes) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None:
+        self.dataBuffer += data
+
+    def doWrite(self) -> None:
+        self.waited += 1
+        self.dataBuffer = b""
+
+
 def test_the_memory_of_an_answer_is_kept_until_the_socket_has_it() -> None:
+    room, link, large = Room(), Full(), bytes(MAX_INLINE)
     before = descriptors()
-    room = Room()
-    large = bytes(MAX_INLINE)
-    room.theirs.dataBuffer = b"the socket is full"
-    room.scan(large)
-    room.scan(large)
-    assert descriptors() == before + 2
-    room.theirs.dataBuffer = b""
-    room.scan(large)
+    room.child.transport = link
+    room.put_scan(1, large)
+    room.pump()
+    assert (descriptors(), link.waited) == (before + 1, 0)
+    room.put_scan(2, large)
+    room.clock.advance(0)
+    room.pump()  # what waits leaves before the next descriptor
+    assert (descriptors(), link.waited) == (before + 2, 1)
+    room.child.transport = room.theirs
+    room.put_scan(3, b"")
+    room.clock.advance(0)
+    room.pump()
+    room.put_scan(4, large)
+    room.clock.advance(0)
+    room.pump()
     assert descriptors() == before
