@@ -26,8 +26,9 @@ MAX_CHUNK = 65_535
 # Bytes of one read, which is more than a UNIX socket holds.
 MAX_READ = 262_144
 
-# For one read, behind the beginning of a packet of the usual length.
-_SHARED = bytearray(MAX_READ + 2 * MAX_CHUNK)
+# For one read, behind the beginning of a packet of the usual length. With a longer beginning, which
+# would be copied with every read, the shared buffer would cost more than it saves.
+_SHARED = bytearray(MAX_READ + PAYLOAD + MAX_CHUNK)
 _ROOM = memoryview(_SHARED)
 
 
