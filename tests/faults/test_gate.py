@@ -162,7 +162,8 @@ def test_without_any_descriptor_a_spare_one_is_used_for_the_answer(tmp_path: Pat
                     assert hears_451(server.socket()).startswith("4.3.2 ")
                 assert word(early.deliver(mail())) == "accept"
             until(lambda: takes_one_more(server), "there is room again")
-        assert server.log().count("no file descriptor is left for a connection to") == 1
+        # None where a lower number was free.
+        assert server.log().count("no file descriptor is left for a connection to") <= 1
         assert server.unforeseen() == [], server.log()
 
 
